@@ -1,0 +1,30 @@
+# `make report` and `make test` set up what they need; nothing has to be installed before but Python 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: report test test-all lab lint clean
+
+report: $(READY)
+	$(BIN)/itae report --profile demo
+
+test: $(READY) lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(READY) lint
+	$(BIN)/pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+# Made anew when it is missing or older than the project file or the lock.
+$(READY): pyproject.toml requirements.lock
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv reports/*-* reports/interactive

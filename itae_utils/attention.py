@@ -1,0 +1,324 @@
+"""The method on one transformer block: which patches, what becomes of their logits, what `[CLS]` then reads.
+
+Everything here works on a stock timm ViT. `attend` holds the equations; `attenuate` brings them into a model's forward
+pass, and the one-pass extraction (`itae_utils.features`) calls the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
+
+from itae_utils.artifacts import FiringRule, Watch, random_patches, source_norms
+from itae_utils.errors import ItaeError
+from itae_utils.vit import SOURCES, block_index, check_images, check_supported, split_heads, tokens_entering
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ATTENUATIONS = ("min", "mask", "mean", "scale")
+ROWS = ("cls", "all")
+SELECTIONS = ("threshold", "random", "oracle")
+QUERY_CHUNK_BYTES = 64 * 2**20  # rows="all" needs real logits: at most this much of them at a time
+
+
+@dataclass(frozen=True)
+class ITAE:
+    """One setting of Inference-Time Attention Engineering (paper, method section).
+
+    Attributes:
+        source: whose norm tells artifacts, "query", "key" or "value": they are the patches with ‖P_i‖₂ ≤ threshold.
+        threshold: θ. A number, one a block in block order (with `blocks` > 1), or "auto" (fitted without labels).
+        attenuation: what an artifact's logit becomes. "min": the smallest logit of the row over the patches (the
+            paper's); "mask": −∞; "mean": the mean over the row's normal patches; "scale": its weight times `alpha`.
+        alpha: factor of "scale" on the weight after the softmax, before the row is renormalised; in (0, 1).
+        blocks: the method is applied in the last this many blocks. The paper's is 1.
+        rows: the query rows that are edited: "cls" (the paper's) or "all". In the last block alone the two give the
+            same `[CLS]` output, so "all" with one block is resolved to "cls".
+        select: "threshold" (the method), or a control: "random" (as many patches as the threshold finds, drawn at
+            random) or "oracle" (the true artifacts, where they are known; the threshold is not used).
+        seed: seed of select="random".
+
+    Raises:
+        ItaeError: any value that isn't one of these.
+    """
+
+    source: Literal["query", "key", "value"] = "key"
+    threshold: float | Literal["auto"] | tuple[float | None, ...] = "auto"
+    attenuation: Literal["min", "mask", "mean", "scale"] = "min"
+    alpha: float = 0.1
+    blocks: int = 1
+    rows: Literal["cls", "all"] = "cls"
+    select: Literal["threshold", "random", "oracle"] = "threshold"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in [("source", SOURCES), ("attenuation", ATTENUATIONS), ("rows", ROWS),
+                              ("select", SELECTIONS)]:
+            if getattr(self, name) not in allowed:
+                raise ItaeError(f"{name}={getattr(self, name)!r} is not known: use one of {', '.join(allowed)}")
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
+            raise ItaeError(f"blocks={self.blocks!r} must be a whole number of at least 1 (the last so many blocks)")
+        if not 0 < self.alpha < 1:
+            raise ItaeError(f"alpha={self.alpha!r} must lie between 0 and 1, both excluded (use 'mask' for 0)")
+        if isinstance(self.threshold, list):
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+        self._check_threshold()
+        if self.blocks == 1 and self.rows == "all":
+            object.__setattr__(self, "rows", "cls")
+
+    def _check_threshold(self) -> None:
+        if self.threshold == "auto":
+            return
+        if isinstance(self.threshold, tuple) and len(self.threshold) != self.blocks:
+            raise ItaeError(f"threshold has {len(self.threshold)} numbers for blocks={self.blocks}: give one a block")
+        for value in self.thresholds:
+            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and not (number and value >= 0):
+                raise ItaeError(f"threshold={value!r} must be a number of at least 0, as norms are, or 'auto'")
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        """θ of each of the last `blocks` blocks; None where nothing is attenuated."""
+        if self.threshold == "auto":
+            raise ItaeError("threshold='auto' is not a number yet: "
+                            "fit_thresholds(backbone, dataset)[block, source].threshold gives one")
+        return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * self.blocks
+
+
+def attenuated_logits(logits: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
+    """Edit the logits of `artifacts` in every query row; prefix tokens (`[CLS]`, registers) are never touched.
+
+    `min`: (QKᵀ)'₀ₖ = min_{1≤j≤N} (QKᵀ)₀ⱼ for k in A, the minimum over all patches, artifacts included (paper,
+    method section).
+
+    Args:
+        logits: (B, H, Q, T), scaled, after any q/k norm.
+        artifacts: (B, N) bool; the last N of the T tokens are the patches.
+        itae: only `attenuation` and `alpha` are read.
+    """
+    import torch
+
+    num_prefix_tokens = logits.shape[-1] - artifacts.shape[-1]
+    prefix, patches = logits[..., :num_prefix_tokens], logits[..., num_prefix_tokens:]
+    hit = artifacts[:, None, None, :]
+    match itae.attenuation:
+        case "min":
+            replaced = patches.amin(dim=-1, keepdim=True)
+        case "mask":
+            replaced = patches.new_tensor(-math.inf)
+        case "mean":
+            normal = (~hit).sum(dim=-1, keepdim=True)
+            replaced = patches.masked_fill(hit, 0).sum(dim=-1, keepdim=True) / normal.clamp(min=1)
+            hit = hit & (normal > 0)  # no normal patch, no mean: such an image is left as it is
+        case "scale":
+            replaced = patches + math.log(itae.alpha)
+    return torch.cat([prefix, torch.where(hit, replaced, patches)], dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
+    """Attention of some query rows with the artifacts attenuated: softmax(edited logits) · V.
+
+    Args:
+        q: (B, H, Q, d), the query rows, after any q-norm.
+        k: (B, H, T, d), after any k-norm.
+        v: (B, H, T, d).
+        artifacts: (B, N) bool.
+        itae: the setting.
+
+    Returns:
+        (B, H, Q, d).
+    """
+    return attended(attenuated_logits(scaled_logits(q, k), artifacts, itae), v)
+
+
+def scaled_logits(q: Tensor, k: Tensor) -> Tensor:
+    """QKᵀ/√d in float32: (B, H, Q, d), (B, H, T, d) -> (B, H, Q, T)."""
+    return (q * q.shape[-1] ** -0.5 @ k.mT).float()
+
+
+def attended(logits: Tensor, v: Tensor) -> Tensor:
+    """softmax(logits) · V: (B, H, Q, T), (B, H, T, d) -> (B, H, Q, d)."""
+    return logits.softmax(dim=-1).to(v.dtype) @ v
+
+
+def select_artifacts(
+    norms: Tensor,
+    threshold: float | None,
+    itae: ITAE,
+    *,
+    block: int,
+    first_image: int = 0,
+    truth: Tensor | None = None,
+) -> Tensor:
+    """The patches a setting acts on in one block: (B, N) norms -> (B, N) bool.
+
+    Args:
+        norms: ‖P_i‖₂ of `itae.source`.
+        threshold: θ of this block; None finds nothing.
+        itae: `select` and `seed` are read.
+        block: the block's number, which the random control's draw depends on.
+        first_image: number of the batch's first image in its data set, likewise.
+        truth: (B, N) bool, needed by select="oracle".
+    """
+    import torch
+
+    if itae.select == "oracle":
+        if truth is None:
+            raise ItaeError("select='oracle' needs the true artifacts, which only a planted backbone (demo) has")
+        return truth
+    found = torch.zeros_like(norms, dtype=torch.bool) if threshold is None else norms <= threshold
+    if itae.select == "random":
+        return random_patches(found.sum(dim=-1), norms.shape[-1], itae.seed, block, first_image)
+    return found
+
+
+def check_blocks(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None = None) -> None:
+    """Refuse more blocks than the model has, and an oracle in blocks before the artifacts appear."""
+    depth = len(model.blocks)
+    if itae.blocks > depth:
+        raise ItaeError(f"blocks={itae.blocks} but the model has {depth}: use at most that many")
+    if itae.select == "oracle" and isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
+        raise ItaeError(f"blocks={itae.blocks} with select='oracle' reaches back to block {depth - itae.blocks}, but "
+                        f"the artifacts appear after block {truth.block}: use at most {depth - truth.block - 1}")
+
+
+# Runs of `attenuate` now open on a model, innermost last: only that one acts.
+_open: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
+
+
+@contextmanager
+def attenuate(
+    model: nn.Module,
+    itae: ITAE,
+    *,
+    truth: FiringRule | Tensor | None = None,
+    first_image: int = 0,
+) -> Iterator[nn.Module]:
+    """Apply the method to every forward pass of a stock timm ViT, in place, until the context is left.
+
+    Two hooks a block: one keeps the output of the qkv projection, one replaces the edited rows of the concatenated
+    heads before they are projected. Attention itself stays fused; weights and code of the model are not touched.
+    Images without artifacts keep the model's own result to the bit. Contexts nest: the innermost alone acts.
+
+    Args:
+        model: a timm VisionTransformer with a `[CLS]` token.
+        itae: the setting, with numeric thresholds.
+        truth: for select="oracle": a planted backbone's rule, or the true artifacts (B, N) of the one batch to come.
+        first_image: number of the first image to come, on which the random control's draw depends.
+
+    Raises:
+        ItaeError: unsupported model, threshold "auto", more blocks than there are, "oracle" without `truth`.
+    """
+    check_supported(model)
+    check_blocks(model, itae, truth)
+    if itae.select == "oracle" and truth is None:
+        raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth)")
+    thresholds = (None,) * itae.blocks if itae.select == "oracle" else itae.thresholds
+    runs, run = _open.setdefault(model, []), object()
+    with ExitStack() as stack:
+        watch = stack.enter_context(truth.watch(model)) if isinstance(truth, FiringRule) else Watch(truth)
+        for index, threshold in zip(range(len(model.blocks))[-itae.blocks:], thresholds, strict=True):
+            if threshold is None and itae.select != "oracle":
+                continue
+            editor = _RowEditor(model, index, threshold, itae, watch, first_image, lambda: runs[-1] is run)
+            attention = model.blocks[index].attn
+            stack.callback(attention.qkv.register_forward_hook(editor.keep_projection).remove)
+            stack.callback(attention.norm.register_forward_pre_hook(editor.replace_rows).remove)
+        runs.append(run)
+        stack.callback(runs.remove, run)
+        yield model
+
+
+class _RowEditor:
+    """The two hooks of one block, and what they pass to each other."""
+
+    def __init__(self, model, index, threshold, itae, watch, next_image, is_innermost) -> None:
+        self.model, self.index, self.attention = model, index, model.blocks[index].attn
+        self.threshold, self.itae, self.watch = threshold, itae, watch
+        self.next_image, self.is_innermost = next_image, is_innermost
+        self.projected: Tensor | None = None
+
+    def keep_projection(self, _module, _args, projected: Tensor) -> None:
+        self.projected = projected
+
+    def replace_rows(self, _module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        heads, projected, self.projected = args[0], self.projected, None
+        first_image, self.next_image = self.next_image, self.next_image + len(heads)
+        if not self.is_innermost():
+            return None
+        norms = source_norms(projected, self.itae.source, self.model.num_prefix_tokens)
+        artifacts = select_artifacts(norms, self.threshold, self.itae, block=self.index, first_image=first_image,
+                                     truth=self.watch.mask)
+        q, k, v = split_heads(self.attention, projected)
+        q, k = self.attention.q_norm(q), self.attention.k_norm(k)
+        return (self._edited(heads, q, k, v, artifacts),)
+
+    def _edited(self, heads: Tensor, q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor) -> Tensor:
+        import torch
+
+        edited, has_artifacts = heads.clone(), artifacts.any(dim=-1)[:, None, None]
+        for rows in self._row_chunks(k):
+            new = attend(q[:, :, rows], k, v, artifacts, self.itae).transpose(1, 2).flatten(2).to(heads.dtype)
+            edited[:, rows] = torch.where(has_artifacts, new, heads[:, rows])
+        return edited
+
+    def _row_chunks(self, k: Tensor) -> list[slice]:
+        if self.itae.rows == "cls":
+            return [slice(0, 1)]
+        batch, num_heads, tokens, _ = k.shape
+        step = max(1, QUERY_CHUNK_BYTES // (4 * batch * num_heads * tokens))
+        return [slice(start, start + step) for start in range(0, tokens, step)]
+
+
+def attention_map(
+    model: nn.Module,
+    images: Tensor,
+    block: int = -1,
+    *,
+    itae: ITAE | None = None,
+    heads: Literal["mean", "each"] = "mean",
+    truth: FiringRule | None = None,
+) -> Tensor:
+    """Attention weights from `[CLS]` to every patch in one block, on the image grid, as the model or as ITAE has them.
+
+    Works with fused attention on: the one row that is shown is computed here. Prefix tokens keep their share of the
+    row, so the weights over the patches add up to less than 1.
+
+    Args:
+        model: a timm VisionTransformer.
+        images: (B, 3, H, W), preprocessed.
+        block: which block; negative numbers count from the end.
+        itae: the setting whose row is shown; None shows the model's own.
+        heads: "mean" over the heads, or "each" head.
+        truth: ground-truth rule, for select="oracle".
+
+    Returns:
+        (B, rows, columns) for "mean", (B, H, rows, columns) for "each"; float32.
+    """
+    check_supported(model)
+    grid = check_images(model, images)
+    index = block_index(model, block)
+    caught: dict[str, Tensor] = {}
+    attention = model.blocks[index].attn
+    with ExitStack() as stack:
+        watch = stack.enter_context(truth.watch(model)) if truth is not None else Watch()
+        if itae is not None:
+            stack.enter_context(attenuate(model, itae, truth=truth))
+        caught = tokens_entering(model, images, [index])
+    projected = attention.qkv(model.blocks[index].norm1(caught[index]))
+    q, k, _ = split_heads(attention, projected)
+    logits = scaled_logits(attention.q_norm(q[:, :, :1]), attention.k_norm(k))
+    first = len(model.blocks) - (itae.blocks if itae is not None else 0)
+    if index >= first:
+        threshold = None if itae.select == "oracle" else itae.thresholds[index - first]
+        norms = source_norms(projected, itae.source, model.num_prefix_tokens)
+        artifacts = select_artifacts(norms, threshold, itae, block=index, truth=watch.mask)
+        logits = attenuated_logits(logits, artifacts, itae)
+    weights = logits.softmax(dim=-1)[:, :, 0, model.num_prefix_tokens:].unflatten(-1, grid)
+    return weights.mean(dim=1) if heads == "mean" else weights

@@ -1,0 +1,197 @@
+"""The `itae` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from itae_utils.errors import ItaeError
+
+FEATURE_FORMATS = (".npz", ".parquet")
+
+
+class _Failure(click.ClickException):
+    """One line on stderr, and an exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class _Group(click.Group):
+    """Turns bad input into one line and exit status 2, Ctrl-C into one line and 130."""
+
+    def invoke(self, context: click.Context) -> object:
+        """Run a command."""
+        try:
+            return super().invoke(context)
+        except ItaeError as error:
+            raise _Failure(" ".join(str(error).split()), 2) from error
+        except KeyboardInterrupt as interrupt:
+            raise _Failure("interrupted", 130) from interrupt
+
+
+def _threshold(_context: click.Context, _option: click.Parameter, value: str | None) -> float | str | None:
+    if value in (None, "auto"):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from error
+
+
+backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
+source_option = click.option(
+    "--source", type=click.Choice(["query", "key", "value"]), default="key", show_default=True,
+    help="Whose norms tell the artifacts.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="itae-utils", prog_name="itae")
+def main() -> None:
+    """See, attenuate and measure attention artifacts of Vision Transformers."""
+
+
+@main.command()
+@click.option("--profile", default="demo", show_default=True, help="A profile's name, or a YAML file.")
+@click.option("--backbone", help="Instead of the profile's; `itae backbones` lists them.")
+@click.option("--dataset", help="Instead of the profile's; `itae datasets` lists them, imagefolder:PATH is your own.")
+@click.option("--only", help="Numbers of the notebooks to run, such as 01,03.")
+@click.option("-p", "--parameter", "parameters", type=(str, str), multiple=True, metavar="NAME VALUE",
+              help="Set a parameter of the notebooks; may be repeated.")
+@click.option("--output", type=click.Path(path_type=Path),
+              help="Folder; default reports/<profile>-<backbone>-<dataset>.")
+def report(
+    profile: str, backbone: str | None, dataset: str | None, only: str | None,
+    parameters: tuple[tuple[str, str], ...], output: Path | None,
+) -> None:
+    """Run the notebooks and write a report.
+
+    Exit status 1 when a notebook failed; the report is written all the same and says so.
+    """
+    from itae_utils.parameters import parse_value
+    from itae_utils.report import run_report
+
+    written = run_report(
+        profile=profile,
+        backbone=backbone,
+        dataset=dataset,
+        only=[number.strip().zfill(2) for number in only.split(",")] if only else None,
+        parameters={name: parse_value(text) for name, text in parameters},
+        output=output,
+        say=click.echo,
+    )
+    for run in written.failed:
+        click.echo(f"{run.notebook.name}: {run.error}", err=True)
+    click.echo(written.index)
+    sys.exit(1 if written.failed else 0)
+
+
+@main.command()
+@backbone_option
+@click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
+@click.option("--limit", type=click.IntRange(min=1), help="A stratified sample of so many images.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option("--threshold", default="auto", show_default=True, callback=_threshold, help="A number, or auto.")
+@source_option
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A .npz or .parquet file.")
+def extract(
+    backbone: str, dataset: str, limit: int | None, batch_size: int, threshold: float | str, source: str, output: Path,
+) -> None:
+    """Write a data set's features to a file.
+
+    Both as the model gives them (baseline) and with ITAE (itae), and the labels (targets) where there are any.
+    """
+    from itae_utils.results import make_folder
+
+    if output.suffix not in FEATURE_FORMATS:
+        raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FEATURE_FORMATS)}")
+    make_folder(output.parent)
+    import itae_utils as itae
+
+    variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
+    images, model = itae.load_dataset(dataset, limit=limit), itae.load_backbone(backbone)
+    features = itae.extract_features(model, images, variants, batch_size=batch_size)
+    about = {
+        **features.settings, "weights_sha256": model.weights_sha256, "dataset": images.name, "split": images.split,
+        "classes": images.classes and list(images.classes), "source": source, "thresholds": {**features.thresholds},
+    }
+    _save_features(output, {**features}, features.targets, about)
+    click.echo(f"{output}: {len(images)} images, {' and '.join(features)}")
+
+
+def _save_features(path: Path, arrays: dict, targets: object, about: dict) -> None:
+    """Features by variant, labels as `targets` where there are any, and what they were made with as JSON, `about`."""
+    import numpy as np
+
+    from itae_utils.results import replacing
+
+    labels = {} if targets is None else {"targets": np.asarray(targets)}
+    with replacing(path) as part, part.open("wb") as file:
+        if path.suffix == ".npz":
+            np.savez(file, about=json.dumps(about), **arrays, **labels)
+        else:
+            import pyarrow
+            from pyarrow import parquet
+
+            columns = {
+                name: pyarrow.FixedSizeListArray.from_arrays(array.ravel(), array.shape[1])
+                for name, array in arrays.items()
+            }
+            table = pyarrow.table({**columns, **labels}, metadata={"about": json.dumps(about)})
+            parquet.write_table(table, file)
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@backbone_option
+@click.option("--threshold", callback=_threshold, help="A number; default: found from all the given images together.")
+@source_option
+@click.option("--output", type=click.Path(path_type=Path), default="inspection.png", show_default=True,
+              help="The figure; its ending says the format.")
+def inspect(images: tuple[Path, ...], backbone: str, threshold: float | str | None, source: str, output: Path) -> None:
+    """Draw norms, attention and artifacts of images."""
+    from itae_utils.inspection import inspect_images
+
+    for line in inspect_images(images, backbone=backbone, source=source, threshold=threshold, output=output):
+        click.echo(line)
+
+
+@main.command()
+def backbones() -> None:
+    """List backbones with size and origin."""
+    from itae_utils.backbones import BACKBONES
+
+    _echo_table(
+        ["name", "parameters", "patch", "image", "download", "origin"],
+        [[name, f"{entry.parameters:g} M", f"{entry.patch}", f"{entry.image_size}", _megabytes(entry.size_mb),
+          entry.origin] for name, entry in BACKBONES.items()])
+    click.echo("Any other timm ViT with a [CLS] token can be given by its timm name.")
+
+
+@main.command()
+def datasets() -> None:
+    """List data sets with size and origin."""
+    from itae_utils.datasets import DATASETS
+
+    _echo_table(
+        ["name", "images", "classes", "split", "download", "origin"],
+        [[name, _count(entry.images), _count(entry.classes), entry.split, _megabytes(entry.megabytes), entry.origin]
+         for name, entry in DATASETS.items()])
+
+
+def _megabytes(size: float) -> str:
+    return f"{size:,.0f} MB" if size else "–"
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _echo_table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

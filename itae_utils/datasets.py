@@ -1,0 +1,272 @@
+"""Image data sets by name: what there is, where it is downloaded from, and folders of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from itae_utils.download import Archive, fetch, unpack
+from itae_utils.errors import ItaeError, unknown_name
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
+
+Contents = tuple[Sequence, np.ndarray | None, list[str] | None]  # images (arrays or paths), targets, classes
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A map-style data set, as torch's `DataLoader` takes it, of (PIL RGB image, int label); -1 without labels.
+
+    Attributes:
+        name: what `load_dataset` was asked for.
+        split: which part of the data this is, in words, with its size.
+        source: where the images come from, in words.
+        images: what the items are made from: uint8 arrays (H, W) or (H, W, 3), or paths of files.
+        targets: (n,) int64, or None without labels.
+        classes: the name of each label, or None.
+        skipped: unreadable files that were left out.
+    """
+
+    name: str
+    split: str
+    source: str
+    images: Sequence
+    targets: np.ndarray | None
+    classes: list[str] | None
+    skipped: list[Path] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = self.images[index]
+        image = open_image(image) if isinstance(image, Path) else Image.fromarray(image).convert("RGB")
+        return image, -1 if self.targets is None else int(self.targets[index])
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> ImageDataset:
+    """The data set called `name`, one of `DATASETS`; its test split, downloaded on first use where it must be.
+
+    Args:
+        name: `imagefolder:PATH` is a folder of class folders, or a flat folder of images without labels.
+        root: the folder for downloads; by default the environment's ITAE_DATA, else ~/.cache/itae/data.
+        limit: at most so many images, every class by its share (exact to one image), in their usual order.
+        seed: of the draw that `limit` makes.
+        on_error: "skip" decodes all files first and leaves out the unreadable ones, see `.skipped`; with "raise" a
+            damaged file is an error at once where its header tells, else when it is decoded.
+
+    Raises:
+        ItaeError: a name, limit or on_error that isn't legal; a folder that is missing, empty of images, or both flat
+            and not; an unreadable image; a download that fails.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ItaeError(f"on_error={on_error!r} is not known: use 'raise' or 'skip'")
+    if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+        raise ItaeError(f"limit={limit!r} is not a number of images: use 1 or more, or None for all")
+    kind, _, folder = name.partition(":")
+    is_folder = kind == "imagefolder"
+    if is_folder and not folder:
+        raise ItaeError(f"{name!r} names no folder: write imagefolder:PATH")
+    if not is_folder and name not in DATASETS:
+        raise unknown_name("data set", name, DATASETS, see="itae datasets")
+    info = DATASETS["imagefolder:PATH" if is_folder else name]
+    images, targets, classes = info.read(Path(folder).expanduser() if is_folder else _data_root(root))
+    skipped = []
+    if isinstance(images[0], Path):
+        images, targets, skipped = _readable(images, targets, on_error)
+    split = f"{info.split} ({len(images):,})"
+    if limit is not None and limit < len(images):
+        chosen = _choose(len(images), targets, limit, seed)
+        images = images[chosen] if isinstance(images, np.ndarray) else [images[index] for index in chosen]
+        targets = None if targets is None else targets[chosen]
+        split = f"{limit:,} of {split}, drawn with seed {seed}"
+    source = f"the folder {folder}" if is_folder else info.origin
+    return ImageDataset(name, split, source, images, targets, classes, skipped)
+
+
+def _choose(total: int, targets: np.ndarray | None, limit: int, seed: int) -> np.ndarray:
+    """Sorted indices of `limit` images, stratified by largest remainders; which classes win a tie is drawn too."""
+    rng = np.random.default_rng(seed)
+    if targets is None:
+        return np.sort(rng.permutation(total)[:limit])
+    classes, counts = np.unique(targets, return_counts=True)
+    quotas, remainders = np.divmod(counts * limit, total)
+    largest = np.lexsort((rng.random(len(classes)), -remainders))
+    quotas[largest[: limit - quotas.sum()]] += 1
+    chosen = [rng.permutation(np.flatnonzero(targets == c))[:quota] for c, quota in zip(classes, quotas, strict=True)]
+    return np.sort(np.concatenate(chosen))
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image in a file as RGB: upright as its EXIF data says, without transparency, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ItaeError: the file can't be decoded (the path is named).
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow would clip these at 255, to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode} has no known range, save it with 8 bits")
+            # by way of RGBA: Pillow warns about palettes with transparency otherwise
+            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ItaeError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ItaeError(f"can't read the image {path} ({reason}): mend it, or leave such files out with on_error='skip'")
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except Exception as error:  # as in open_image
+        raise _unreadable(path, error) from error
+
+
+def _readable(
+    paths: list[Path], targets: np.ndarray | None, on_error: str
+) -> tuple[list[Path], np.ndarray | None, list[Path]]:
+    """The `paths` and `targets` that can be used, and the paths that can't: by header, with "skip" by decoding."""
+    if on_error == "raise":
+        for path in paths:
+            _check_header(path)
+        return paths, targets, []
+
+    def decodes(path: Path) -> bool:
+        try:
+            open_image(path)
+        except ItaeError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        good = np.fromiter(pool.map(decodes, paths), dtype=bool, count=len(paths))
+    if not good.any():
+        raise ItaeError(f"none of the {len(paths):,} images can be read, {paths[0]} for one: check the files")
+    kept, skipped = ([path for path, ok in zip(paths, good, strict=True) if ok == wanted] for wanted in (True, False))
+    return kept, None if targets is None else targets[good], skipped
+
+
+def _read_folder(folder: Path) -> Contents:
+    if not folder.is_dir():
+        raise ItaeError(f"the image folder {folder} {'is a file' if folder.exists() else 'does not exist'}: "
+                        "give a folder of class folders, or of images")
+    paths = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(parent, name) for name in files
+                  if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+    if not paths:
+        raise ItaeError(f"the image folder {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    paths.sort(key=lambda path: path.relative_to(folder).parts)
+    loose = [path for path in paths if path.parent == folder]
+    if len(loose) == len(paths):
+        return paths, None, None
+    if loose:
+        raise ItaeError(f"the image folder {folder} holds images beside its class folders, {loose[0].name} for one: "
+                        "move them into a class folder or out of it")
+    labels = [path.relative_to(folder).parts[0] for path in paths]
+    classes, targets = np.unique(labels, return_inverse=True)
+    return paths, targets.astype(np.int64), classes.tolist()
+
+
+def _read_digits(_root: Path) -> Contents:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # exactly this conversion: the demo backbone was trained on it
+    images = np.stack([np.round(image * (255 / 16)).astype(np.uint8) for image in digits.images])
+    return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+
+
+def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
+    """One of torchvision's sets; it unpacks and checks, we download, for it knows neither timeouts nor resuming."""
+    from torchvision import datasets
+
+    reader = getattr(datasets, class_name)
+    try:
+        data = reader(root, **split)
+    except RuntimeError:  # its word for "not there, or damaged"
+        fetch(Archive(reader.url, reader.filename, reader.tgz_md5), root)
+        data = reader(root, **split, download=True)
+    targets = data.labels if class_name == "STL10" else data.targets
+    images = data.data.transpose(0, 2, 3, 1) if class_name == "STL10" else data.data
+    return images, np.asarray(targets, dtype=np.int64), list(data.classes)
+
+
+def _read_tiny_imagenet(root: Path) -> Contents:
+    """The labelled validation split; classes in the order of their WordNet ids, each by the first of its names."""
+    folder = root / "tiny-imagenet-200"
+    if not folder.is_dir():
+        unpack(fetch(TINY_IMAGENET, root), ("tiny-imagenet-200/val/", "tiny-imagenet-200/words.txt"), folder)
+    annotations, names = folder / "val/val_annotations.txt", folder / "words.txt"
+    for needed in (annotations, names):
+        if not needed.is_file():
+            raise ItaeError(f"{needed} is missing: remove {folder}, then it is unpacked anew")
+    rows = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines()]
+    words = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
+    ids, targets = np.unique([row[1] for row in rows], return_inverse=True)
+    paths = [folder / "val/images" / row[0] for row in rows]
+    return paths, targets.astype(np.int64), [words[wordnet_id].split(",")[0] for wordnet_id in ids]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `itae datasets` says of a data set; numbers are None where they depend on the user's folder."""
+
+    images: int | None
+    classes: int | None
+    split: str
+    megabytes: int
+    origin: str
+    read: Callable[[Path], Contents]
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo(
+        1_797, 10, "all", 0, "handwritten digits of the UCI repository, 8 × 8, inside scikit-learn", _read_digits),
+    "cifar10": DatasetInfo(
+        10_000, 10, "test", 170, "CIFAR-10 (Krizhevsky, 2009), 32 × 32, by torchvision",
+        partial(_read_torchvision, "CIFAR10", train=False)),
+    "cifar100": DatasetInfo(
+        10_000, 100, "test", 169, "CIFAR-100 (Krizhevsky, 2009), 32 × 32, by torchvision",
+        partial(_read_torchvision, "CIFAR100", train=False)),
+    "stl10": DatasetInfo(
+        8_000, 10, "test", 2_640, "STL-10 (Coates, Ng and Lee, 2011), 96 × 96, by torchvision",
+        partial(_read_torchvision, "STL10", split="test")),
+    "tiny-imagenet": DatasetInfo(
+        10_000, 200, "validation", 248, "Tiny-ImageNet (Stanford CS231n), 64 × 64", _read_tiny_imagenet),
+    "imagefolder:PATH": DatasetInfo(
+        None, None, "all", 0, "a folder of yours: class folders, or images without labels", _read_folder),
+}
+
+
+def _data_root(root: str | Path | None) -> Path:
+    return Path(root or os.environ.get("ITAE_DATA") or "~/.cache/itae/data").expanduser()
+
+
+TINY_IMAGENET = Archive(
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
+    248_100_043)

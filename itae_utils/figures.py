@@ -1,0 +1,233 @@
+"""Plots of patches and attention, one function each, and how every figure of the project is drawn and saved.
+
+A figure's title says what its data show. Nothing here touches pyplot's state: figures work headless and in notebooks.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, ScalarFormatter
+
+from itae_utils.findings import percent
+from itae_utils.results import make_folder, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from itae_utils.observation import Observation
+    from itae_utils.thresholds import ThresholdFit
+
+WIDTH = 10.0  # inches; a report's column
+DPI = 150
+PALETTE = sns.color_palette("colorblind").as_hex()
+NORMAL, ARTIFACT, AFTER = PALETTE[0], PALETTE[3], PALETTE[2]
+MAP = "cividis"
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.titlesize": 12.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+}
+
+
+class ReportFigure(Figure):
+    """A matplotlib figure that notebooks show without pyplot."""
+
+    def __init__(self, title: str, *, height: float) -> None:
+        super().__init__(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+        self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left")
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
+    """Draw in the project's style, and leave matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def in_style(*args, **kwargs) -> ReportFigure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
+    """Write `output_dir/figures/name.png` and `.pdf`, without dates, and return the figure.
+
+    Raises:
+        ItaeError: the folder can't be made.
+    """
+    folder = make_folder(Path(output_dir) / "figures")
+    for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
+        with replacing(folder / f"{name}.{suffix}") as part:
+            figure.savefig(part, format=suffix, metadata=metadata)
+    return figure
+
+
+@styled
+def hidden_norms(seen: Observation) -> Figure:
+    """Norm of the patch tokens after each block, artifacts and the others: median, 1–99 % band, and longest."""
+    blocks = np.arange(1, seen.hidden_norms.shape[1] + 1)
+    groups = [(label, color, seen.hidden_norms.transpose(0, 2, 1)[mask])
+              for label, color, mask in _groups(seen.artifacts) if mask.any()]
+    figure = ReportFigure(_hidden_norms_title(seen), height=4.2)
+    axes = figure.subplots()
+    for label, color, norms in groups:
+        low, median, high = np.quantile(norms, [0.01, 0.5, 0.99], axis=0)
+        axes.plot(blocks, median, color=color, marker="o", label=f"{label}, median")
+        axes.fill_between(blocks, low, high, color=color, alpha=0.2, linewidth=0, label="1 to 99 %")
+        axes.plot(blocks, norms.max(axis=0), color=color, linestyle=":", label="longest")
+    axes.set(xlabel="after block", ylabel="‖hidden‖₂ of a patch (log scale)", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter("")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def _groups(artifacts: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    share = artifacts.mean()
+    others = f"other patches ({percent(1 - share)})" if share else "all patches"
+    return [(others, NORMAL, ~artifacts), (f"artifacts ({percent(share)})", ARTIFACT, artifacts)]
+
+
+def _hidden_norms_title(seen: Observation) -> str:
+    norms = seen.hidden_norms.transpose(0, 2, 1)
+    if not seen.artifacts.any() or seen.artifacts.all():
+        peak = norms.max(axis=(0, 1)) / np.median(norms, axis=(0, 1))
+        block = int(peak.argmax())
+        return f"The longest patch token is {peak[block]:.3g} × the median of its block (after block {block + 1})"
+    ratio = np.median(norms[seen.artifacts], axis=0) / np.median(norms[~seen.artifacts], axis=0)
+    block = int(ratio.argmax())
+    if ratio[block] < 1.5:
+        return f"Artifacts are not longer than other patches: at most {ratio[block]:.2f} × (after block {block + 1})"
+    return f"Artifacts stand out most after block {block + 1}: {ratio[block]:.3g} × as long as other patches"
+
+
+@styled
+def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> Figure:
+    """Distribution of ‖P_i‖ for every source, with θ where there is one; patches on a log scale, so rare ones show."""
+    with_theta = [source for source in fits if thresholds[source] is not None]
+    title = (f"The norm of the {' and the '.join(with_theta)} tells artifacts from other patches" if with_theta
+             else "No norm has a low mode of its own: nothing tells some patches from the others")
+    figure = ReportFigure(title, height=3.4)
+    for axes, (source, fit) in zip(figure.subplots(1, len(fits), sharey=True), fits.items(), strict=True):
+        theta, norms = thresholds[source], fit.norms.ravel()
+        edges = np.histogram_bin_edges(norms, bins=100)
+        axes.hist(norms, edges, color=NORMAL)
+        axes.set(xlabel=f"‖{source}‖₂ in the last block", yscale="log", title=f"{source}: no θ")
+        if theta is not None:
+            axes.hist(norms[norms <= theta], edges, color=ARTIFACT)
+            axes.axvline(theta, color="black", linestyle="--", linewidth=1)
+            axes.set_title(f"{source}: θ = {theta:.3g}, {percent((norms <= theta).mean())} at or below")
+        axes.ticklabel_format(axis="x", useOffset=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    figure.axes[0].set_ylabel("patches (log scale)")
+    return figure
+
+
+@styled
+def attention_examples(
+    pictures: Sequence[np.ndarray], before: np.ndarray, after: np.ndarray, artifacts: np.ndarray
+) -> Figure:
+    """Images, and the `[CLS]` attention over their patches before and after, in equal colours, artifacts outlined.
+
+    Args:
+        pictures: n images (H, W, 3) in [0, 1].
+        before: (n, rows, columns) attention weights.
+        after: the same after ITAE.
+        artifacts: (n, rows, columns) bool. Where there are none at all, `after` is the same and is not drawn.
+    """
+    maps = {"before": before, "after": after} if artifacts.any() else {"attention": before}
+    shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
+    title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
+             if artifacts.any() else "Where [CLS] looks in these images; none of their patches is an artifact")
+    figure = ReportFigure(title, height=0.8 + (1 + len(maps)) * min(1.3, 0.92 * WIDTH / (len(pictures) + 1)))
+    grid = figure.subplots(1 + len(maps), len(pictures), squeeze=False)
+    extent = (0, before.shape[2], before.shape[1], 0)
+    limits = {"vmin": 0, "vmax": max(weights.max() for weights in maps.values()), "cmap": MAP}
+    for column, image in zip(grid.T, pictures, strict=True):
+        column[0].imshow(image, extent=extent)
+    for row, weights in zip(grid[1:], maps.values(), strict=True):
+        for axes, weight in zip(row, weights, strict=True):
+            drawn = axes.imshow(weight, extent=extent, **limits)
+    for row in grid:
+        for axes, mask in zip(row, artifacts, strict=True):
+            outline(axes, mask)
+    for row, label in zip(grid, ["image", *maps], strict=True):
+        row[0].set_ylabel(label)
+    figure.colorbar(drawn, ax=grid[1:], label="attention weight", pad=0.01, aspect=30)
+    return figure
+
+
+def outline(axes: Axes, artifacts: np.ndarray) -> None:
+    """Frame the artifacts (rows, columns) on a picture whose unit is the patch; take its ticks away."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    for row, column in np.argwhere(artifacts):
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=ARTIFACT, linewidth=1.2))
+
+
+@styled
+def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Figure:
+    """Left, how often each place of the patch grid holds an artifact; right, how many artifacts an image has.
+
+    Args:
+        artifacts: (n, N) bool.
+        patch_grid: rows and columns.
+    """
+    frequency, counts = artifacts.mean(axis=0), artifacts.sum(axis=1)
+    ordered = np.sort(frequency)[::-1].cumsum()
+    places = int(np.searchsorted(ordered, 0.9 * ordered[-1]) + 1)
+    title = (f"{places} of {frequency.size} places hold 90 % of the artifacts; "
+             f"an image has {counts.mean():.1f} of them ({counts.min()} to {counts.max()})")
+    figure = ReportFigure(title, height=3.8)
+    where, how_many = figure.subplots(1, 2)
+    drawn = where.imshow(frequency.reshape(patch_grid), cmap=MAP, vmin=0)
+    where.set(xlabel="patch column", ylabel="patch row")
+    for axis in (where.xaxis, where.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.colorbar(drawn, ax=where, label="images with an artifact here", format=PercentFormatter(1, decimals=0))
+    sns.histplot(counts, discrete=np.ptp(counts) < 40, ax=how_many, color=ARTIFACT, edgecolor="white",
+                 alpha=1)
+    how_many.set(xlabel="artifacts in an image", ylabel="images")
+    how_many.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+@styled
+def attention_shares(seen: Observation) -> Figure:
+    """Share of the `[CLS]` attention that lies on an image's artifacts, before and after, beside that of the patches."""
+    patches = seen.artifacts.mean()
+    shares = {name: (weights * seen.artifacts).sum(axis=1)
+              for name, weights in [("before", seen.attention), ("after", seen.attention_after)]}
+    before, after = (percent(share.mean()) for share in shares.values())
+    title = (f"Artifacts hold {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
+             f"after ITAE {after}")
+    figure = ReportFigure(title, height=3.4)
+    axes = figure.subplots()
+    for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
+        axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
+    axes.axvline(patches, color="black", linestyle="--", linewidth=1, label="their share of the patches")
+    axes.set(xlabel="share of an image's [CLS] attention that lies on its artifacts", ylabel="images", xlim=(0, 1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="upper center")
+    return figure

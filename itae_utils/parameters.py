@@ -1,0 +1,208 @@
+"""What notebooks can be told and what they are told: `parameters` cells, profiles, checks before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from itae_utils.errors import ItaeError
+
+FREE_DEFAULTS = (None, "auto")  # defaults that stand for "chosen for you" and so tell no type
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as everyone who types it means it; YAML 1.1 wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def parse_value(text: str) -> object:
+    """A parameter's value from the command line, read as YAML: 3, 1e-3, true, null, a word, [1, 2].
+
+    Raises:
+        ItaeError: not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ItaeError(f"{text!r} can't be read as a value: quote it as YAML text") from error
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook as it lies in its folder; nothing of it is run.
+
+    Attributes:
+        path: where it is.
+        defaults: names and default values in its `parameters` cell.
+        title: its first heading.
+        lead: the paragraph after that, in Markdown.
+    """
+
+    path: Path
+    defaults: dict[str, object]
+    title: str
+    lead: str
+
+    @property
+    def name(self) -> str:
+        """File name without its ending."""
+        return self.path.stem
+
+    @property
+    def key(self) -> str:
+        """The number it starts with, such as "01"."""
+        return self.name.partition("_")[0]
+
+
+def find_notebooks(folder: Path) -> list[Notebook]:
+    """All numbered notebooks of a folder in reading order.
+
+    Raises:
+        ItaeError: there is none, or a `parameters` cell is not plain.
+    """
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise ItaeError(f"no notebooks in {folder}: they are named like 01_name.ipynb")
+    return [_read_notebook(path) for path in paths]
+
+
+def _read_notebook(path: Path) -> Notebook:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    opening = next(("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"), "")
+    heading, _, rest = opening.strip().partition("\n")
+    return Notebook(
+        path=path,
+        defaults=_read_defaults(path.name, cells),
+        title=heading.lstrip("# ").strip() or path.stem,
+        lead=rest.strip().partition("\n\n")[0],
+    )
+
+
+def _read_defaults(name: str, cells: list[dict]) -> dict[str, object]:
+    tagged = [cell for cell in cells
+              if cell["cell_type"] == "code" and "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise ItaeError(f"{name} has {len(tagged)} cells tagged 'parameters': it needs exactly one")
+    try:
+        return dict(_assignment(line) for line in ast.parse("".join(tagged[0]["source"])).body)
+    except (SyntaxError, ValueError) as error:
+        raise ItaeError(f"the parameters cell of {name} must hold only `name = literal` lines: {error}") from error
+
+
+def _assignment(line: ast.stmt) -> tuple[str, object]:
+    match line:
+        case ast.Assign(targets=[ast.Name(name)], value=value) | ast.AnnAssign(target=ast.Name(name), value=value):
+            return name, ast.literal_eval(value)
+    raise ValueError(f"line {line.lineno} is not one")
+
+
+def select(notebooks: list[Notebook], only: list[str] | None) -> list[Notebook]:
+    """The notebooks whose numbers are in `only`; all of them for None."""
+    keys = [notebook.key for notebook in notebooks]
+    for key in only or []:
+        if key not in keys:
+            raise ItaeError(f"there is no notebook {key!r}: choose from {', '.join(keys)}")
+    return [notebook for notebook in notebooks if only is None or notebook.key in only]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named set of parameters: those for every notebook, and those for one by its number."""
+
+    name: str
+    description: str
+    common: dict[str, object]
+    of_notebook: dict[str, dict[str, object]]
+
+
+def read_profile(profile: str, folder: Path) -> Profile:
+    """Read `folder/PROFILE.yaml`, or the file `profile` where it ends in .yaml or .yml.
+
+    Raises:
+        ItaeError: no such profile, or not of the shape description, common and one block a notebook.
+    """
+    known = {path.stem: path for path in folder.glob("*.yaml")}
+    path = Path(profile) if profile.endswith((".yaml", ".yml")) else known.get(profile)
+    if path is None:
+        raise ItaeError(f"unknown profile {profile!r}: choose from {', '.join(sorted(known))}, or give a .yaml file")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        description = str(content.pop("description", ""))
+        blocks = {str(key).zfill(2): dict(block or {}) for key, block in content.items()}  # 01 is the number 1 in YAML
+    except OSError as error:
+        raise ItaeError(f"profile {profile!r} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise ItaeError(f"profile {profile!r} must be YAML: description, common, and a block a notebook") from error
+    return Profile(path.stem, description, blocks.pop("common", {}), blocks)
+
+
+def resolve(
+    notebooks: list[Notebook], selected: list[Notebook], profile: Profile, given: Mapping[str, object]
+) -> dict[str, dict[str, object]]:
+    """The parameters each selected notebook is run with, by its number: the profile's, then those given by hand.
+
+    A profile is checked against all notebooks, so that its mistakes show whichever are selected; what is given by
+    hand must mean something to one that is. Relative paths are taken from the working directory.
+
+    Raises:
+        ItaeError: an unknown name, or a value of another type than the notebook's default.
+    """
+    _check(profile.common, notebooks, f"profile {profile.name}")
+    for key, block in profile.of_notebook.items():
+        _check(block, select(notebooks, [key]), f"profile {profile.name}")
+    _check(given, selected, "-p")
+    resolved = {}
+    for notebook in selected:
+        told = {**profile.common, **profile.of_notebook.get(notebook.key, {}), **given}
+        resolved[notebook.key] = {
+            name: _absolute(name, value) for name, value in told.items() if name in notebook.defaults
+        }
+    return resolved
+
+
+def _check(values: Mapping[str, object], notebooks: list[Notebook], origin: str) -> None:
+    known = {name for notebook in notebooks for name in notebook.defaults} - {"output_dir"}
+    for name, value in values.items():
+        if name == "output_dir":
+            raise ItaeError(f"{origin}: output_dir is set by the report itself: use --output")
+        if name not in known:
+            where = ", ".join(notebook.key for notebook in notebooks)
+            hint = " or ".join(difflib.get_close_matches(str(name), known, n=3)) or ", ".join(sorted(known))
+            raise ItaeError(f"{origin}: no parameter {name!r} in notebook {where}: did you mean {hint}?")
+        for notebook in notebooks:
+            if name in notebook.defaults and not fits(value, notebook.defaults[name]):
+                default = notebook.defaults[name]
+                takes = "a single value" if default in FREE_DEFAULTS else f"a value of type {type(default).__name__}"
+                raise ItaeError(f"{origin}: {name}={value!r} is of type {type(value).__name__}, but {notebook.name} "
+                                f"takes {takes}, as its default {default!r}")
+
+
+def fits(value: object, default: object) -> bool:
+    """Whether a value has a default's type: an int is fine for a float, a bool is no int, "auto" takes any scalar."""
+    if default in FREE_DEFAULTS:
+        return value is None or isinstance(value, (bool, int, float, str))
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple))
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+
+def _absolute(name: str, value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if name.endswith(("_dir", "_path")):
+        return str(Path(value).expanduser().resolve())
+    if value.startswith("imagefolder:"):
+        return f"imagefolder:{Path(value.removeprefix('imagefolder:')).expanduser().resolve()}"
+    return value

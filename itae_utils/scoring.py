@@ -1,0 +1,142 @@
+"""Scores of many variants side by side: tables, differences to the baseline, and the test bench's targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from itae_utils.clustering import cluster_seeds, confusion, describe_difference, paired_bootstrap, score
+from itae_utils.findings import percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHANGE = "change"  # what is measured where there are no labels: mean cosine distance of the features to the baseline's
+
+
+def score_variants(
+    features: Mapping[str, np.ndarray], targets: np.ndarray | None, *, seeds: Sequence[int], n_init: int = 1,
+    normalize: bool = True,
+) -> pd.DataFrame:
+    """K-means scores of every variant, or, without targets, how far its features are from the baseline's.
+
+    Args:
+        features: (n, dim) by variant; without targets "baseline" must be among them.
+        targets: classes (n,), or None.
+        seeds: of k-means.
+        n_init: k-means starts for a seed.
+        normalize: whether rows are brought to length 1 before k-means.
+
+    Returns:
+        Columns variant, seed, acc, nmi, ari; or variant, seed (0), change.
+    """
+    import pandas as pd
+
+    if targets is None:
+        return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
+                             for name, rows in features.items()])
+    k = len(np.unique(targets))
+    labels = {name: cluster_seeds(rows, k, seeds=seeds, n_init=n_init, normalize=normalize)[0]
+              for name, rows in features.items()}
+    return score_labels(targets, labels, seeds)
+
+
+def score_labels(targets: np.ndarray, labels: Mapping[str, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:
+    """ACC, NMI and ARI of cluster labels (seeds, n) by variant: columns variant, seed, acc, nmi, ari."""
+    import pandas as pd
+
+    return pd.DataFrame([{"variant": name, "seed": seed, **score(targets, found)}
+                         for name, runs in labels.items() for seed, found in zip(seeds, runs, strict=True)])
+
+
+def cosine_distance(rows: np.ndarray, others: np.ndarray) -> float:
+    """Mean of 1 − cos over the pairs of rows of two (n, dim) arrays."""
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(others, axis=1)
+    return float(np.mean(1 - (rows * others).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny)))
+
+
+def score_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean ± sd over seeds as text, a row a variant in the order of `scores`, a column a metric."""
+    metrics = [name for name in scores if name not in ("variant", "seed")]
+    groups = scores.groupby("variant", sort=False)[metrics]
+    means, spreads = groups.mean(), groups.std()
+    texts = means.map("{:.3f}".format)
+    if spreads.notna().all(axis=None):
+        texts += " ± " + spreads.map("{:.3f}".format)
+    return texts.rename(columns=str.upper)
+
+
+def difference_table(
+    targets: np.ndarray, labels: Mapping[str, np.ndarray], *, draws: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """How far each variant is ahead of "baseline", with the 95 % interval: `paired_bootstrap` against each of the others.
+
+    Returns:
+        Index (variant, metric); columns difference, low, high, words.
+    """
+    import pandas as pd
+
+    table = pd.concat({name: paired_bootstrap(targets, labels["baseline"], runs, draws=draws, seed=seed)
+                       for name, runs in labels.items() if name != "baseline"}, names=["variant"])
+    return table.assign(words=[describe_difference(row) for row in table.to_dict("records")])
+
+
+def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Share of each class that is in its matched cluster, one row a seed, one column a class; 0 where none is matched.
+
+    Args:
+        targets: classes (n,).
+        labels: clusters (seeds, n).
+    """
+    import pandas as pd
+
+    rows = []
+    for run in labels:
+        table = confusion(targets, run)
+        matched = pd.Series(0.0, index=table.index)
+        pairs = min(table.shape)
+        matched.iloc[:pairs] = np.diag(table)
+        rows.append(matched / table.sum(axis=1))
+    return pd.DataFrame(rows, index=range(len(labels)))[np.unique(targets).tolist()]
+
+
+def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int = 10) -> float:
+    """Share of the nearest neighbours of each point (n, d) that have its class."""
+    from sklearn.neighbors import NearestNeighbors
+
+    neighbours = min(neighbours, len(points) - 1)
+    nearest = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors(return_distance=False)
+    return float((targets[nearest] == targets[:, None]).mean())
+
+
+def bench_targets(acc: Mapping[str, float], precision: float, recall: float) -> pd.DataFrame:
+    """What the test bench must show, what was measured, and whether that meets it.
+
+    Args:
+        acc: mean ACC of "raw pixels", "baseline" (demo), "demo-clean", "itae" and "random control".
+        precision: of the detected artifacts.
+        recall: of the detected artifacts.
+    """
+    import pandas as pd
+
+    cost = acc["demo-clean"] - acc["baseline"]
+    won = {name: (acc[name] - acc["baseline"]) / cost for name in ("itae", "random control")}
+    lead = acc["demo-clean"] - acc["raw pixels"]
+    lines = [
+        ("demo-clean beats raw pixels by at least 0.08 ACC", f"{lead:+.3f}", lead >= 0.08),
+        ("planting the artifacts costs at least 0.08 ACC", f"{cost:+.3f}", cost >= 0.08),
+        ("precision of the detection is at least 0.99", f"{precision:.4f}", precision >= 0.99),
+        ("recall of the detection is at least 0.99", f"{recall:.4f}", recall >= 0.99),
+        ("ITAE wins back at least 80 % of that cost", f"{100 * won['itae']:.0f} %", won["itae"] >= 0.8),
+        ("the random control wins back less than 20 %", f"{100 * won['random control']:.0f} %",
+         won["random control"] < 0.2),
+    ]
+    return pd.DataFrame([(target, measured, "met" if met else "not met") for target, measured, met in lines],
+                        columns=["target", "measured", "verdict"]).set_index("target")
+
+
+def describe_counts(counts: np.ndarray, patches: int) -> str:
+    """How many patches a variant attenuates, from the (n,) counts: "4.4 of 49 patches an image (8.9 %)"."""
+    return f"{counts.mean():.1f} of {patches:,} patches an image ({percent(counts.mean() / patches)})"

@@ -1,0 +1,89 @@
+"""Tiny random ViTs and made images that the tests share."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# Every part of timm's ViT that can change what the last block computes.
+STRUCTURES = {
+    "plain": {},
+    "registers": {"reg_tokens": 4, "no_embed_class": True},
+    "layer_scale": {"init_values": 0.3},
+    "norm_pre": {"pre_norm": True},
+    "qk_norm": {"qk_norm": True},
+    "scale_norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no_bias": {"qkv_bias": False},
+    "one_block": {"depth": 1},
+    "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.5, "class_token": True},
+}
+
+
+def tiny_vit(structure: str = "plain", **options) -> VisionTransformer:
+    """A random ViT of three blocks whose attention is far from even, so that edits show."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0,
+                    "global_pool": "token", "dynamic_img_size": True} | STRUCTURES[structure] | options
+        model = VisionTransformer(**settings)
+        for name, parameter in model.named_parameters():
+            if "qkv" in name:
+                torch.nn.init.normal_(parameter, std=0.4)
+            elif "norm" in name:
+                torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.2)
+            elif parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
+
+
+def threshold_at(model, batch: torch.Tensor, source: str, share: float, block: int = -1) -> float:
+    """A threshold in the middle of a gap between norms, so that rounding can't move a patch across it."""
+    from itae_utils.artifacts import qkv_norms
+
+    norms = np.sort(qkv_norms(model, batch, block)[source].flatten().double().numpy())
+    place = max(1, round(share * len(norms)))
+    return float((norms[place - 1] + norms[place]) / 2)
+
+
+class MadeDataset(torch.utils.data.Dataset):
+    """Random pictures, in memory, labelled in turn."""
+
+    name, split, source = "made", "all", "made by the tests"
+
+    def __init__(self, count: int, size: int = 32, classes: int = 3) -> None:
+        rng = np.random.default_rng(0)
+        self.pictures = [Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+        self.targets = np.arange(count) % classes
+        self.classes = [str(number) for number in range(classes)]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int):
+        return self.pictures[index], int(self.targets[index])
+
+
+def as_backbone(model, image_size: int = 32, truth=None, precision: str = "fp32"):
+    """A tiny ViT as `load_backbone` would give it."""
+    from itae_utils.backbones import Backbone, make_transform, weights_sha256
+
+    config = {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return Backbone("tiny", model, make_transform(image_size, "resize", config), image_size, "resize",
+                    torch.device("cpu"), precision, "random weights", truth, weights_sha256(model))
+
+
+def dataset_tensor(backbone, dataset) -> torch.Tensor:
+    return torch.stack([backbone.transform(dataset[index][0]) for index in range(len(dataset))])
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.inference_mode():
+        yield

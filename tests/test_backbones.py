@@ -1,0 +1,169 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from itae_utils.backbones import BACKBONES, load_backbone, weights_sha256
+from itae_utils.errors import ItaeError
+from tests.conftest import images
+
+TIMM = "vit_tiny_patch16_224"
+
+
+def picture(width=50, height=30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_demo_is_a_stock_model_in_eval_mode():
+    backbone = load_backbone("demo")
+    assert type(backbone.model) is timm.models.vision_transformer.VisionTransformer
+    assert not backbone.model.training
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert sum(parameter.numel() for parameter in backbone.model.parameters()) == 306_432
+    assert (backbone.dim, backbone.num_blocks, backbone.patch_grid, backbone.image_size) == (64, 6, (7, 7), 28)
+    assert backbone.transform(picture()).shape == (3, 28, 28)
+    assert "planted" in backbone.source
+    assert backbone.truth is not None
+    assert backbone.precision == ("bf16" if torch.cuda.is_available() else "fp32")
+
+
+def test_demo_clean_and_untrained():
+    planted, clean = load_backbone("demo"), load_backbone("demo-clean")
+    untrained, again = load_backbone("demo", pretrained=False), load_backbone("demo", pretrained=False)
+    assert clean.truth is None
+    assert untrained.truth is None
+    hashes = [backbone.weights_sha256 for backbone in (planted, clean, untrained)]
+    assert len(set(hashes)) == 3
+    assert again.weights_sha256 == untrained.weights_sha256
+
+
+def test_any_timm_vit_at_any_size_its_patch_divides():
+    backbone = load_backbone(TIMM, pretrained=False, image_size=64)
+    assert backbone.patch_grid == (4, 4)
+    assert backbone.transform(picture()).shape == (3, 64, 64)
+    assert backbone.model(images(1, 64, 64)).shape == (1, 192)
+    assert backbone.model(images(1, 48, 80)).shape == (1, 192)  # and not square
+    assert load_backbone(TIMM, pretrained=False).image_size == 224
+    assert "random weights" in backbone.source
+
+
+def test_random_weights_leave_the_callers_random_state():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    load_backbone("demo", pretrained=False)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_preprocessing():
+    wide = Image.new("RGB", (80, 40))
+    wide.paste((255, 255, 255), (0, 0, 20, 40))  # white where only the uncropped image has it
+    whole = load_backbone(TIMM, pretrained=False, image_size=32).transform(wide)
+    cropped = load_backbone(TIMM, pretrained=False, image_size=32, preprocess="meta-eval").transform(wide)
+    assert whole.shape == cropped.shape == (3, 32, 32)
+    assert whole.max() == 1
+    assert cropped.max() == -1  # mean and std of this model are 0.5
+    with pytest.raises(ItaeError, match="preprocess='crop'"):
+        load_backbone("demo", preprocess="crop")
+
+
+def test_weights_from_a_local_file(tmp_path):
+    weights = load_backbone(TIMM, pretrained=False).model.state_dict()
+    weights["norm.weight"] = torch.full_like(weights["norm.weight"], 3.0)
+    save_file(weights, tmp_path / "w.safetensors")
+    torch.save({"model": weights}, tmp_path / "w.pth")
+    loaded = [load_backbone(TIMM, checkpoint=tmp_path / name) for name in ("w.safetensors", "w.pth")]
+    assert all((backbone.model.norm.weight == 3).all() for backbone in loaded)
+    assert loaded[0].weights_sha256 == loaded[1].weights_sha256
+    assert loaded[0].source == "local file w.safetensors"
+
+
+class Pickled:
+    def __reduce__(self):
+        return (pytest.fail, ("code in a checkpoint was run",))
+
+
+def test_checkpoints_that_can_not_be_used(tmp_path):
+    with pytest.raises(ItaeError, match=r"'nowhere\.pth' is not a file"):
+        load_backbone(TIMM, checkpoint="nowhere.pth")
+    torch.save({"model": Pickled()}, tmp_path / "code.pth")
+    with pytest.raises(ItaeError, match="plain tensors"):
+        load_backbone(TIMM, checkpoint=tmp_path / "code.pth")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(ItaeError, match="no state dict"):
+        load_backbone(TIMM, checkpoint=tmp_path / "none.pth")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ItaeError, match="not readable"):
+        load_backbone(TIMM, checkpoint=tmp_path / "text.safetensors")
+    small = timm.create_model(TIMM, embed_dim=48, num_heads=3, num_classes=0)
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    with pytest.raises(ItaeError, match="can't be loaded") as error:
+        load_backbone(TIMM, checkpoint=tmp_path / "small.safetensors")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ItaeError, match="carries its weights"):
+        load_backbone("demo", checkpoint=tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"name": "demmo"}, "did you mean demo"),
+    ({"name": "dinov2_vits15"}, "did you mean dinov2_vits14"),
+    ({"name": "resnet18"}, "ResNet is not handled"),
+    ({"name": "vit_base_patch16_siglip_224"}, r"no \[CLS\] token"),
+    ({"name": "demo", "image_size": 30}, "image size 30 is not a multiple of the patch, 4: use 28 or 32"),
+    ({"name": "demo", "image_size": 0}, "use 4 or 8"),
+    ({"name": "demo", "precision": "fp8"}, "precision='fp8'"),
+    ({"name": "vit_tiny_patch16_18x2_224"}, "unknown backbone"),
+    ({"name": "vit_small_patch16_18x2_224"}, "ParallelThingsBlock"),
+])
+def test_bad_names_and_options(options, message):
+    with pytest.raises(ItaeError, match=message) as error:
+        load_backbone(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_hash_sees_names_types_and_values():
+    model = load_backbone("demo").model
+    digest = weights_sha256(model)
+    model.norm.bias.data[0] += 1e-3
+    changed = weights_sha256(model)
+    assert changed != digest
+    assert weights_sha256(model.half()) != changed
+
+
+def test_every_named_timm_backbone_is_what_the_table_says():
+    for name, entry in BACKBONES.items():
+        if entry.timm_name is None:
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(entry.timm_name, num_classes=0)
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert millions == pytest.approx(entry.parameters, rel=0.01), name
+        assert model.patch_embed.patch_size == (entry.patch, entry.patch)
+        assert model.num_prefix_tokens == (5 if name.endswith("_reg") else 1)
+        assert entry.image_size % entry.patch == 0
+    assert dataclasses.asdict(BACKBONES["demo"])["size_mb"] == 0
+
+
+def test_no_network_answers_soon_and_says_what_to_do(monkeypatch):
+    import time
+
+    import huggingface_hub
+
+    def refused(*_args, **_options):
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refused)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    start = time.perf_counter()
+    with pytest.raises(ItaeError, match=r"download model\.safetensors there, give checkpoint=FILE"):
+        load_backbone("dinov2_vits14")
+    assert time.perf_counter() - start < 10
+
+
+def test_a_model_without_published_weights_is_told_so():
+    with pytest.raises(ItaeError, match="timm has no weights for 'vit_small_patch16_36x1_224'"):
+        load_backbone("vit_small_patch16_36x1_224")

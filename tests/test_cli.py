@@ -1,0 +1,260 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import itae_utils
+from itae_utils import cli, report
+from itae_utils.errors import ItaeError
+from tests.tiny_notebooks import write_notebook, write_notebooks
+
+HEAVY = {"torch", "torchvision", "timm", "sklearn", "scipy", "pandas", "matplotlib", "papermill", "nbconvert"}
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("statement", [
+    "import itae_utils",
+    "from itae_utils.cli import main; main(['--help'], standalone_mode=False)",
+    "from itae_utils.cli import main; main(['report', '--help'], standalone_mode=False)",
+    "from itae_utils.cli import main; main(['datasets'], standalone_mode=False)",
+    "from itae_utils.cli import main; main(['backbones'], standalone_mode=False)",
+    "import itae_utils.report, itae_utils.pages, itae_utils.results",
+])
+def test_nothing_heavy_is_imported(statement):
+    code = f"import sys\n{statement}\nprint('HEAVY', *sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY"
+
+
+def test_version():
+    assert run("--version").output == f"itae, version {itae_utils.__version__}\n"
+
+
+def test_help_names_every_command():
+    output = run("--help").output
+    for command in ("report", "extract", "inspect", "backbones", "datasets"):
+        assert command in output
+
+
+def test_backbones_and_datasets_are_listed():
+    names = [line.split("  ")[0] for line in run("backbones").output.splitlines()]
+    assert {"demo", "demo-clean", "dinov2_vits14", "dinov2_vitg14_reg"} <= set(names)
+    names = [line.split("  ")[0] for line in run("datasets").output.splitlines()]
+    assert {"digits", "cifar10", "tiny-imagenet", "imagefolder:PATH"} <= set(names)
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    folder = write_notebooks(tmp_path / "nb")
+    monkeypatch.setattr(report, "notebooks_folder", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [
+    ("report", "-p", "sed", "1"),
+    ("report", "-p", "seed", "1.5"),
+    ("report", "-p", "seed", "[1"),
+    ("report", "--only", "7"),
+    ("report", "--profile", "papier"),
+    ("report", "--dataset", "digit"),
+    ("report", "--output", "file/out"),
+    ("extract", "--output", "features.csv"),
+    ("extract", "--output", "file/features.npz"),
+    ("extract", "--dataset", "digit", "--output", "features.npz"),
+])
+def test_bad_input_is_one_line_and_status_2(notebooks, tmp_path, arguments):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_report_passes_its_options_on(monkeypatch):
+    asked = {}
+
+    def run_report(**options):
+        asked.update(options)
+        return report.Report(Path("/somewhere"), "demo", "", ())
+
+    monkeypatch.setattr(report, "run_report", run_report)
+    result = run("report", "--profile", "p.yaml", "--backbone", "b", "--dataset", "d", "--only", "1, 03",
+                 "-p", "seed", "3", "-p", "alpha", "1e-3", "--output", "o")
+    assert result.exit_code == 0
+    assert result.output == "/somewhere/index.html\n"
+    assert asked.pop("say")
+    assert asked == {"profile": "p.yaml", "backbone": "b", "dataset": "d", "only": ["01", "03"],
+                     "parameters": {"seed": 3, "alpha": 0.001}, "output": Path("o")}
+
+
+def test_report_tells_its_progress_and_its_place(notebooks, tmp_path):
+    result = run("report", "--only", "03", "--output", "out")
+    assert result.exit_code == 0
+    started, took, index = result.stdout.splitlines()
+    assert started == "03_scores …"
+    assert took.startswith("03_scores took ")
+    assert index == str(tmp_path / "out" / "index.html")
+    assert result.stderr == ""
+
+
+def test_failed_notebook_is_status_1(notebooks, tmp_path):
+    result = run("report", "--only", "02", "--output", "out")
+    assert result.exit_code == 1
+    assert result.stderr == "02_fails: ValueError: of no use at all (cell [4])\n"
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_interrupt_is_one_line_status_130_and_leaves_no_report_and_no_kernel(tmp_path):
+    folder, mark = write_notebooks(tmp_path / "nb"), tmp_path / "mark"
+    wait = f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    write_notebook(folder, "02_fails", wait)
+    code = (f"import signal, pathlib; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            f"from itae_utils import cli, report; report.notebooks_folder = lambda: pathlib.Path({str(folder)!r}); "
+            f"cli.main(['report', '--only', '02', '--output', {str(tmp_path / 'out')!r}])")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip() == "Error: interrupted"
+    assert not (tmp_path / "out" / "index.html").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+class TinyFeatures(dict):
+    targets = np.array([1, 0])
+
+    def __init__(self, **arrays):
+        super().__init__(arrays)
+        self.settings = {"backbone": "demo", "batch_size": 3}
+        self.thresholds = {"baseline": (), "itae": (0.5,)}
+
+
+class TinyImages(list):
+    name, split, classes = "digits", "all (2)", ("a", "b")
+
+
+@pytest.fixture
+def features(monkeypatch):
+    """What `itae extract` asked for, and the features it got."""
+    asked = {}
+    made = TinyFeatures(baseline=np.eye(2, 3, dtype=np.float32), itae=np.ones((2, 3), dtype=np.float32))
+
+    def extract_features(backbone, dataset, variants, **options):
+        asked.update(backbone=backbone, dataset=dataset, variants=variants, **options)
+        return made
+
+    monkeypatch.setattr(itae_utils, "load_backbone", lambda name: SimpleNamespace(name=name, weights_sha256="ab"))
+    monkeypatch.setattr(itae_utils, "load_dataset", lambda name, limit: TinyImages([name, limit]))
+    monkeypatch.setattr(itae_utils, "extract_features", extract_features)
+    return asked, made
+
+
+def test_extract_to_npz(features, tmp_path):
+    asked, made = features
+    path = tmp_path / "new" / "features.npz"
+    result = run("extract", "--dataset", "cifar10", "--limit", 2, "--batch-size", 3, "--threshold", "0.5",
+                 "--source", "query", "--output", path)
+    assert result.exit_code == 0, result.output
+    assert (asked["backbone"].name, asked["dataset"], asked["batch_size"]) == ("demo", ["cifar10", 2], 3)
+    assert asked["variants"]["baseline"] is None
+    assert (asked["variants"]["itae"].source, asked["variants"]["itae"].threshold) == ("query", 0.5)
+    with np.load(path) as stored:
+        assert set(stored) == {"about", "baseline", "itae", "targets"}
+        np.testing.assert_array_equal(stored["baseline"], made["baseline"])
+        np.testing.assert_array_equal(stored["targets"], made.targets)
+        about = json.loads(str(stored["about"]))
+    assert about["thresholds"] == {"baseline": [], "itae": [0.5]}
+    assert (about["classes"], about["weights_sha256"], about["split"]) == (["a", "b"], "ab", "all (2)")
+    assert [each.name for each in path.parent.iterdir()] == ["features.npz"]
+
+
+def test_extract_to_parquet(features, tmp_path):
+    import pandas as pd
+
+    result = run("extract", "--output", tmp_path / "features.parquet")
+    assert result.exit_code == 0, result.output
+    table = pd.read_parquet(tmp_path / "features.parquet")
+    np.testing.assert_array_equal(np.stack(table["itae"]), features[1]["itae"])
+    assert np.stack(table["baseline"]).dtype == np.float32
+    assert list(table["targets"]) == [1, 0]
+    assert features[0]["variants"]["itae"].threshold == "auto"
+
+
+def test_extract_without_labels(features, tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyFeatures, "targets", None)
+    assert run("extract", "--output", tmp_path / "features.npz").exit_code == 0
+    with np.load(tmp_path / "features.npz") as stored:
+        assert "targets" not in stored
+
+
+def test_failed_extraction_leaves_no_file(features, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise ItaeError("features are\nnot finite")
+
+    monkeypatch.setattr(itae_utils, "extract_features", fail)
+    result = run("extract", "--output", tmp_path / "features.npz")
+    assert (result.exit_code, result.stderr) == (2, "Error: features are not finite\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_extract_with_the_embedded_backbone(tmp_path):
+    result = run("extract", "--limit", 60, "--output", tmp_path / "features.npz")
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "features.npz") as stored:
+        assert stored["baseline"].shape == stored["itae"].shape == (60, 64)
+        assert np.abs(stored["baseline"] - stored["itae"]).max() > 0.01
+        (threshold,) = json.loads(str(stored["about"]))["thresholds"]["itae"]
+    assert threshold > 0
+
+
+@pytest.mark.parametrize("threshold", ["much", "-", ""])
+def test_odd_thresholds_are_refused(threshold, tmp_path):
+    result = run("extract", "--threshold", threshold, "--output", tmp_path / "features.npz")
+    assert result.exit_code == 2
+    assert "neither a number nor auto" in result.stderr
+
+
+def test_inspect_passes_its_options_on(monkeypatch):
+    asked = {}
+
+    def inspect_images(paths, **options):
+        asked.update(paths=list(paths), **options)
+        return ["first", "second"]
+
+    monkeypatch.setitem(sys.modules, "itae_utils.inspection", SimpleNamespace(inspect_images=inspect_images))
+    result = run("inspect", "a.png", "b.png", "--source", "value", "--threshold", "2.5", "--output", "o.pdf")
+    assert result.output == "first\nsecond\n"
+    assert asked == {"paths": [Path("a.png"), Path("b.png")], "backbone": "demo", "source": "value", "threshold": 2.5,
+                     "output": Path("o.pdf")}
+    run("inspect", "a.png")
+    assert asked["threshold"] is None
+
+
+def test_interrupt_in_any_command(monkeypatch):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "itae_utils.inspection", SimpleNamespace(inspect_images=interrupt))
+    result = run("inspect", "a.png")
+    assert (result.exit_code, result.stderr) == (130, "Error: interrupted\n")

@@ -1,0 +1,219 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from itae_utils.artifacts import FiringRule, qkv_norms
+from itae_utils.attention import ITAE, attenuate
+from itae_utils.errors import ItaeError
+from itae_utils.features import GROUP, extract_features
+from itae_utils.thresholds import ThresholdFit, Thresholds
+from itae_utils.vit import SOURCES
+from tests import reference
+from tests.conftest import STRUCTURES, MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
+
+ATTENUATIONS = ("min", "mask", "mean", "scale")
+
+
+def setup(structure="registers", count=5, **options):
+    backbone, dataset = as_backbone(tiny_vit(structure)), MadeDataset(count, **options)
+    return backbone, dataset, dataset_tensor(backbone, dataset)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_baseline_is_the_model_s_cls_output(structure):
+    backbone, dataset, batch = setup(structure)
+    features = extract_features(backbone, dataset, {"baseline": None}, batch_size=2)
+    expected = backbone.model.forward_features(batch)[:, 0].numpy()
+    assert features["baseline"].dtype == np.float32
+    assert np.abs(features["baseline"] - expected).max() < 1e-5
+    assert features.targets.tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_attenuation_follows_the_equations(structure):
+    backbone, dataset, batch = setup(structure, count=2)
+    threshold = threshold_at(backbone.model, batch, "key", 0.3)
+    variants = {name: ITAE("key", threshold, name, alpha=0.3) for name in ATTENUATIONS}
+    features = extract_features(backbone, dataset, variants)
+    for name, itae in variants.items():
+        expected = reference.forward(backbone.model, batch, itae)[:, 0].numpy()
+        assert np.abs(features[name] - expected).max() < 1e-5
+
+
+def every_kind_of_variant(model, batch) -> dict[str, ITAE | None]:
+    thresholds = {source: threshold_at(model, batch, source, 0.3) for source in SOURCES}
+    both = [threshold_at(model, batch, "key", 0.3, block) for block in (-2, -1)]
+    shallow = {f"{source}-{name}": ITAE(source, thresholds[source], name)
+               for source in SOURCES for name in ATTENUATIONS}
+    return {"baseline": None} | shallow | {
+        "random": ITAE("key", thresholds["key"], select="random", seed=5),
+        "two blocks": ITAE("key", both, blocks=2),
+        "all rows": ITAE("key", both, blocks=2, rows="all"),
+        "first alone": ITAE("key", [both[0], None], blocks=2),
+        "random, two blocks": ITAE("key", both, blocks=2, select="random", seed=5),
+        "three blocks": ITAE("value", 1e9, "mask", blocks=3),
+    }
+
+
+@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "no_bias"])
+def test_extraction_and_attenuate_agree_for_every_kind_of_variant(structure):
+    backbone, dataset, batch = setup(structure, count=7)
+    variants = every_kind_of_variant(backbone.model, batch)
+    features = extract_features(backbone, dataset, variants, batch_size=3)
+    assert list(features) == list(variants)
+    for name, itae in variants.items():
+        if itae is None:
+            continue
+        with attenuate(backbone.model, itae):
+            expected = backbone.model.forward_features(batch)[:, 0].numpy()
+        assert np.abs(features[name] - expected).max() < 1e-5, name
+        assert np.abs(features[name] - features["baseline"]).max() > 1e-4, name
+
+
+def test_a_variant_s_bytes_do_not_depend_on_the_others():
+    backbone, dataset, batch = setup(count=6)
+    variants = every_kind_of_variant(backbone.model, batch)
+    together = extract_features(backbone, dataset, variants, batch_size=3)
+    assert len(variants) > 2 * GROUP
+    for name in ("baseline", "key-min", "value-scale", "two blocks"):
+        alone = extract_features(backbone, dataset, {name: variants[name]}, batch_size=3)
+        assert np.array_equal(alone[name], together[name]), name
+
+
+def test_images_are_run_once_whatever_the_number_of_variants():
+    backbone, dataset, batch = setup(count=6)
+    calls, variants = [], every_kind_of_variant(backbone.model, batch)
+    handle = backbone.model.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    extract_features(backbone, dataset, variants, batch_size=3)
+    handle.remove()
+    assert len(calls) == 2
+
+
+def test_images_without_artifacts_get_the_baseline_itself():
+    backbone, dataset, batch = setup(count=6)
+    smallest = qkv_norms(backbone.model, batch)["key"].flatten(1).amin(1)
+    threshold = float(smallest.sort().values[2:4].mean())  # three images have artifacts, three have none
+    untouched = (smallest > threshold).numpy()
+    variants = {"baseline": None, "min": ITAE("key", threshold), "mask": ITAE("key", threshold, "mask"),
+                "deep": ITAE("key", [0.0, threshold], blocks=2), "deep, nothing": ITAE("key", [0.0, 0.0], blocks=2)}
+    features = extract_features(backbone, dataset, variants, batch_size=4)
+    for name in ("min", "mask", "deep"):
+        equal = (features[name] == features["baseline"]).all(1)
+        assert equal.tolist() == untouched.tolist(), name
+        assert (features.artifact_counts[name] == 0).tolist() == untouched.tolist()
+    assert np.array_equal(features["deep, nothing"], features["baseline"])
+
+
+def test_images_without_a_normal_patch_are_left_alone_and_counted():
+    backbone, dataset, batch = setup(count=6)
+    largest = qkv_norms(backbone.model, batch)["key"].flatten(1).amax(1)
+    threshold = float(largest.sort().values[1:3].mean())
+    features = extract_features(backbone, dataset, {"baseline": None, "mean": ITAE("key", threshold, "mean"),
+                                                    "min": ITAE("key", threshold)})
+    equal = (features["mean"] == features["baseline"]).all(1)
+    assert equal.tolist() == (largest <= threshold).tolist()
+    assert features.left_alone == {"baseline": 0, "mean": 2, "min": 0}
+
+
+def fits(model, threshold_by_block: dict[int, float | None]) -> Thresholds:
+    made = {(block, source): ThresholdFit(threshold_by_block.get(block), 0.1, 5.0, "made", np.empty(0))
+            for block in range(len(model.blocks)) for source in SOURCES}
+    return Thresholds(made, len(model.blocks), 0.0)
+
+
+def test_auto_is_resolved_to_numbers_block_by_block():
+    backbone, dataset, batch = setup()
+    model = backbone.model
+    numbers = {1: threshold_at(model, batch, "key", 0.3, 1), 2: threshold_at(model, batch, "key", 0.2)}
+    variants = {"auto": ITAE(), "deep": ITAE(blocks=3), "fixed": ITAE(threshold=numbers[2]), "baseline": None}
+    features = extract_features(backbone, dataset, variants, thresholds=fits(backbone.model, numbers))
+    assert features.thresholds == {"auto": (numbers[2],), "deep": (None, numbers[1], numbers[2]),
+                                   "fixed": (numbers[2],), "baseline": ()}
+    assert np.array_equal(features["auto"], features["fixed"])
+    with attenuate(backbone.model, ITAE(threshold=[numbers[1], numbers[2]], blocks=2)):
+        expected = backbone.model.forward_features(batch)[:, 0].numpy()
+    assert np.abs(features["deep"] - expected).max() < 1e-5
+
+
+def test_auto_fits_once_and_does_no_harm_where_nothing_is_found(monkeypatch):
+    backbone, dataset, _ = setup(count=4)
+    calls = []
+    import itae_utils.features as module
+
+    fit = module.fit_thresholds
+    monkeypatch.setattr(module, "fit_thresholds", lambda *args: calls.append(1) or fit(*args))
+    features = extract_features(backbone, dataset, {"baseline": None, "a": ITAE(), "b": ITAE("value", blocks=2)})
+    assert len(calls) == 1
+    assert features.thresholds["b"] == (None, None)  # too few patches to fit
+    assert features.fit_seconds > 0
+    for name in "ab":
+        assert np.array_equal(features[name], features["baseline"])
+    extract_features(backbone, dataset, {"fixed": ITAE(threshold=1.0), "oracle-free": None})
+    assert len(calls) == 1
+
+
+def test_oracle_uses_the_backbone_s_truth():
+    backbone, dataset, batch = setup("plain")
+    backbone = dataclasses.replace(backbone, truth=FiringRule(0, (5, 6), 0.9))
+    variants = {"oracle": ITAE(select="oracle"), "deep": ITAE(select="oracle", blocks=2, rows="all")}
+    features = extract_features(backbone, dataset, variants, batch_size=2)
+    with backbone.truth.watch(backbone.model) as watch:
+        backbone.model(batch)
+    assert features.artifact_counts["oracle"].tolist() == watch.mask.sum(1).tolist()
+    for name, itae in variants.items():
+        with attenuate(backbone.model, itae, truth=backbone.truth):
+            expected = backbone.model.forward_features(batch)[:, 0].numpy()
+        assert np.abs(features[name] - expected).max() < 1e-5
+    with pytest.raises(ItaeError, match="no ground truth"):
+        extract_features(setup()[0], dataset, {"oracle": ITAE(select="oracle")})
+
+
+def test_workers_change_nothing():
+    backbone, dataset, batch = setup(count=5)
+    variants = {"itae": ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3))}
+    alone = extract_features(backbone, dataset, variants, batch_size=2)
+    workers = extract_features(backbone, dataset, variants, batch_size=2, num_workers=2)
+    assert np.array_equal(alone["itae"], workers["itae"])
+
+
+def test_bfloat16_is_close():
+    backbone, dataset, batch = setup("dinov2", count=4)
+    variants = {"baseline": None, "itae": ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3))}
+    full = extract_features(backbone, dataset, variants)
+    half = extract_features(as_backbone(backbone.model, precision="bf16"), dataset, variants)
+    for name in variants:
+        lengths = np.linalg.norm(full[name], axis=1) * np.linalg.norm(half[name], axis=1)
+        cosine = (full[name] * half[name]).sum(1) / lengths
+        assert cosine.min() > 0.99
+        assert not np.array_equal(full[name], half[name])
+
+
+def test_features_that_are_not_finite_name_the_batch():
+    backbone, dataset, _ = setup(count=5)
+
+    def spoil(_module, _args, output):
+        return output if len(output) == 2 else output * float("nan")
+
+    handle = backbone.model.blocks[0].register_forward_hook(spoil)
+    with pytest.raises(ItaeError, match="'baseline' are not finite in the batch of images 4 to 4"):
+        extract_features(backbone, dataset, {"baseline": None}, batch_size=2)
+    handle.remove()
+
+
+def test_bad_variants():
+    backbone, dataset, _ = setup()
+    with pytest.raises(ItaeError, match="no variants"):
+        extract_features(backbone, dataset, {})
+    with pytest.raises(ItaeError, match="blocks=4 but the model has 3"):
+        extract_features(backbone, dataset, {"deep": ITAE(threshold=1.0, blocks=4)})
+
+
+def test_settings_are_recorded():
+    backbone, dataset, _ = setup()
+    features = extract_features(backbone, dataset, {"baseline": None}, batch_size=4)
+    assert features.settings == {"backbone": "tiny", "device": "cpu", "precision": "fp32", "batch_size": 4}
+    assert features.seconds > 0
+    assert len(features) == 1
+    assert torch.get_default_dtype() == torch.float32

@@ -1,0 +1,178 @@
+import json
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from itae_utils import report, results
+from itae_utils.errors import ItaeError
+from tests.test_pages import external_references
+from tests.tiny_notebooks import write_notebook, write_notebooks
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    folder = write_notebooks(tmp_path / "nb")
+    monkeypatch.setattr(report, "notebooks_folder", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report made where another Python is installed as kernel `python3`, and its own is not on the PATH."""
+    folder = tmp_path_factory.mktemp("report")
+    foreign = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
+    foreign.parent.mkdir(parents=True)
+    specification = {"argv": ["/bin/false"], "display_name": "x", "language": "python"}
+    foreign.write_text(json.dumps(specification), encoding="utf-8")
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "notebooks_folder", lambda: write_notebooks(folder / "nb"))
+        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+        patch.setenv("PATH", "/usr/bin:/bin")
+        patch.setenv("MPLBACKEND", "agg")
+        patch.chdir(folder)
+        made = report.run_report(parameters={"seed": 5}, say=lines.append)
+        assert report.os.environ["JUPYTER_PATH"] == str(folder / "jupyter")
+    return made, lines
+
+
+def shown(made: report.Report, name: str) -> str:
+    return (made.folder / name / f"{name}.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_report_is_whole(written):
+    made, lines = written
+    assert made.folder.name == "demo-demo-digits"
+    assert made.folder.parent.name == "reports"
+    index = made.index.read_text(encoding="utf-8")
+    for name in ("01_first", "02_fails", "03_scores"):
+        assert f'href="{name}/{name}.html"' in index
+        assert (made.folder / name / f"{name}.ipynb").is_file()
+        assert not external_references(shown(made, name))
+    assert not external_references(index)
+    assert [line.split()[0] for line in lines] == [name for name in ("01_first", "02_fails", "03_scores") for _ in "se"]
+    assert "took" in lines[1]
+    assert not list(made.folder.rglob("*.part"))
+
+
+@pytest.mark.slow
+def test_kernel_is_this_python_in_the_notebooks_folder(written):
+    made, _ = written
+    folder = made.folder / "01_first"
+    seen = f"SEEN {sys.executable} 0 {made.folder.parents[1] / 'nb'} {folder} 0.25"
+    assert seen in shown(made, "01_first")
+
+
+@pytest.mark.slow
+def test_no_warning_reaches_a_page(written):
+    made, _ = written
+    page = shown(made, "01_first")
+    assert "MURMUR" not in page
+    assert "MUMBLE" not in page
+    assert 'class="stderr"' not in page
+
+
+@pytest.mark.slow
+def test_failing_notebook_keeps_what_it_did_and_the_others_run(written):
+    made, _ = written
+    assert [run.notebook.key for run in made.failed] == ["02"]
+    assert made.failed[0].error == "ValueError: of no use at all (cell [4])"
+    assert "BEFORE" in shown(made, "02_fails")
+    assert "of no use" in shown(made, "02_fails")
+    assert "ValueError: of no use at all (cell [4])" in made.index.read_text(encoding="utf-8")
+    assert made.runs[2].results["parameters"]["seed"] == 5
+
+
+@pytest.mark.slow
+def test_results_hold_seconds_and_fit_the_schema(written):
+    made, _ = written
+    schema = json.loads(Path(results.__file__).with_name("results.schema.json").read_text(encoding="utf-8"))
+    for name in ("01_first", "03_scores"):
+        content = results.read_results(made.folder / name / "results.json")
+        jsonschema.validate(content, schema)
+        assert content["provenance"]["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_manifest(written):
+    made, _ = written
+    manifest = json.loads((made.folder / "report.json").read_text(encoding="utf-8"))
+    assert [entry["notebook"] for entry in manifest["notebooks"]] == ["01_first", "02_fails", "03_scores"]
+    assert [bool(entry["error"]) for entry in manifest["notebooks"]] == [False, True, False]
+    assert manifest["notebooks"][0]["parameters"]["alpha"] == 0.25
+    assert manifest["notebooks"][1]["results"] is None
+    for entry in manifest["notebooks"]:
+        assert (made.folder / entry["page"]).is_file()
+
+
+def test_a_new_report_takes_the_place_of_an_old_one(notebooks, tmp_path):
+    output = tmp_path / "out"
+    for old in ("index.html", "report.json", "02_fails/results.json", "02_fails/figures/old.png", "mine.txt"):
+        (output / old).parent.mkdir(parents=True, exist_ok=True)
+        (output / old).write_text("old", encoding="utf-8")
+    check = f"import os\nassert not os.path.exists({str(output / 'index.html')!r})"
+    write_notebook(notebooks, "02_fails", check, measure=False)
+    made = report.run_report(only=["02"], output=output, say=str)
+    assert made.failed[0].error.startswith(f"{output / '02_fails' / 'results.json'} can't be read")
+    assert not (output / "02_fails" / "figures").exists()
+    assert "old" not in made.index.read_text(encoding="utf-8").split("</style>")[1]
+    assert (output / "mine.txt").read_text(encoding="utf-8") == "old"
+
+
+def test_a_dead_kernel_is_a_failure(notebooks, tmp_path):
+    write_notebook(notebooks, "02_fails", "import os\nos._exit(1)")
+    made = report.run_report(only=["02"], output=tmp_path / "out", say=str)
+    assert made.failed[0].error.startswith("the kernel died")
+    assert "the kernel died" in made.index.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"only": ["07"]}, "no notebook '07'"),
+    ({"profile": "papier"}, "unknown profile 'papier'"),
+    ({"parameters": {"sed": 1}}, "no parameter 'sed'"),
+    ({"parameters": {"seed": "x"}}, "seed='x'"),
+    ({"parameters": {"output_dir": "x"}}, "use --output"),
+    ({"backbone": "demmo"}, "unknown backbone 'demmo': did you mean demo"),
+    ({"dataset": "cifar11"}, "unknown data set 'cifar11': did you mean cifar10"),
+    ({"dataset": "imagefolder:nowhere"}, "no such folder"),
+])
+def test_bad_input_is_refused_before_anything_is_written(notebooks, tmp_path, options, message):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ItaeError, match=message) as refused:
+        report.run_report(**options)
+    assert "\n" not in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_below_a_file_is_refused(notebooks, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ItaeError, match="can't be made"):
+        report.run_report(output=tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(("dataset", "name"), [
+    ("digits", "demo-tiny-digits"), ("imagefolder:/a b/my cats", "demo-tiny-imagefolder-my-cats"),
+    ("imagefolder:/a/../..", "demo-tiny-imagefolder-.."),
+])
+def test_default_output_is_one_safe_folder(dataset, name):
+    assert report._default_output("demo", {"backbone": "tiny", "dataset": dataset}) == Path("reports") / name
+
+
+def test_notebooks_lie_beside_the_package_or_in_it(tmp_path, monkeypatch):
+    assert report.notebooks_folder() == Path(report.__file__).parents[1] / "notebooks"
+    (tmp_path / "_notebooks").mkdir()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    assert report.notebooks_folder() == tmp_path / "_notebooks"
+
+
+def test_shipped_profiles_are_legal(tmp_path):
+    folder = Path(report.__file__).parents[1] / "notebooks"
+    for path in (folder / "profiles").glob("*.yaml"):
+        profile = report.read_profile(path.stem, folder / "profiles")
+        if list(folder.glob("*.ipynb")):
+            found = report.find_notebooks(folder)
+            assert set(report.resolve(found, found, profile, {})) == {notebook.key for notebook in found}
