@@ -64,13 +64,3 @@ def test_the_readme_s_python_example_runs(tmp_path):
     assert len(blocks) == 1
     done = subprocess.run([sys.executable, "-c", blocks[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_project_speaks_of_itself_alone():
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
-                           check=True).stdout.split()
-    forbidden = re.compile("/" + r"work/|\b(sub)?" + r"agents?\b|\bsess" + r"ions?\b", re.IGNORECASE)
-    for file in files:
-        if Path(file).suffix in {".py", ".md", ".ipynb", ".toml", ".yml", ".yaml", ".cff"}:
-            found = forbidden.search((ROOT / file).read_text())
-            assert not found, f"{file}: {found}"
