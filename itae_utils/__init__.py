@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "errors": ["ItaeError"],
     "datasets": ["load_dataset"],
+    "batches": ["image_batches"],
     "backbones": ["Backbone", "load_backbone"],
     "artifacts": ["precision_recall", "qkv_norms", "token_norms"],
     "thresholds": ["fit_threshold", "fit_thresholds"],

@@ -215,7 +215,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
 
 @styled
 def attention_shares(seen: Observation) -> Figure:
-    """Share of the `[CLS]` attention that lies on an image's artifacts, before and after, beside that of the patches."""
+    """Share of the `[CLS]` attention on an image's artifacts, before and after, beside their share of the patches."""
     patches = seen.artifacts.mean()
     shares = {name: (weights * seen.artifacts).sum(axis=1)
               for name, weights in [("before", seen.attention), ("after", seen.attention_after)]}

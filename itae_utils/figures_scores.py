@@ -12,12 +12,13 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from itae_utils.ablation import AUTO
 from itae_utils.figures import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, styled
-from itae_utils.scoring import CHANGE, neighbour_agreement
+from itae_utils.scoring import AGREEMENT, CHANGE, neighbour_agreement
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline"}
+MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline",
+            AGREEMENT: "ARI between runs"}
 NAMED_CLASSES = 20  # more names than these don't fit beside an axis
 
 
@@ -98,36 +99,36 @@ def _band(axes, rows: pd.DataFrame, measure: str, *, color: str, **style) -> Non
 
 def _curves_title(scores: pd.DataFrame, measure: str) -> str:
     means = scores.groupby(["kind", "source", "theta", "attenuation"], dropna=False)[measure].mean()
-    baseline, random = means["baseline"].mean(), means["random"]
+    baseline = means["baseline"].mean()
     auto = scores[(scores.kind == "itae") & (scores.theta == AUTO)]
     against = "" if measure == CHANGE else f"; baseline {baseline:.3f}"
     if auto.empty:
         low, high = means["itae"].min(), means["itae"].max()
         return f"No source gave a θ by itself; at fixed shares {MEASURES[measure]} is {low:.3f} to {high:.3f}{against}"
-    best = auto.groupby(["source", "attenuation"])[measure].mean()
-    (source, attenuation), value = best.idxmax(), best.max()
-    return (f"With θ from the norms alone: {MEASURES[measure]} {value:.3f} ({source}, {attenuation}); "
-            f"as many random patches: {random[source][AUTO].iloc[0]:.3f}{against}")
+    found, sources = auto.groupby(["source", "attenuation"])[measure].mean(), list(dict.fromkeys(auto.source))
+    control = ", ".join(f"{means['random', source, AUTO].iloc[0]:.3f}" for source in sources)
+    return (f"With θ from the norms alone ({', '.join(sources)}) {MEASURES[measure]} is {found.min():.3f} to "
+            f"{found.max():.3f}; with as many random patches {control}{against}")
 
 
 @styled
-def score_overview(scores: pd.DataFrame, difference: str) -> Figure:
+def score_overview(scores: pd.DataFrame, title: str) -> Figure:
     """Mean and sd over seeds of every variant, one panel a metric, the baseline as a line.
 
     Args:
-        scores: columns variant, seed, and the metrics.
-        difference: ITAE against the baseline in ACC, in words.
+        scores: column variant, and metrics.
+        title: what they show, in words.
     """
     variants = list(dict.fromkeys(scores.variant))
     metrics = [name for name in MEASURES if name in scores]
-    title = f"ITAE against the baseline in {MEASURES[metrics[0]]}: {difference}"
     figure = ReportFigure(title, height=1.3 + 0.32 * len(variants))
     spread = scores.groupby("variant", sort=False)[metrics].agg(["mean", "std"]).fillna(0)
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         for place, variant in enumerate(variants):
             mean, sd = spread.loc[variant, metric]
             axes.errorbar(mean, place, xerr=sd, fmt="o", capsize=3, color=AFTER if variant == "itae" else NORMAL)
-            axes.annotate(f"{mean:.3f}", (mean, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(f"{mean:.3f}", (mean, place), (0, 5), textcoords="offset points", ha="center", fontsize=8,
+                          bbox={"boxstyle": "square,pad=0", "facecolor": "white", "linewidth": 0})
         axes.axvline(spread.loc["baseline", (metric, "mean")], color="black", linestyle="--", linewidth=1)
         axes.set(xlabel=f"{MEASURES[metric]} (mean ± sd)", yticks=range(len(variants)), yticklabels=variants)
         axes.set_ylim(len(variants) - 0.5, -0.6)
@@ -136,27 +137,20 @@ def score_overview(scores: pd.DataFrame, difference: str) -> Figure:
 
 
 @styled
-def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray | None, classes: Sequence[str] | None) -> Figure:
-    """Two-dimensional embeddings (n, 2) side by side, coloured by class, by name of the variant."""
-    figure = ReportFigure(_embeddings_title(points, targets), height=4.6)
-    colors = None if targets is None else np.array(sns.color_palette("husl", len(classes)))[targets]
+def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Two-dimensional embeddings (n, 2) by variant, side by side, coloured by class."""
+    shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
+    title = f"Share of the 10 nearest neighbours that are of the same class: {', '.join(shares)}"
+    figure = ReportFigure(title, height=4.6)
+    colors = np.array(sns.color_palette("husl", len(classes)))[targets]
     for axes, (name, places) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
         axes.scatter(*places.T, c=colors, s=7, linewidth=0)
         axes.set(xticks=[], yticks=[], title=name, box_aspect=1, xlabel="t-SNE 1", ylabel="t-SNE 2")
-        for label in range(len(classes) if targets is not None and len(classes) <= NAMED_CLASSES else 0):
-            if (targets == label).any():
-                centre = np.median(places[targets == label], axis=0)
-                axes.annotate(classes[label], centre, ha="center", va="center", fontsize=9, weight="bold",
-                              bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0})
+        for label in np.unique(targets) if len(classes) <= NAMED_CLASSES else []:
+            centre = np.median(places[targets == label], axis=0)
+            axes.annotate(classes[label], centre, ha="center", va="center", fontsize=9, weight="bold",
+                          bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0})
     return figure
-
-
-def _embeddings_title(points: Mapping[str, np.ndarray], targets: np.ndarray | None) -> str:
-    count = len(next(iter(points.values())))
-    if targets is None:
-        return f"t-SNE of {count:,} images"
-    shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
-    return f"Of 10 neighbours in these maps of {count:,} images so many share the class: {', '.join(shares)}"
 
 
 @styled
@@ -168,7 +162,7 @@ def confusions(tables: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Fi
         classes: names by class number.
     """
     shares = {name: table.div(table.sum(axis=1), axis=0) for name, table in tables.items()}
-    figure = ReportFigure(_confusions_title(shares, classes), height=4.9)
+    figure = ReportFigure(_confusions_title(shares, classes), height=5.5)
     panels = figure.subplots(1, len(tables), squeeze=False)[0]
     for axes, (name, table) in zip(panels, shares.items(), strict=True):
         drawn = axes.imshow(table, cmap=MAP, vmin=0, vmax=1)
@@ -205,9 +199,9 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
     """
     change = (after - before).agg(["mean", "std"]).fillna(0).T.sort_values("mean", ascending=False)
     gained, lost = (change["mean"] > 0.01).sum(), (change["mean"] < -0.01).sum()
-    title = (f"{gained} of {len(change)} classes gain more than 0.01, {lost} lose; "
-             f"{classes[change.index[0]]} changes by {change['mean'].iloc[0]:+.2f}, "
-             f"{classes[change.index[-1]]} by {change['mean'].iloc[-1]:+.2f}")
+    title = (f"Of {len(change)} classes {gained} gain more than 0.01 and {lost} lose as much: from "
+             f"{classes[change.index[0]]}, {change['mean'].iloc[0]:+.2f}, to "
+             f"{classes[change.index[-1]]}, {change['mean'].iloc[-1]:+.2f}")
     half = NAMED_CLASSES // 2
     shown = change if len(change) <= NAMED_CLASSES else change.iloc[[*range(half), *range(-half, 0)]]
     figure = ReportFigure(title, height=3.6)

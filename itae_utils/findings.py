@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from itae_utils.observation import Observation
     from itae_utils.thresholds import ThresholdFit
 
-PLANTED = ("**The artifacts of this backbone were planted** by an edit of its weights, so that it is known which patches "
-           "they are. What is found here shows that the program works, not that natural artifacts behave the same.")
+PLANTED = (
+    "**The artifacts of this backbone were planted** by an edit of its weights, so that it is known which patches they "
+    "are. What is found here shows that the program works, not that natural artifacts behave the same."
+)
 
 
 def percent(share: float) -> str:
@@ -92,7 +94,7 @@ def describe_concentration(seen: Observation) -> str:
     busiest = max(1, round(0.1 * seen.attention.shape[1]))
     share = np.sort(seen.attention, axis=1)[:, -busiest:].sum(axis=1).mean()
     return (f"No artifacts, no share to measure. For comparison: the {busiest} most attended of an image's "
-            f"{seen.attention.shape[1]:,} patches take {percent(share)} of the attention of `[CLS]`, wherever they are.")
+            f"{seen.attention.shape[1]:,} patches take {percent(share)} of the `[CLS]` attention, wherever they are.")
 
 
 def discovery_headline(
@@ -105,10 +107,27 @@ def discovery_headline(
                      for weights in (seen.attention, seen.attention_after))
     planted = "planted " if seen.truth is not None else ""
     facts = [{"label": "[CLS] attention on artifacts", "value": f"{before} → {after}",
-              "note": f"before → after ITAE; the {planted}artifacts are {percent(seen.artifacts.mean())} of the patches"}]
+              "note": f"before → after ITAE; the {planted}artifacts are {percent(seen.artifacts.mean())} of patches"}]
     if detection is not None:
-        facts.append({"label": "Detection", "value": f"{detection.precision[source]:.3f} / {detection.recall[source]:.3f}",
+        precision, recall = detection.loc[source, ["precision", "recall"]]
+        facts.append({"label": "Detection", "value": f"{precision:.3f} / {recall:.3f}",
                       "note": f"precision / recall of ‖{source}‖ ≤ {threshold:.4g} against the planted truth"})
+    return facts
+
+
+def ablation_headline(scores: pd.DataFrame, measure: str, *, seconds: float) -> list[dict[str, str]]:
+    """What to know first about the ablation: how many settings in what time, and what θ from the norms alone gives."""
+    variants = scores.index.nunique()
+    facts = [{"label": "One pass", "value": f"{variants} variants", "note": f"in {seconds:.1f} s"}]
+    auto = scores[(scores.kind == "itae") & (scores.theta == "auto")]
+    if measure != "acc":
+        return facts
+    baseline = scores[scores.kind == "baseline"][measure].mean()
+    if auto.empty:
+        return [*facts, {"label": "θ from the norms alone", "value": "none", "note": f"baseline ACC {baseline:.3f}"}]
+    means = auto.groupby(level="variant")[measure].mean()
+    facts.append({"label": "ACC with θ from the norms alone", "value": f"{means.min():.3f} to {means.max():.3f}",
+                  "note": f"over {len(means)} settings; baseline {baseline:.3f} (means over seeds)"})
     return facts
 
 

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from itae_utils.artifacts import precision_recall
 from itae_utils.clustering import cluster_seeds, confusion, describe_difference, paired_bootstrap, score
+from itae_utils.errors import ItaeError
 from itae_utils.findings import percent
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CHANGE = "change"  # what is measured where there are no labels: mean cosine distance of the features to the baseline's
+# What is measured where there are no labels.
+CHANGE = "change"  # mean cosine distance of the features to the baseline's
+AGREEMENT = "agreement"  # mean ARI between runs of k-means
 
 
 def score_variants(
@@ -51,6 +55,25 @@ def score_labels(targets: np.ndarray, labels: Mapping[str, np.ndarray], seeds: S
                          for name, runs in labels.items() for seed, found in zip(seeds, runs, strict=True)])
 
 
+def agreement_scores(labels: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Mean ARI between every two runs, from cluster labels (seeds, n) by variant: columns variant, agreement.
+
+    Raises:
+        ItaeError: fewer than 2 runs.
+    """
+    from itertools import combinations
+
+    import pandas as pd
+    from sklearn.metrics import adjusted_rand_score
+
+    if any(len(runs) < 2 for runs in labels.values()):
+        raise ItaeError("agreement is between runs of k-means and there is only one: use 2 seeds or more")
+    return pd.DataFrame([
+        {"variant": name, AGREEMENT: float(np.mean([adjusted_rand_score(*pair) for pair in combinations(runs, 2)]))}
+        for name, runs in labels.items()
+    ])
+
+
 def cosine_distance(rows: np.ndarray, others: np.ndarray) -> float:
     """Mean of 1 − cos over the pairs of rows of two (n, dim) arrays."""
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(others, axis=1)
@@ -71,7 +94,7 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 def difference_table(
     targets: np.ndarray, labels: Mapping[str, np.ndarray], *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """How far each variant is ahead of "baseline", with the 95 % interval: `paired_bootstrap` against each of the others.
+    """How far each variant is ahead of "baseline", with the 95 % interval of `paired_bootstrap`.
 
     Returns:
         Index (variant, metric); columns difference, low, high, words.
@@ -111,16 +134,17 @@ def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int
     return float((targets[nearest] == targets[:, None]).mean())
 
 
-def bench_targets(acc: Mapping[str, float], precision: float, recall: float) -> pd.DataFrame:
+def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
     """What the test bench must show, what was measured, and whether that meets it.
 
     Args:
         acc: mean ACC of "raw pixels", "baseline" (demo), "demo-clean", "itae" and "random control".
-        precision: of the detected artifacts.
-        recall: of the detected artifacts.
+        found: detected artifacts, bool of any shape.
+        truth: the planted ones, likewise.
     """
     import pandas as pd
 
+    precision, recall = precision_recall(found, truth)
     cost = acc["demo-clean"] - acc["baseline"]
     won = {name: (acc[name] - acc["baseline"]) / cost for name in ("itae", "random control")}
     lead = acc["demo-clean"] - acc["raw pixels"]
@@ -140,3 +164,34 @@ def bench_targets(acc: Mapping[str, float], precision: float, recall: float) -> 
 def describe_counts(counts: np.ndarray, patches: int) -> str:
     """How many patches a variant attenuates, from the (n,) counts: "4.4 of 49 patches an image (8.9 %)"."""
     return f"{counts.mean():.1f} of {patches:,} patches an image ({percent(counts.mean() / patches)})"
+
+
+def describe_gain(scores: pd.DataFrame, differences: pd.DataFrame | None, changed: bool) -> str:
+    """ITAE against the baseline in one sentence.
+
+    Args:
+        scores: with a column acc, or agreement.
+        differences: from `difference_table`; None without labels.
+        changed: whether anything was attenuated.
+    """
+    if not changed:
+        return "Nothing was attenuated, so ITAE is the baseline itself"
+    metric = AGREEMENT if differences is None else "acc"
+    before, after = (scores[scores.variant == name][metric].mean() for name in ("baseline", "itae"))
+    if differences is None:
+        return f"Two runs of k-means agree by ARI {before:.3f} on the baseline's features and by {after:.3f} with ITAE"
+    return f"ACC {before:.3f} before, {after:.3f} with ITAE: {differences.words['itae', 'acc']}"
+
+
+def clustering_headline(scores: pd.DataFrame, finding: str, bench: pd.DataFrame | None) -> list[dict[str, str]]:
+    """What to know first about the clustering: the score before and after, and how many targets are met."""
+    metric = "acc" if "acc" in scores else AGREEMENT
+    label = "ACC of the clustering" if metric == "acc" else "Agreement of clusterings"
+    before, after = (scores[scores.variant == name][metric].mean() for name in ("baseline", "itae"))
+    facts = [{"label": label, "value": f"{before:.3f} → {after:.3f}", "note": f"baseline → ITAE. {finding}"}]
+    if bench is not None:
+        met = bench[bench.verdict == "met"]
+        won = bench.measured.iloc[4]
+        facts.append({"label": "Test bench", "value": f"{len(met)} of {len(bench)} targets met",
+                      "note": f"ITAE wins back {won} of what the planted artifacts cost"})
+    return facts
