@@ -92,35 +92,44 @@ def fit_threshold(norms: np.ndarray) -> ThresholdFit:
         return replace(verdict, reason="all norms are equal")
     counts, edges = np.histogram(logs, bins=HISTOGRAM_BINS)
     centres = (edges[:-1] + edges[1:]) / 2
-    (share, _), means, sigmas = _fit_two_normals(centres, counts)
-    separation = float(np.sqrt(2) * (means[1] - means[0]) / np.hypot(*sigmas))
-    verdict = replace(verdict, share=float(share), separation=separation)
+    # Under a skewed bulk the likeliest fit may split the bulk: the others are asked too, likeliest first.
+    verdicts = [_judge(verdict, centres, counts, flat.size, *fit) for fit in _fit_two_normals(centres, counts)]
+    verdict = next((each for each in verdicts if each.threshold is not None), verdicts[0])
+    if verdict.threshold is None:
+        return verdict
+    found = np.count_nonzero(flat <= verdict.threshold) / flat.size
+    return replace(verdict, reason=f"two modes: {found:.2%} of the patches lie at or below θ = {verdict.threshold:.4g} "
+                                   f"(separation {verdict.separation:.1f})")
+
+
+def _judge(verdict: ThresholdFit, x: np.ndarray, counts: np.ndarray, size: int, shares: np.ndarray, means: np.ndarray,
+           sigmas: np.ndarray) -> ThresholdFit:
+    """Whether two fitted normals are two modes of the data: θ, or the first test they fail in words."""
+    share, separation = float(shares[0]), float(np.sqrt(2) * (means[1] - means[0]) / np.hypot(*sigmas))
+    verdict = replace(verdict, share=share, separation=separation)
     if separation < MIN_SEPARATION:
         return replace(verdict, reason=f"one mode: the two fitted ones overlap (separation {separation:.1f} < "
                                        f"{MIN_SEPARATION:.0f})")
     if not SHARE_RANGE[0] <= share <= SHARE_RANGE[1]:
         return replace(verdict, reason=f"the low mode holds {share:.2%} of the patches, outside "
                                        f"{SHARE_RANGE[0]:.2%} to {SHARE_RANGE[1]:.0%}")
-    if share * flat.size < MIN_LOW_PATCHES:
-        return replace(verdict, reason=f"the low mode holds about {share * flat.size:.0f} patches: at least "
+    if share * size < MIN_LOW_PATCHES:
+        return replace(verdict, reason=f"the low mode holds about {share * size:.0f} patches: at least "
                                        f"{MIN_LOW_PATCHES} are needed")
-    valley, depth = _valley(centres, counts, share, means, sigmas)
+    valley, depth = _valley(x, counts, share, means, sigmas)
     if depth > MAX_VALLEY:
         return replace(verdict, reason=f"no valley: between the fitted modes the histogram stays at {depth:.0%} of the "
                                        f"low mode's peak (at most {MAX_VALLEY:.0%})")
-    threshold = float(np.exp(valley))
-    found = np.count_nonzero(flat <= threshold) / flat.size
-    return replace(verdict, threshold=threshold, reason=f"two modes: {found:.2%} of the patches lie at or below "
-                                                        f"θ = {threshold:.4g} (separation {separation:.1f})")
+    return replace(verdict, threshold=float(np.exp(valley)))
 
 
-def _fit_two_normals(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shares, means and standard deviations of two normals, low one first: EM on a histogram, the likeliest start."""
+def _fit_two_normals(x: np.ndarray, weights: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Shares, means and standard deviations of two normals, low one first: EM on a histogram, likeliest fit first."""
     occupied = weights > 0
     x, weights = x[occupied], weights[occupied] / weights.sum()
     floor = (x[-1] - x[0]) / HISTOGRAM_BINS  # a mode can't be known to be narrower than a bin
     below = np.cumsum(weights)
-    best = (-np.inf, None)
+    fits = []
     for start in LOW_TAIL_STARTS:
         low = below <= max(start, below[0])
         responsibility = np.stack([low, ~low]).astype(float)
@@ -137,10 +146,9 @@ def _fit_two_normals(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np
             if likelihood - previous < 1e-9:
                 break
             previous = likelihood
-        if likelihood > best[0]:
-            order = np.argsort(means)
-            best = (likelihood, (shares[order], means[order], sigmas[order]))
-    return best[1]
+        order = np.argsort(means)
+        fits.append((likelihood, (shares[order], means[order], sigmas[order])))
+    return [fit for _, fit in sorted(fits, key=lambda fit: -fit[0])]
 
 
 def _valley(x, counts, share, means, sigmas) -> tuple[float, float]:

@@ -36,6 +36,15 @@ def test_a_rare_mode_under_a_skewed_bulk_is_found():
     assert 0.07 < fit.threshold < bulk.min()
 
 
+def test_a_bulk_with_a_tail_towards_the_artifacts_does_not_hide_them():
+    """The likeliest two normals split such a bulk; the fit that separates the modes is likely enough."""
+    rng = np.random.default_rng(8)
+    low = rng.random(25_000) < 0.02
+    logs = np.where(low, rng.normal(-1.0, 0.1, 25_000), 0.05 * (4 - rng.gamma(4, 1, 25_000)))
+    found = np.exp(logs) <= fit_threshold(np.exp(logs)).threshold
+    assert (found == low).mean() > 0.999
+
+
 @pytest.mark.parametrize("low_sigma", [0.02, 0.3])
 def test_modes_of_unequal_width(low_sigma):
     norms, low = mixture(np.random.default_rng(3), 50_000, 0.03, gap=20, low_sigma=low_sigma)
