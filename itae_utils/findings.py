@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from itae_utils.artifacts import precision_recall
-from itae_utils.vit import SOURCES
+from itae_utils.layers import SOURCES
 
 if TYPE_CHECKING:
     import pandas as pd
