@@ -1,4 +1,4 @@
-"""Backbones by name: stock timm ViTs with their weights, preprocessing, device and precision."""
+"""Backbones by name: stock timm ViTs (DINOv3 and EVA too) with their weights, preprocessing, device and precision."""
 
 from __future__ import annotations
 
@@ -224,13 +224,17 @@ def _build_timm(name: str, checkpoint: str | Path | None, pretrained: bool):
     import timm
     import torch
     from timm.data import resolve_model_data_config
+    from timm.models.eva import Eva
 
     timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
     if not timm.is_model(timm_name):
-        raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models("vit*")], "`itae backbones`")
+        raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
     options = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
     with torch.device("meta"):  # its class is known without weights: refuse it before a download
-        check_supported(timm.create_model(timm_name, num_classes=0))
+        stock = timm.create_model(timm_name, num_classes=0)
+        check_supported(stock)
+    if isinstance(stock, Eva) and isinstance(stock.norm, torch.nn.Identity):
+        options["use_fc_norm"] = True  # keeps the final norm where EVA's weights have it: pooling by token would move it
     if checkpoint is not None:
         weights = read_checkpoint(checkpoint)
         source = f"local file {Path(checkpoint).name}"

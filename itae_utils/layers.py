@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from itae_utils.errors import ItaeError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
@@ -215,6 +217,8 @@ class Dinov2Layer(Layer):
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.attention = block, block.attention
+        if not hasattr(self.attention, "q_proj"):
+            raise ItaeError("this release of transformers has q, k and v elsewhere: install transformers>=5.18")
         self.num_heads, self.head_dim = self.attention.num_attention_heads, self.attention.head_dim
         self.reads_heads = self.attention.o_proj
         self.projections_of = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]

@@ -11,7 +11,8 @@ from itae_utils.observation import observe
 from tests.conftest import MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
 
 
-@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "one_block", "dinov3", "eva02_fused", "rope_mixed"])
+@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "one_block", "dinov3", "eva02_fused",
+                                       "rope_mixed"])
 def test_one_pass_shows_what_the_single_functions_show(structure):
     model = tiny_vit(structure)
     backbone, dataset = as_backbone(model), MadeDataset(7)

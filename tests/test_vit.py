@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.layers import split_heads
 from itae_utils.vit import block_index, block_inputs, check_images, check_supported, tokens_entering
 from tests import reference
 from tests.conftest import STRUCTURES, images, tiny_vit
@@ -99,11 +98,3 @@ def test_hooks_are_gone_after_a_failure():
     with pytest.raises(RuntimeError):
         tokens_entering(model, torch.zeros(1, 5, 32, 32), [2])
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_split_heads():
-    model = tiny_vit()
-    projected = torch.randn(2, 7, 72)
-    parts = split_heads(model.blocks[0].attn, projected)
-    assert parts.shape == (3, 2, 3, 7, 8)
-    assert torch.equal(parts[1, 0, 2, 5], projected[0, 5, 24 + 16:24 + 24])
