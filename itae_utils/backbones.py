@@ -234,7 +234,7 @@ def _build_timm(name: str, checkpoint: str | Path | None, pretrained: bool):
         stock = timm.create_model(timm_name, num_classes=0)
         check_supported(stock)
     if isinstance(stock, Eva) and isinstance(stock.norm, torch.nn.Identity):
-        options["use_fc_norm"] = True  # keeps the final norm where EVA's weights have it: pooling by token would move it
+        options["use_fc_norm"] = True  # where EVA's weights have the final norm: pooling by token would move it
     if checkpoint is not None:
         weights = read_checkpoint(checkpoint)
         source = f"local file {Path(checkpoint).name}"

@@ -179,8 +179,21 @@ def test_workers_change_nothing():
     assert np.array_equal(alone["itae"], workers["itae"])
 
 
-def test_bfloat16_is_close():
-    backbone, dataset, batch = setup("dinov2", count=4)
+@pytest.mark.parametrize("structure", ["plain", "dinov3"])
+def test_gated_attention(structure):
+    backbone, dataset, batch = setup(structure, count=3)
+    for block in backbone.model.blocks:
+        block.attn.gate = torch.nn.Linear(24, 24).requires_grad_(False)
+    itae = ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3))
+    features = extract_features(backbone, dataset, {"baseline": None, "itae": itae})
+    assert np.abs(features["baseline"] - backbone.model(batch).numpy()).max() < 1e-5
+    with attenuate(backbone.model, itae):
+        assert np.abs(features["itae"] - backbone.model(batch).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("structure", ["dinov2", "dinov3", "eva02_split"])
+def test_bfloat16_is_close(structure):
+    backbone, dataset, batch = setup(structure, count=4)
     variants = {"baseline": None, "itae": ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3))}
     full = extract_features(backbone, dataset, variants)
     half = extract_features(as_backbone(backbone.model, precision="bf16"), dataset, variants)

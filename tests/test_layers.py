@@ -53,6 +53,15 @@ def test_rotation_turns_patches_and_keeps_their_norms(structure):
     assert torch.equal(turned.heads("value"), still.heads("value"))
 
 
+def test_rotation_of_a_model_of_one_fixed_size():
+    model, fixed = tiny_vit("dinov3"), tiny_vit("dinov3", dynamic_img_size=False)
+    batch = images(2)
+    itae = ITAE(threshold=threshold_at(model, batch, "key", 0.3))
+    with attenuate(model, itae), attenuate(fixed, itae):
+        assert torch.allclose(model.forward_features(batch), fixed.forward_features(batch), atol=1e-6)
+    assert torch.allclose(attention_map(model, batch, itae=itae), attention_map(fixed, batch, itae=itae), atol=1e-6)
+
+
 # --- models users will try, at a small size -------------------------------------------------------------------------
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0, "global_pool": "token",
@@ -166,6 +175,15 @@ def test_attenuate_on_a_transformers_model_is_attenuate_on_its_timm_twin(registe
     assert (expected - plain)[:, 0].abs().max() > 1e-3  # the edit shows
     assert torch.equal(model(batch).last_hidden_state, plain)  # and is undone
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.encoder.layer.modules())
+
+
+def test_every_pass_of_a_transformers_model_is_handed_over_once():
+    model, _ = twins(0)
+    seen = []
+    with anatomy(model).layers[1].watch(seen.append):
+        for count in (2, 3):
+            model(images(count))
+    assert [len(projected["value"]) for projected in seen] == [2, 3]
 
 
 def test_swiglu_and_no_bias_in_transformers():
