@@ -39,7 +39,7 @@ def published_weights(timm_name: str) -> Path:
         raise
     except Exception as error:  # whatever the client and its HTTP library raise: there is no common class
         told = (str(error).strip().splitlines() or [""])[0]
-        raise ItaeError(f"no way to the weights of {timm_name} at {page} ({type(error).__name__}: {told[:120]}): "
+        raise ItaeError(f"can't get the weights of {timm_name} from {page} ({type(error).__name__}: {told[:120]}): "
                         f"download {names[0]} there, give checkpoint=FILE") from error
 
 

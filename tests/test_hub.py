@@ -6,6 +6,7 @@ The client reads its server's address when it is imported, so each download runs
 import hashlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -63,13 +64,14 @@ def expected():
     return weights_sha256(bare)
 
 
-def start(url, home, name=NAME):
+def start(url, home, name=NAME, largest_file=None):
     environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*",
                                 "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     for unwanted in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
         environment.pop(unwanted, None)
+    limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, largest_file))
     return subprocess.Popen([sys.executable, "-c", CLIENT, name], env=environment, cwd=Path(__file__).parents[1],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
 
 
 def told_by(process):
@@ -139,9 +141,15 @@ class TestDownload:
     def test_a_server_that_sends_nothing_more(self, files, expected, tmp_path):
         with Hub(files, cut_after=0) as hub:
             told = load(hub.url, tmp_path)
-            assert f"no way to the weights of {NAME} at {hub.url}/{REPOSITORY}" in told["error"]
+            assert f"can't get the weights of {NAME} from {hub.url}/{REPOSITORY}" in told["error"]
             assert "give checkpoint=FILE" in told["error"]
         with Hub(files) as hub:
+            assert load(hub.url, tmp_path)["sha256"] == expected
+
+    def test_a_disk_that_is_full(self, files, expected, tmp_path):
+        with Hub(files) as hub:
+            told = told_by(start(hub.url, tmp_path, largest_file=(1_000_000, 1_000_000)))
+            assert f"can't get the weights of {NAME} from {hub.url}/{REPOSITORY} (OSError: [Errno " in told["error"]
             assert load(hub.url, tmp_path)["sha256"] == expected
 
     def test_two_processes_at_once(self, files, expected, tmp_path):
@@ -169,7 +177,7 @@ class TestDownload:
             url = hub.url if silent else f"http://127.0.0.1:{closed_port()}"
             told = load(url, tmp_path)
         assert told["seconds"] < 10
-        assert f"no way to the weights of {NAME} at {url}/{REPOSITORY} (" in told["error"]
+        assert f"can't get the weights of {NAME} from {url}/{REPOSITORY} (" in told["error"]
         assert told["error"].endswith("download model.safetensors there, give checkpoint=FILE")
 
 

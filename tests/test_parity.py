@@ -39,7 +39,8 @@ def difference(model, reference, batch) -> float:
     mine, expected = model.forward_features(batch), reference(batch).last_hidden_state
     assert mine.shape == expected.shape
     assert 0.3 < expected.std() < 3
-    assert expected[:, 0].std(dim=0).mean() > 1e-3  # images differ
+    if len(batch) > 1:
+        assert expected[:, 0].std(dim=0).mean() > 1e-3  # images differ
     return float((mine - expected).abs().max())
 
 
@@ -97,8 +98,8 @@ def test_full_size_from_meta_s_file(size, registers, tmp_path, record_property):
     name = f"dinov2_vit{size[0]}14{'_reg' if registers else ''}"
     backbone = load_backbone(name, checkpoint=path, precision="fp32", device="cpu")
     assert (backbone.pos_embed, backbone.image_size, backbone.source) == ("meta", 224, f"local file {path.name}")
-    for side in (224, 518):
-        batch = images(2, side, side)
+    for side, count in [(224, 2), (518, 1)]:
+        batch = images(count, side, side)
         here = with_meta_s_position(reference, side // 14, side // 14) if side < 518 else reference
         found = difference(backbone.model, here, batch)
         record_property(f"{name} at {side} px", found)

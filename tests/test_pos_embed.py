@@ -64,9 +64,11 @@ def test_without_registers_the_features_differ_away_from_the_native_size_only():
     assert torch.equal(stock, theirs)
 
 
-@pytest.mark.parametrize("structure", ["plain", "registers", "norm_pre"])
-def test_all_but_the_resize_is_timm_s(structure):
-    model = tiny_vit(structure, img_size=32)
+@pytest.mark.parametrize(("structure", "options"), [
+    ("plain", {}), ("registers", {}), ("norm_pre", {}), ("plain", {"reg_tokens": 2}),  # whose positions are learnt too
+])
+def test_all_but_the_resize_is_timm_s(structure, options):
+    model = tiny_vit(structure, **options)
     stock, theirs = both(model, images(2, 32, 32))
     assert torch.equal(stock, theirs)
     reshaped = copy.deepcopy(model)
