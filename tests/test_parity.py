@@ -15,14 +15,21 @@ from tests.meta_rule import meta_position
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[dev]'")
 
-TINY = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+TINY = {"small": (48, 2, 3), "base": (64, 2, 4), "large": (64, 4, 4), "giant": (72, 5, 6)}  # width, depth, heads
 OPTIONS = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
 LAYOUTS = ["meta", "transformers 4", "transformers 5"]
 SIDE = 98  # native, in pixels: 7 × 7 patches
 
 
+def tiny_theirs(size, registers):
+    width, depth, heads = TINY[size]
+    return theirs(size, registers, SIDE, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads)
+
+
 def ours(size, registers, path):
-    return model_from_checkpoint(timm_name(size, registers), path, embed_dim=48, depth=3, num_heads=3, **OPTIONS).eval()
+    width, depth, heads = TINY[size]
+    name = timm_name(size, registers)
+    return model_from_checkpoint(name, path, embed_dim=width, depth=depth, num_heads=heads, **OPTIONS).eval()
 
 
 def with_meta_s_position(model, rows, columns):
@@ -47,7 +54,7 @@ def difference(model, reference, batch) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "registers"), STRUCTURES)
 def test_all_structures_at_native_size_and_elsewhere(size, registers, layout, tmp_path):
-    reference = theirs(size, registers, SIDE, **TINY)
+    reference = tiny_theirs(size, registers)
     model = ours(size, registers, save_as(layout, reference, tmp_path / "weights"))
     use_meta_rule(model)
     assert difference(model, reference, images(3, SIDE, SIDE)) < 1e-4
@@ -59,7 +66,7 @@ def test_all_structures_at_native_size_and_elsewhere(size, registers, layout, tm
 @pytest.mark.parametrize(("registers", "differs"), [(False, True), (True, False)])
 def test_the_rules_of_the_three_libraries(registers, differs, tmp_path):
     """With registers all agree; without, neither timm's nor that of `transformers` is Meta's."""
-    reference = theirs("small", registers, SIDE, **TINY)
+    reference = tiny_theirs("small", registers)
     model = ours("small", registers, save_as("meta", reference, tmp_path / "weights"))
     batch, meta = images(3, 56, 56), with_meta_s_position(reference, 4, 4)
     assert (difference(model, meta, batch) > 1e-2) == differs
@@ -70,7 +77,7 @@ def test_the_rules_of_the_three_libraries(registers, differs, tmp_path):
 def test_timm_s_own_file_of_the_same_weights(size, registers, tmp_path):
     from safetensors.torch import save_file
 
-    reference = theirs(size, registers, SIDE, **TINY)
+    reference = tiny_theirs(size, registers)
     model = ours(size, registers, save_as("meta", reference, tmp_path / "weights"))
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
     again = ours(size, registers, tmp_path / "timm.safetensors")
@@ -79,7 +86,7 @@ def test_timm_s_own_file_of_the_same_weights(size, registers, tmp_path):
 
 
 def test_extracted_features_are_the_same_too(tmp_path):
-    reference = theirs("base", False, SIDE, **TINY)
+    reference = tiny_theirs("base", False)
     model = ours("base", False, save_as("transformers 5", reference, tmp_path / "weights"))
     use_meta_rule(model)
     dataset, backbone = MadeDataset(5), as_backbone(model.requires_grad_(False), image_size=56)
