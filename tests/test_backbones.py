@@ -157,7 +157,7 @@ def test_no_network_answers_soon_and_says_what_to_do(monkeypatch):
         raise ConnectionError("refused")
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refused)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     start = time.perf_counter()
     with pytest.raises(ItaeError, match=r"download model\.safetensors there, give checkpoint=FILE"):
         load_backbone("dinov2_vits14")
