@@ -146,7 +146,7 @@ def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray
 
     precision, recall = precision_recall(found, truth)
     cost = acc["demo-clean"] - acc["baseline"]
-    won = {name: (acc[name] - acc["baseline"]) / cost for name in ("itae", "random control")}
+    won = {name: (acc[name] - acc["baseline"]) / cost if cost > 0 else np.nan for name in ("itae", "random control")}
     lead = acc["demo-clean"] - acc["raw pixels"]
     lines = [
         ("demo-clean beats raw pixels by at least 0.08 ACC", f"{lead:+.3f}", lead >= 0.08),
