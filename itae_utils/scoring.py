@@ -188,7 +188,8 @@ def clustering_headline(scores: pd.DataFrame, finding: str, bench: pd.DataFrame 
     metric = "acc" if "acc" in scores else AGREEMENT
     label = "ACC of the clustering" if metric == "acc" else "Agreement of clusterings"
     before, after = (scores[scores.variant == name][metric].mean() for name in ("baseline", "itae"))
-    facts = [{"label": label, "value": f"{before:.3f} → {after:.3f}", "note": f"baseline → ITAE. {finding}"}]
+    facts = [{"label": label, "value": f"{before:.3f} → {after:.3f}",
+              "note": f"baseline → ITAE, mean over seeds; {finding}"}]
     if bench is not None:
         met = bench[bench.verdict == "met"]
         won = bench.measured.iloc[4]

@@ -119,7 +119,8 @@ def test_clustering_compares_all_kinds_of_features(run):
     found = results(output, "03_clustering")
     kinds = {(row["variant"], row["backbone"]) for row in found["rows"]}
     name = "demo-clean" if "nothing found" in case else "demo"
-    expected = {("raw pixels", "none"), *((kind, name) for kind in ("untrained", "baseline", "random control", "itae"))}
+    of_the_model = ("untrained", "baseline", "random control", "itae")
+    expected = {("raw pixels", "no model"), *((kind, name) for kind in of_the_model)}
     if name == "demo":
         expected |= {("oracle", "demo"), ("baseline", "demo-clean")}
     assert kinds == expected
