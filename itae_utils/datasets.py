@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from itae_utils.download import Archive, fetch, unpack
+from itae_utils.download import Archive, fetch, one_at_a_time, unpack
 from itae_utils.errors import ItaeError, unknown_name
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
@@ -209,8 +209,12 @@ def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
     try:
         data = reader(root, **split)
     except RuntimeError:  # its word for "not there, or damaged"
-        fetch(Archive(reader.url, reader.filename, reader.tgz_md5), root)
-        data = reader(root, **split, download=True)
+        with one_at_a_time(root, class_name):
+            try:
+                data = reader(root, **split)  # another process may have brought it by now
+            except RuntimeError:
+                fetch(Archive(reader.url, reader.filename, reader.tgz_md5), root)
+                data = reader(root, **split, download=True)
     targets = data.labels if class_name == "STL10" else data.targets
     images = data.data.transpose(0, 2, 3, 1) if class_name == "STL10" else data.data
     return images, np.asarray(targets, dtype=np.int64), list(data.classes)
@@ -220,7 +224,9 @@ def _read_tiny_imagenet(root: Path) -> Contents:
     """The labelled validation split; classes in the order of their WordNet ids, each by the first of its names."""
     folder = root / "tiny-imagenet-200"
     if not folder.is_dir():
-        unpack(fetch(TINY_IMAGENET, root), ("tiny-imagenet-200/val/", "tiny-imagenet-200/words.txt"), folder)
+        with one_at_a_time(root, folder.name):
+            if not folder.is_dir():
+                unpack(fetch(TINY_IMAGENET, root), ("tiny-imagenet-200/val/", "tiny-imagenet-200/words.txt"), folder)
     annotations, names = folder / "val/val_annotations.txt", folder / "words.txt"
     for needed in (annotations, names):
         if not needed.is_file():

@@ -9,8 +9,9 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,25 @@ class Archive:
     size: int | None = None
 
 
+@contextmanager
+def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
+    """While open, no other process is between these lines for this name: it waits, then finds what this one made.
+
+    Raises:
+        ItaeError: the folder can't be made.
+    """
+    from filelock import FileLock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ItaeError(f"the download folder {folder} can't be made ({error.strerror}): give another root") from error
+    with FileLock(folder / f".{name}.lock"):
+        yield
+
+
 def fetch(archive: Archive, folder: Path) -> Path:
-    """`archive` in `folder`, checked; what a broken-off download left behind is continued."""
+    """`archive` in `folder`, checked; what a broken-off download left behind is continued. Call it `one_at_a_time`."""
     path = folder / archive.filename
     part = path.with_name(path.name + ".part")
     by_hand = f"put that file (MD5 {archive.md5}) into {folder} and run again"
@@ -42,10 +60,6 @@ def fetch(archive: Archive, folder: Path) -> Path:
         if _md5(path) != archive.md5:
             raise ItaeError(f"{path} is damaged, its MD5 is not {archive.md5}: delete it and run again")
         return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ItaeError(f"the download folder {folder} can't be made ({error.strerror}): give another root") from error
     try:
         _download(archive, part)
     except (OSError, http.client.HTTPException) as error:

@@ -4,6 +4,8 @@ import io
 import pickle
 import re
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -21,13 +23,14 @@ from tests.test_datasets import picture, save, truncate
 class Server:
     """A loopback HTTP server for one folder, with or without support for Range, that keeps what it was asked for."""
 
-    def __init__(self, folder, ranges=True, cut_after=None):
+    def __init__(self, folder, ranges=True, cut_after=None, delay=0):
         self.asked = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(handler):
                 span = handler.headers.get("Range")
                 self.asked.append((handler.path, span))
+                time.sleep(delay)
                 path = folder / handler.path.lstrip("/")
                 if not path.is_file():
                     handler.send_error(404)
@@ -128,7 +131,7 @@ class TestTinyImageNet:
             assert server.asked == [("/tiny-imagenet-200.zip", None)]
             self.check(load_dataset("tiny-imagenet", root=root))
             assert len(server.asked) == 1
-        assert sorted(path.name for path in root.iterdir()) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
+        assert sorted(path.name for path in root.glob("[!.]*")) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
         assert not (root / "tiny-imagenet-200/train").exists()
 
     def test_root_comes_from_the_environment(self, tiny, tmp_path, monkeypatch):
@@ -198,7 +201,7 @@ class TestTinyImageNet:
             tiny(server.url, md5="0" * 32)
             with pytest.raises(ItaeError, match=rf"{server.url}.* MD5 [0-9a-f]{{32}}, which was deleted"):
                 load_dataset("tiny-imagenet", root=tmp_path / "data")
-        assert list((tmp_path / "data").iterdir()) == []
+        assert list((tmp_path / "data").glob("[!.]*")) == []
 
     def test_an_answer_of_another_size_does_not_spoil_what_came_before(self, tiny, tmp_path):
         part = tmp_path / "tiny-imagenet-200.zip.part"
@@ -228,13 +231,44 @@ class TestTinyImageNet:
             patch.setattr(zipfile.ZipFile, "extractall", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 load_dataset("tiny-imagenet", root=tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["server", "tiny-imagenet-200.zip"]
+        assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["server", "tiny-imagenet-200.zip"]
         self.check(load_dataset("tiny-imagenet", root=tmp_path))
 
     def test_a_folder_that_was_rearranged(self, tmp_path):
         save(tmp_path / "tiny-imagenet-200/val/n01/1.png")
         with pytest.raises(ItaeError, match=rf"val_annotations\.txt is missing: remove {tmp_path}/tiny-imagenet-200"):
             load_dataset("tiny-imagenet", root=tmp_path)
+
+    def test_a_full_disk_is_told_and_leaves_nothing_whole(self, tiny, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/tiny-imagenet-200.zip.part").symlink_to("/dev/full")
+        with Server(tiny.path.parent) as server:
+            tiny(server.url)
+            with pytest.raises(ItaeError, match="No space left on device"):
+                load_dataset("tiny-imagenet", root=tmp_path / "data")
+        assert not (tmp_path / "data/tiny-imagenet-200").exists()
+        assert not (tmp_path / "data/tiny-imagenet-200.zip").exists()
+
+    def test_a_truncated_archive_is_refused(self, tiny, tmp_path):
+        truncate(tiny.path)
+        with Server(tiny.path.parent) as server:
+            tiny(server.url, size=tiny.path.stat().st_size)
+            with pytest.raises(ItaeError, match="which was deleted"):
+                load_dataset("tiny-imagenet", root=tmp_path / "data")
+        assert not list((tmp_path / "data").glob("*.zip*"))
+
+    def test_two_processes_at_once_download_once(self, tiny, tmp_path):
+        code = (
+            "import sys; from itae_utils import datasets; url, md5, root = sys.argv[1:];"
+            "datasets.TINY_IMAGENET = datasets.Archive(url + '/tiny-imagenet-200.zip', 'tiny-imagenet-200.zip', md5);"
+            "print(len(datasets.load_dataset('tiny-imagenet', root=root)))"
+        )
+        md5 = hashlib.md5(tiny.path.read_bytes()).hexdigest()
+        with Server(tiny.path.parent, delay=0.5) as server:
+            command = [sys.executable, "-c", code, server.url, md5, str(tmp_path / "data")]
+            runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+            assert [run.communicate(timeout=60)[0].strip() for run in runs] == ["6", "6"]
+        assert len(server.asked) == 1
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
