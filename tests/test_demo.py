@@ -145,3 +145,14 @@ def test_the_bench_meets_its_targets():
     assert gap >= 0.08
     assert acc["itae"] - acc["baseline"] >= 0.8 * gap
     assert acc["random"] - acc["baseline"] < 0.2 * gap
+
+
+@pytest.mark.slow
+def test_refitting_on_another_sample_moves_acc_by_no_more_than_the_seeds_of_k_means():
+    dataset, backbone = load_dataset("digits"), load_backbone("demo")
+    thresholds = [fit_thresholds(backbone, dataset, sample=256, seed=seed)[-1, "key"].threshold for seed in range(4)]
+    assert len(set(thresholds)) == 4
+    variants = {str(threshold): ITAE(threshold=threshold) for threshold in thresholds}
+    features = extract_features(backbone, dataset, variants)
+    scores = [evaluate_clustering(features[name], dataset.targets, seeds=5, n_init=1)["acc"] for name in features]
+    assert np.ptp([score.mean() for score in scores]) <= max(score.std() for score in scores)

@@ -142,6 +142,13 @@ def test_fits_by_block_and_source():
             fits[key]
 
 
+@pytest.mark.parametrize("structure", ["registers", "dinov2", "qk_norm"])
+def test_nothing_is_found_in_random_models(structure):
+    fits = fit_thresholds(as_backbone(tiny_vit(structure)), MadeDataset(200))
+    assert all(fit.norms.size == 3200 for fit in fits.values())
+    assert {key: fit.reason for key, fit in fits.items() if fit.threshold is not None} == {}
+
+
 def test_sample_is_seeded_sorted_and_whole_when_large():
     assert sample_indices(5, 10, 0).tolist() == [0, 1, 2, 3, 4]
     first, again, other = (sample_indices(1000, 50, seed).tolist() for seed in (1, 1, 2))
