@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from itae_utils.errors import ItaeError, unknown_name
-from itae_utils.parameters import Notebook, Profile, find_notebooks, read_profile, resolve, select
+from itae_utils.parameters import AXES, Notebook, Profile, find_notebooks, read_profile, resolve, select
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
     notebooks = find_notebooks(folder)
     settings = read_profile(profile, folder / "profiles")
     by_hand = {name: given[name] if isinstance(given[name], list) else [given[name]]
-               for name in settings.grid if name in given}
+               for name in AXES if name in settings.grid and name in given}
     grid = settings.grid | by_hand
     given = {name: value for name, value in given.items() if name not in grid}
     selected = _selected(notebooks, only, settings, given)
@@ -82,7 +82,7 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
     elif grid:
         name = safe_name(settings.name, *(word for values in by_hand.values() for word in map(_short, values)))
     else:
-        name = safe_name(settings.name, *(_short(first.parameters[axis]) for axis in ("backbone", "dataset")))
+        name = safe_name(settings.name, *(_short(first.parameters[axis]) for axis in AXES))
     return Plan(name, settings.name, settings.description, grid, tuple(steps))
 
 
@@ -137,7 +137,7 @@ def check_steps(steps: Iterable[Step]) -> None:
 
 def cell_name(parameters: Mapping[str, object]) -> str:
     """The folder of a cell of the grid."""
-    return safe_name(*(_short(parameters[axis]) for axis in ("backbone", "dataset")))
+    return safe_name(*(_short(parameters[axis]) for axis in AXES))
 
 
 def _short(value: object) -> str:
