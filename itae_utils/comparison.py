@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 NOT_RUN = "not run"
 VARIANTS = {"baseline": "baseline", "random control": "random control", "itae": "ITAE"}
 BY_DATASET = {row.dataset: row for row in PUBLISHED}
-LATEX = {"−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$"}
+NBSP = "\N{NO-BREAK SPACE}"  # keeps a number together where a table is narrow
+LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$"}
 
 
 def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n: int) -> list[dict[str, object]]:
@@ -120,14 +121,19 @@ def _lines(cell: Cell, published: PublishedRow | None) -> list[tuple[str, ...]]:
         lines.append(("ITAE − published", *(_gap(cell, published, metric) for metric in METRICS)))
     intervals = {metric: interval(cell, metric) for metric in METRICS}
     lines.append(("ITAE − baseline [95 %]", *(
-        describe_difference(intervals[metric]) if intervals[metric] else "not in these results" for metric in METRICS)))
+        _difference(intervals[metric]) if intervals[metric] else "not in these results" for metric in METRICS)))
     return lines
+
+
+def _difference(bounds: Mapping[str, float]) -> str:
+    numbers, colon, words = describe_difference(bounds).partition(":")
+    return numbers.replace(" ", NBSP) + colon + words
 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "not in these results"
-    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+    return f"{mean(values):.4f}" + (f"{NBSP}±{NBSP}{stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def _gap(cell: Cell, published: PublishedRow, metric: str) -> str:
@@ -230,17 +236,19 @@ def stand_in_lines(cells: Sequence[Cell]) -> list[str]:
 
 def comparison_headline(cells: Sequence[Cell], expected: Sequence[str]) -> list[dict[str, str]]:
     """What to know first: how much of the comparison was run with the real things, and ACC beside the published."""
-    real = [cell for cell in cells if cell.dataset in BY_DATASET and not cell.marks() and has_scores(cell)]
-    wanted = len(BY_DATASET) * len(expected)
-    ran = len([cell for cell in real if cell.backbone in expected])
-    facts = [{"label": "Cells of the comparison", "value": f"{ran} of {wanted} run",
-              "note": f"with the real images and weights; {len(cells) - len(real)} other cells hold stand-ins, "
-                      "unverified weights or no labels" if len(cells) > len(real)
-                      else "with the real images and weights"}]
-    for cell in real:
-        value = mean(score_values(cell, "itae", "acc"))
-        facts.append({"label": f"ACC, {dataset_title(cell.dataset)}", "value": f"{value:.4f}",
-                      "note": f"ITAE on {cell.backbone}; published {BY_DATASET[cell.dataset].acc:.4f}"})
+    scored = [cell for cell in cells if has_scores(cell)]
+    real = [cell for cell in scored if cell.dataset in BY_DATASET and cell.backbone in expected and not cell.marks()]
+    facts = [{"label": "Cells of the comparison", "value": f"{len(real)} of {len(BY_DATASET) * len(expected)}",
+              "note": "were run with the real images and weights"}]
+    for cell in scored:
+        before, after = (mean(score_values(cell, name, "acc")) for name in ("baseline", "itae"))
+        marks, published = cell.marks(), BY_DATASET.get(cell.dataset)
+        facts.append({
+            "label": f"ACC, {marked(dataset_title(cell.dataset), marks.get('dataset'))}",
+            "value": f"{before:.3f} → {after:.3f}",
+            "note": f"baseline → ITAE on {marked(cell.backbone, marks.get('backbone'))}"
+                    + (f"; published {published.acc:.4f}" if published else ""),
+        })
     return facts
 
 

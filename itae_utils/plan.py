@@ -63,26 +63,25 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
     """
     notebooks = find_notebooks(folder)
     settings = read_profile(profile, folder / "profiles")
-    by_hand = {name: given[name] if isinstance(given[name], list) else [given[name]]
-               for name in AXES if name in settings.grid and name in given}
-    grid = settings.grid | by_hand
-    given = {name: value for name, value in given.items() if name not in grid}
     selected = _selected(notebooks, only, settings, given)
+    measures = any(not notebook.collects for notebook in selected)
+    by_hand = {name: given[name] if isinstance(given[name], list) else [given[name]]
+               for name in AXES if measures and name in settings.grid and name in given}
+    grid = settings.grid | by_hand if measures else {}
+    given = {name: value for name, value in given.items() if name not in grid}
     steps, cells = [], [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     told = [resolve(notebooks, selected, settings, given | cell) for cell in cells]
-    for cell, parameters in zip(cells, told, strict=True):
-        steps += [Step(notebook, parameters[notebook.key], cell_name(parameters[notebook.key]) if cell else "")
+    for parameters in told:
+        steps += [Step(notebook, parameters[notebook.key], _axes_name(notebook, parameters) if grid else "")
                   for notebook in selected if not notebook.collects]
-    measuring = tuple(steps)
     steps += [Step(notebook, told[0][notebook.key]) for notebook in selected if notebook.collects]
     check_steps(steps)
-    first = steps[0]
-    if not measuring:
-        name = safe_name(first.notebook.name, Path(str(first.told["results_dir"])).name)
+    if not measures:
+        name = safe_name(steps[0].notebook.name, Path(str(steps[0].told["results_dir"])).name)
     elif grid:
-        name = safe_name(settings.name, *(word for values in by_hand.values() for word in map(_short, values)))
+        name = safe_name(settings.name, *(_short(value) for values in by_hand.values() for value in values))
     else:
-        name = safe_name(settings.name, *(_short(first.parameters[axis]) for axis in AXES))
+        name = safe_name(settings.name, _axes_name(selected[0], told[0]))
     return Plan(name, settings.name, settings.description, grid, tuple(steps))
 
 
@@ -135,9 +134,10 @@ def check_steps(steps: Iterable[Step]) -> None:
         raise ItaeError(f"{times} runs would write to the same folder {folder}: give one of them another name")
 
 
-def cell_name(parameters: Mapping[str, object]) -> str:
-    """The folder of a cell of the grid."""
-    return safe_name(*(_short(parameters[axis]) for axis in AXES))
+def _axes_name(notebook: Notebook, told: Mapping[str, Mapping[str, object]]) -> str:
+    """Backbone and data set of a notebook's run, as a name for a folder."""
+    parameters = notebook.defaults | told[notebook.key]
+    return safe_name(*(_short(parameters[axis]) for axis in AXES if axis in parameters))
 
 
 def _short(value: object) -> str:
