@@ -23,7 +23,8 @@ NOT_RUN = "not run"
 VARIANTS = {"baseline": "baseline", "random control": "random control", "itae": "ITAE"}
 BY_DATASET = {row.dataset: row for row in PUBLISHED}
 NBSP = "\N{NO-BREAK SPACE}"  # keeps a number together where a table is narrow
-LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$"}
+LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$",
+         "“": "``", "”": "''"}
 
 
 def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n: int) -> list[dict[str, object]]:

@@ -46,7 +46,7 @@ def dry_run(plan: Plan) -> list[str]:
     downloads = _downloads(measuring)
     missing = sum(megabytes for _, megabytes, there in downloads if not there)
     return [
-        f"profile {plan.profile}: {len(plan.steps)} runs of notebooks",
+        f"profile {plan.profile}: {len(plan.steps)} run{'s' if len(plan.steps) > 1 else ''} of notebooks",
         *_runs(plan),
         "",
         "to download:" if downloads else "nothing to download",

@@ -223,13 +223,15 @@ def _one_line(text: str) -> str:
 def _kernel_of_this_python() -> Iterator[None]:
     """While open, the kernel `python3` is this interpreter, whatever kernels are installed for the user or the system.
 
-    Its progress bars are off, and figures are drawn inline even where the environment asks for another backend.
+    It imports this very package, even where another copy of it is installed. Its progress bars are off, and figures
+    are drawn inline even where the environment asks for another backend.
     """
     from ipykernel.kernelspec import write_kernel_spec
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters it fails to see; ours are checked
     before = os.environ.get("JUPYTER_PATH")
-    environment = {"ITAE_PROGRESS": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {"ITAE_PROGRESS": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": paths}
     with tempfile.TemporaryDirectory() as folder:
         write_kernel_spec(
             Path(folder, "kernels", "python3"), {"env": environment}, extra_arguments=["--log-level=CRITICAL"])

@@ -64,7 +64,8 @@ def write_notebooks(folder: Path) -> Path:
         'description: Tiny.\ncommon: {backbone: demo, dataset: digits}\n"01": {alpha: 0.25}\n', encoding="utf-8")
     write_notebook(
         folder, "01_first",
-        "import os, sys\nprint('SEEN', sys.executable, os.environ['ITAE_PROGRESS'], os.getcwd(), output_dir, alpha)",
+        "import os, sys, itae_utils\nhere = os.path.dirname(itae_utils.__file__)\n"
+        "print('SEEN', sys.executable, here, os.environ['ITAE_PROGRESS'], os.getcwd(), output_dir, alpha)",
         "import warnings\nwarnings.warn('MUR' + 'MUR')\nprint('MUM' + 'BLE', file=sys.stderr)",
         parameters=PARAMETERS + "alpha = 0.5\ndata_dir = '.'\n")
     write_notebook(folder, "02_fails", "print('BEFORE')", "raise ValueError('of no use\\nat all')", measure=False)
