@@ -73,7 +73,7 @@ def judge_weights(about: Mapping[str, object]) -> tuple[str, str] | None:
         return STAND_IN, source
     if entry and entry.timm_name is None:
         return STAND_IN, f"{source}; no published checkpoint"
-    if entry and not source.startswith(entry.origin):
+    if source.startswith("local ") or (entry and not source.startswith(entry.origin)):
         return UNVERIFIED, f"weights from a {source}, which nothing here compares with the published ones"
     if hub := about.get("hub"):
         host = urlsplit(hub).hostname or hub
@@ -99,7 +99,7 @@ def judge_images(about: Mapping[str, object]) -> tuple[str, str] | None:
 
 
 def collect(folder: str | Path) -> tuple[list[Cell], list[str]]:
-    """All cells below `folder`, however deep, in the order of their folders, and what was left out and why, in words.
+    """All cells below `folder`, however deep, the paper's data sets first, and what was left out and why, in words.
 
     Of several runs of one backbone on one data set the latest counts.
 
@@ -133,7 +133,8 @@ def collect(folder: str | Path) -> tuple[list[Cell], list[str]]:
             left_out.append(f"{os.path.relpath(older.folder, folder)} is an earlier run of {cell.backbone} on "
                             f"{cell.dataset} than {os.path.relpath(cell.folder, folder)}")
         cells[cell.dataset, cell.backbone] = cell
-    return list(cells.values()), left_out
+    order = {row.dataset: place for place, row in enumerate(PUBLISHED)}
+    return sorted(cells.values(), key=lambda cell: order.get(cell.dataset, len(order))), left_out
 
 
 def sources(cells: Sequence[Cell], folder: str | Path) -> dict[str, dict]:

@@ -25,6 +25,9 @@ BY_DATASET = {row.dataset: row for row in PUBLISHED}
 NBSP = "\N{NO-BREAK SPACE}"  # keeps a number together where a table is narrow
 LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$",
          "“": "``", "”": "''"}
+# Column widths, equal in the tables of all data sets, so narrow that three scores fit on a page.
+LAYOUT = [{"selector": "tbody th", "props": "white-space: normal; width: 9.5em; min-width: 9.5em; padding-right: .8em"},
+          {"selector": "td", "props": "width: 13.4em; min-width: 13.4em; padding-right: .8em"}]
 
 
 def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n: int) -> list[dict[str, object]]:
@@ -100,11 +103,17 @@ def comparison_table(cells: Sequence[Cell], expected: Sequence[str]) -> pd.DataF
             if cell is None:
                 lines.append((dataset_title(dataset), backbone, NOT_RUN, *[NOT_RUN] * 3))
                 continue
-            marks = cell.marks()
-            name = marked(dataset_title(dataset), marks.get("dataset"))
-            lines += [(name, marked(backbone, marks.get("backbone")), *line) for line in _lines(cell, published)]
+            name = dataset_title(dataset) if published else marked(dataset_title(dataset), cell.marks().get("dataset"))
+            lines += [(name, _who(cell), *line) for line in _lines(cell, published)]
     columns = ["data set", "backbone", "row", *(metric.upper() for metric in METRICS)]
     return pd.DataFrame(lines, columns=columns).set_index(columns[:3])
+
+
+def _who(cell: Cell) -> str:
+    """The backbone, and on what, where its images are not those that the published numbers are of."""
+    marks = cell.marks()
+    images = f", {marks['dataset'][0]} images" if "dataset" in marks and cell.dataset in BY_DATASET else ""
+    return marked(cell.backbone, marks.get("backbone")) + images
 
 
 def _lines(cell: Cell, published: PublishedRow | None) -> list[tuple[str, ...]]:

@@ -69,5 +69,6 @@ def _title(measured: Sequence[Cell]) -> str:
             if cell.dataset in BY_DATASET and not cell.marks()]
     if not gaps:
         return "No published number can be compared yet: nothing was run on the real images with the published weights"
-    return (f"Measured minus published ACC of ITAE: {min(gaps):+.3f} to {max(gaps):+.3f} over {len(gaps)} "
+    ends = dict.fromkeys(f"{gap:+.3f}" for gap in (min(gaps), max(gaps)))
+    return (f"Measured minus published ACC of ITAE: {' to '.join(ends)} over {len(gaps)} "
             f"run{'s' if len(gaps) > 1 else ''} with real images and weights")

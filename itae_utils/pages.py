@@ -96,7 +96,7 @@ def index_page(report: Report) -> Path:
         css=_style(),
         sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
             results["provenance"]["backbone"] for results in own.values()))),
-        facts=_facts(own, named=bool(report.grid)),
+        facts=_facts(measured, named=bool(report.grid)),
         versions=_distinct(measured, _versions),
         headline=[fact for results in collections or measured.values() for fact in results["headline"]],
         scores=score_table(scores[0]["rows"]) if len(scores) == 1 else None,
@@ -163,18 +163,21 @@ def _facts(measured: Mapping[str, dict], named: bool) -> list[tuple[str, list[st
     def of(thing: dict, text: str | None) -> str | None:
         return f"{thing['name']}: {text}" if named and text else text
 
-    wanted: dict[str, Callable[[dict], str | None]] = {
+    own: dict[str, Callable[[dict], str | None]] = {
         "Backbone": lambda p: "{name} · {num_blocks} blocks · width {dim}".format(**p["backbone"]),
         "Weights SHA-256": lambda p: of(p["backbone"], p["backbone"]["weights_sha256"]),
         "Image size": lambda p: "{image_size} px, {preprocess}".format(**p["backbone"]),
         "Data set": lambda p: "{name} · {size:,} images · {split}".format(**p["dataset"]),
         "Images SHA-256": lambda p: of(p["dataset"], p["dataset"].get("fingerprint")),
         "Device": lambda p: f"{p['device']} · {p['precision']}",
+    }
+    common: dict[str, Callable[[dict], str | None]] = {
         "Commit": lambda p: p["git"] and p["git"]["commit"][:12] + ("" if p["git"]["clean"] else ", with changes"),
         "System": lambda p: f"Python {p['python']} · {p['platform']}",
     }
-    facts = [(label, _distinct(measured, lambda results, tell=tell: tell(results["provenance"]), labelled=not named))
-             for label, tell in wanted.items()]
+    measuring = {label: results for label, results in measured.items() if not is_collection(results)}
+    facts = [(label, _distinct(which, lambda results, tell=tell: tell(results["provenance"]), labelled=not named))
+             for wanted, which in ((own, measuring), (common, measured)) for label, tell in wanted.items()]
     dates = [results["provenance"]["date"] for results in measured.values()]
     return [(label, texts) for label, texts in facts if texts] + [
         ("Date", [min(dates)[:16].replace("T", " ") + " UTC"]) for _ in dates[:1]]

@@ -20,6 +20,7 @@ from tests.tiny_notebooks import RESULTS
     ("demo", {}, "stand-in", "artifacts were planted"),
     ("demo-clean", {}, "stand-in", "no published checkpoint"),
     ("vit_base_patch16_224.mae", {}, None, None),
+    ("vit_base_patch16_224.mae", {"source": "local file w.pth"}, "unverified", "local file"),
     ("vit_base_patch16_224.mae", {"source": "x with random weights"}, "stand-in", "random weights"),
 ])
 def test_weights_are_called_what_they_are(backbone, changes, kind, why):
@@ -45,13 +46,13 @@ def test_images_are_called_what_they_are(dataset, changes, why):
 
 def test_all_cells_of_a_folder_are_found(tmp_path):
     write_cell(tmp_path / "dinov2_vitb14-cifar10", "dinov2_vitb14", "cifar10")
-    write_cell(tmp_path / "deeper" / "x", "demo", "digits")
+    write_cell(tmp_path / "a" / "x", "demo", "digits")
     cells, left_out = collect(tmp_path)
-    assert [cell.title for cell in cells] == ["demo on digits", "dinov2_vitb14 on cifar10"]
+    assert [cell.title for cell in cells] == ["dinov2_vitb14 on cifar10", "demo on digits"]
     assert left_out == []
-    assert [cell.marks() for cell in cells][1] == {}
-    assert set(cells[0].marks()) == {"backbone", "dataset"}
-    assert cells[0].path("02") == tmp_path / "deeper" / "x" / "02_itae_ablation"
+    assert cells[0].marks() == {}
+    assert set(cells[1].marks()) == {"backbone", "dataset"}
+    assert cells[1].path("02") == tmp_path / "a" / "x" / "02_itae_ablation"
 
 
 def test_a_plain_report_is_one_cell(tmp_path):
