@@ -1,8 +1,12 @@
 """See, attenuate and measure attention artifacts of Vision Transformers at inference time (ITAE, arXiv 2410.04801)."""
 
 import importlib
+import warnings
 
 __version__ = "0.1.0"
+
+# Importing timm in a notebook sets this off by way of tqdm; bars are then drawn as text, which is all there is to it.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 # Public names by module. They are imported when first used: torch and friends take seconds.
 _MODULES = {

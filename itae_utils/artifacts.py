@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from itae_utils.errors import ItaeError
-from itae_utils.vit import SOURCES, block_index, check_images, check_supported, tokens_entering
+from itae_utils.layers import SOURCES
+from itae_utils.vit import anatomy, block_index, block_inputs, check_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 def patch_norms(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     """L2 norm of every patch's whole vector, all heads together: (B, T, D) -> (B, N) in float32."""
     return tokens[:, num_prefix_tokens:].float().norm(dim=-1)
-
-
-def source_norms(projected: Tensor, source: str, num_prefix_tokens: int) -> Tensor:
-    """‖P_i‖₂ of every patch, P being one third of a qkv projection: (B, T, 3 · D) -> (B, N) in float32."""
-    return patch_norms(projected.chunk(3, dim=-1)[SOURCES.index(source)], num_prefix_tokens)
 
 
 def token_norms(model: nn.Module, images: Tensor) -> Tensor:
@@ -36,29 +32,32 @@ def token_norms(model: nn.Module, images: Tensor) -> Tensor:
     """
     import torch
 
-    check_supported(model)
-    rows, columns = check_images(model, images)
-    outputs = model.forward_intermediates(images, norm=False, output_fmt="NLC", intermediates_only=True)
-    return torch.stack([tokens.float().norm(dim=-1) for tokens in outputs], dim=1).unflatten(-1, (rows, columns))
+    body, norms = anatomy(model), []
+    grid = check_images(model, images)
+
+    def measure(_module, _args, tokens: Tensor) -> None:
+        norms.append(patch_norms(tokens, body.num_prefix_tokens))
+
+    with ExitStack() as stack:
+        for layer in body.layers:
+            stack.callback(layer.block.register_forward_hook(measure).remove)
+        body.run(images)
+    return torch.stack(norms, dim=1).unflatten(-1, grid)
 
 
 def qkv_norms(model: nn.Module, images: Tensor, block: int = -1) -> dict[str, Tensor]:
     """L2 norms of the query, key and value of every patch in one block, all heads together, on the image grid.
 
-    Measured on the outputs of the qkv projection, biases included, before any q/k norm (paper, method: ‖P_i‖₂).
+    Measured on the outputs of the qkv projection, biases included, before any q/k norm and any rotation (paper, method:
+    ‖P_i‖₂).
 
     Returns:
         {"query" | "key" | "value": (B, rows, columns)}, float32.
     """
-    check_supported(model)
-    rows, columns = check_images(model, images)
-    index = block_index(model, block)
-    tokens = tokens_entering(model, images, [index])[index]
-    projected = model.blocks[index].attn.qkv(model.blocks[index].norm1(tokens))
-    return {
-        source: source_norms(projected, source, model.num_prefix_tokens).unflatten(1, (rows, columns))
-        for source in SOURCES
-    }
+    body, index = anatomy(model), block_index(model, block)
+    grid = check_images(model, images)
+    projected = body.layers[index].project_input(block_inputs(model, images, [index])[index])
+    return {source: patch_norms(projected[source], body.num_prefix_tokens).unflatten(1, grid) for source in SOURCES}
 
 
 def random_patches(counts: Tensor, num_patches: int, seed: int, block: int, first_image: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The method on one transformer block: which patches, what becomes of their logits, what `[CLS]` then reads.
 
-Everything here works on a stock timm ViT. `attend` holds the equations; `attenuate` brings them into a model's forward
+Everything here works on stock models. `attend` holds the equations; `attenuate` brings them into a model's forward
 pass, and the one-pass extraction (`itae_utils.features`) calls the same function.
 """
 
@@ -14,9 +14,10 @@ from numbers import Real
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
-from itae_utils.artifacts import FiringRule, Watch, random_patches, source_norms
+from itae_utils.artifacts import FiringRule, Watch, patch_norms, random_patches
 from itae_utils.errors import ItaeError
-from itae_utils.vit import SOURCES, block_index, check_images, check_supported, split_heads, tokens_entering
+from itae_utils.layers import SOURCES, Projections
+from itae_utils.vit import anatomy, block_index, block_inputs, check_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -180,7 +181,7 @@ def select_artifacts(
 
 def check_blocks(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None = None) -> None:
     """Refuse more blocks than the model has, and an oracle in blocks before the artifacts appear."""
-    depth = len(model.blocks)
+    depth = len(anatomy(model).layers)
     if itae.blocks > depth:
         raise ItaeError(f"blocks={itae.blocks} but the model has {depth}: use at most that many")
     if itae.select == "oracle" and isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
@@ -200,14 +201,15 @@ def attenuate(
     truth: FiringRule | Tensor | None = None,
     first_image: int = 0,
 ) -> Iterator[nn.Module]:
-    """Apply the method to every forward pass of a stock timm ViT, in place, until the context is left.
+    """Apply the method to every forward pass of a stock model, in place, until the context is left.
 
-    Two hooks a block: one keeps the output of the qkv projection, one replaces the edited rows of the concatenated
-    heads before they are projected. Attention itself stays fused; weights and code of the model are not touched.
+    In each block the projections are kept, and the edited rows of the concatenated heads are replaced before they are
+    projected. Attention itself stays fused; weights and code of the model are not touched.
     Images without artifacts keep the model's own result to the bit. Contexts nest: the innermost alone acts.
 
     Args:
-        model: a timm VisionTransformer with a `[CLS]` token.
+        model: a timm VisionTransformer or Eva (EVA, DINOv3) with a `[CLS]` token, or a transformers Dinov2Model or
+            Dinov2WithRegistersModel.
         itae: the setting, with numeric thresholds.
         truth: for select="oracle": a planted backbone's rule, or the true artifacts (B, N) of the one batch to come.
         first_image: number of the first image to come, on which the random control's draw depends.
@@ -215,7 +217,7 @@ def attenuate(
     Raises:
         ItaeError: unsupported model, threshold "auto", more blocks than there are, "oracle" without `truth`.
     """
-    check_supported(model)
+    body = anatomy(model)
     check_blocks(model, itae, truth)
     if itae.select == "oracle" and truth is None:
         raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth)")
@@ -223,13 +225,14 @@ def attenuate(
     runs, run = _open.setdefault(model, []), object()
     with ExitStack() as stack:
         watch = stack.enter_context(truth.watch(model)) if isinstance(truth, FiringRule) else Watch(truth)
-        for index, threshold in zip(range(len(model.blocks))[-itae.blocks:], thresholds, strict=True):
+        for index, threshold in zip(range(len(body.layers))[-itae.blocks:], thresholds, strict=True):
             if threshold is None and itae.select != "oracle":
                 continue
-            editor = _RowEditor(model, index, threshold, itae, watch, first_image, lambda: runs[-1] is run)
-            attention = model.blocks[index].attn
-            stack.callback(attention.qkv.register_forward_hook(editor.keep_projection).remove)
-            stack.callback(attention.norm.register_forward_pre_hook(editor.replace_rows).remove)
+            editor = _RowEditor(index, body.num_prefix_tokens, threshold, itae, watch, first_image,
+                                lambda: runs[-1] is run)
+            layer = body.layers[index]
+            stack.enter_context(layer.watch(editor.keep))
+            stack.callback(layer.reads_heads.register_forward_pre_hook(editor.replace_rows).remove)
         runs.append(run)
         stack.callback(runs.remove, run)
         yield model
@@ -238,13 +241,13 @@ def attenuate(
 class _RowEditor:
     """The two hooks of one block, and what they pass to each other."""
 
-    def __init__(self, model, index, threshold, itae, watch, next_image, is_innermost) -> None:
-        self.model, self.index, self.attention = model, index, model.blocks[index].attn
+    def __init__(self, index, num_prefix_tokens, threshold, itae, watch, next_image, is_innermost) -> None:
+        self.index, self.num_prefix_tokens = index, num_prefix_tokens
         self.threshold, self.itae, self.watch = threshold, itae, watch
         self.next_image, self.is_innermost = next_image, is_innermost
-        self.projected: Tensor | None = None
+        self.projected: Projections | None = None
 
-    def keep_projection(self, _module, _args, projected: Tensor) -> None:
+    def keep(self, projected: Projections) -> None:
         self.projected = projected
 
     def replace_rows(self, _module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -252,11 +255,10 @@ class _RowEditor:
         first_image, self.next_image = self.next_image, self.next_image + len(heads)
         if not self.is_innermost():
             return None
-        norms = source_norms(projected, self.itae.source, self.model.num_prefix_tokens)
+        norms = patch_norms(projected[self.itae.source], self.num_prefix_tokens)
         artifacts = select_artifacts(norms, self.threshold, self.itae, block=self.index, first_image=first_image,
                                      truth=self.watch.mask)
-        q, k, v = split_heads(self.attention, projected)
-        q, k = self.attention.q_norm(q), self.attention.k_norm(k)
+        q, k, v = (projected.heads(source) for source in SOURCES)
         return (self._edited(heads, q, k, v, artifacts),)
 
     def _edited(self, heads: Tensor, q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor) -> Tensor:
@@ -291,7 +293,7 @@ def attention_map(
     row, so the weights over the patches add up to less than 1.
 
     Args:
-        model: a timm VisionTransformer.
+        model: as `attenuate` takes.
         images: (B, 3, H, W), preprocessed.
         block: which block; negative numbers count from the end.
         itae: the setting whose row is shown; None shows the model's own.
@@ -301,24 +303,20 @@ def attention_map(
     Returns:
         (B, rows, columns) for "mean", (B, H, rows, columns) for "each"; float32.
     """
-    check_supported(model)
+    body, index = anatomy(model), block_index(model, block)
     grid = check_images(model, images)
-    index = block_index(model, block)
-    caught: dict[str, Tensor] = {}
-    attention = model.blocks[index].attn
     with ExitStack() as stack:
         watch = stack.enter_context(truth.watch(model)) if truth is not None else Watch()
         if itae is not None:
             stack.enter_context(attenuate(model, itae, truth=truth))
-        caught = tokens_entering(model, images, [index])
-    projected = attention.qkv(model.blocks[index].norm1(caught[index]))
-    q, k, _ = split_heads(attention, projected)
-    logits = scaled_logits(attention.q_norm(q[:, :, :1]), attention.k_norm(k))
-    first = len(model.blocks) - (itae.blocks if itae is not None else 0)
+        entering = block_inputs(model, images, [index])[index]
+    projected = body.layers[index].project_input(entering)
+    logits = scaled_logits(projected.heads("query")[:, :, :1], projected.heads("key"))
+    first = len(body.layers) - (itae.blocks if itae is not None else 0)
     if index >= first:
         threshold = None if itae.select == "oracle" else itae.thresholds[index - first]
-        norms = source_norms(projected, itae.source, model.num_prefix_tokens)
+        norms = patch_norms(projected[itae.source], body.num_prefix_tokens)
         artifacts = select_artifacts(norms, threshold, itae, block=index, truth=watch.mask)
         logits = attenuated_logits(logits, artifacts, itae)
-    weights = logits.softmax(dim=-1)[:, :, 0, model.num_prefix_tokens:].unflatten(-1, grid)
+    weights = logits.softmax(dim=-1)[:, :, 0, body.num_prefix_tokens:].unflatten(-1, grid)
     return weights.mean(dim=1) if heads == "mean" else weights

@@ -1,4 +1,4 @@
-"""Backbones by name: stock timm ViTs with their weights, preprocessing, device and precision."""
+"""Backbones by name: stock timm ViTs (DINOv3 and EVA too) with their weights, preprocessing, device and precision."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from itae_utils.errors import ItaeError, unknown_name
+from itae_utils.pos_embed import resolve_pos_embed, use_meta_rule
 from itae_utils.vit import check_supported, patches_along
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 PREPROCESSING = ("resize", "meta-eval")
 PRECISIONS = ("fp32", "bf16")
 DINOV2_IMAGE_SIZE = 224  # the checkpoints' own 518 costs 5 times as much; stated wherever it is used
-NETWORK_TIMEOUT = 5  # seconds
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Backbone:
 
     Attributes:
         name: what was asked for.
-        model: the timm module, in eval mode, untouched.
+        model: the timm module, in eval mode, untouched but for the resize of its position embedding (`pos_embed`).
         transform: PIL image -> (3, H, W) float tensor.
         image_size: side in pixels that `transform` makes.
         preprocess: "resize" or "meta-eval".
@@ -77,6 +77,7 @@ class Backbone:
         source: where the weights come from, in words.
         truth: the rule that tells the true artifacts, for a planted backbone; else None.
         weights_sha256: over the names, types and bytes of all weights, in order.
+        pos_embed: whose rule resizes the position embedding to other input sizes: "timm" or "meta".
     """
 
     name: str
@@ -89,6 +90,7 @@ class Backbone:
     source: str
     truth: FiringRule | None
     weights_sha256: str
+    pos_embed: str = "timm"
 
     @property
     def dim(self) -> int:
@@ -122,6 +124,7 @@ def load_backbone(
     pretrained: bool = True,
     image_size: int | None = None,
     preprocess: Literal["resize", "meta-eval"] = "resize",
+    pos_embed: Literal["auto", "meta", "timm"] = "auto",
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> Backbone:
@@ -129,11 +132,14 @@ def load_backbone(
 
     Args:
         name: "demo", "demo-clean", a DINOv2 checkpoint ("dinov2_vits14" … "dinov2_vitg14_reg"), or any timm ViT name.
-        checkpoint: a local file of weights (safetensors, or a .pth of plain tensors) instead of the download.
+        checkpoint: local weights instead of the download: a .safetensors or .pth file in timm's layout or Meta's, or a
+            folder of `transformers` (config.json and model.safetensors).
         pretrained: False gives random weights of a fixed seed.
         image_size: pixels a side; None is 28 for the demo, 224 for DINOv2, else the model's own.
         preprocess: "resize" brings the whole image to the size; "meta-eval" resizes the short side to 8/7 of it and
             crops the centre (256 and 224 at the usual size).
+        pos_embed: whose rule resizes the position embedding where the image size is not the model's own. "auto" is
+            Meta's for DINOv2, as its checkpoints were published, and timm's for all others.
         device: "auto" takes CUDA where there is one.
         precision: "auto" is fp32 on a CPU, bf16 on CUDA.
 
@@ -151,13 +157,16 @@ def load_backbone(
     if precision not in PRECISIONS:
         raise ItaeError(f"precision={precision!r} is not known: use auto, {' or '.join(PRECISIONS)}")
 
-    embedded = name in BACKBONES and BACKBONES[name].timm_name is None
-    build = _build_demo if embedded else _build_timm
+    timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
+    pos_embed = resolve_pos_embed(pos_embed, timm_name)
+    build = _build_demo if timm_name is None else _build_timm
     model, config, source, truth = build(name, checkpoint, pretrained)
     check_supported(model)
     if image_size is None:
         image_size = BACKBONES[name].image_size if name in BACKBONES else config["input_size"][-1]
     patches_along(image_size, model.patch_embed.patch_size[0])
+    if pos_embed == "meta":
+        use_meta_rule(model)
     return Backbone(
         name=name,
         model=model.eval().requires_grad_(False).to(device),
@@ -169,6 +178,7 @@ def load_backbone(
         source=source,
         truth=truth,
         weights_sha256=weights_sha256(model),
+        pos_embed=pos_embed,
     )
 
 
@@ -223,31 +233,34 @@ def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
 def _build_timm(name: str, checkpoint: str | Path | None, pretrained: bool):
     import timm
     import torch
-    from timm.data import resolve_model_data_config
+    from timm.models.eva import Eva
+
+    from itae_utils.checkpoints import model_from_checkpoint, read_checkpoint, tensors_named
+    from itae_utils.hub import published_weights
 
     timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
     if not timm.is_model(timm_name):
-        raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models("vit*")], "`itae backbones`")
+        raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
     options = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
     with torch.device("meta"):  # its class is known without weights: refuse it before a download
-        check_supported(timm.create_model(timm_name, num_classes=0))
+        stock = timm.create_model(timm_name, num_classes=0)
+        check_supported(stock)
+    if isinstance(stock, Eva) and isinstance(stock.norm, torch.nn.Identity):
+        options["use_fc_norm"] = True  # where EVA's weights have the final norm: pooling by token would move it
     if checkpoint is not None:
-        weights = read_checkpoint(checkpoint)
-        source = f"local file {Path(checkpoint).name}"
-        overlay = {"state_dict": weights}
-    elif pretrained:
-        overlay = None
-        source = BACKBONES[name].origin if name in BACKBONES else f"{timm_name}, through timm"
-        _check_reachable(timm_name)
-    else:
-        return (_seeded(lambda: timm.create_model(timm_name, **options)), _config(timm_name),
-                f"{timm_name} with random weights", None)
+        model = model_from_checkpoint(timm_name, checkpoint, **options)
+        kind = "folder" if Path(checkpoint).is_dir() else "file"
+        return model, _config(timm_name), f"local {kind} {Path(checkpoint).name}", None
+    if not pretrained:
+        model = _seeded(lambda: timm.create_model(timm_name, **options))
+        return model, _config(timm_name), f"{timm_name} with random weights", None
+    source = BACKBONES[name].origin if name in BACKBONES else f"{timm_name}, through timm"
+    overlay = {"state_dict": read_checkpoint(published_weights(timm_name))}
     try:
         model = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except (RuntimeError, KeyError, OSError, AttributeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ItaeError(f"the weights for {name} from {source} can't be loaded: {first_line}") from error
-    return model, resolve_model_data_config(model), source, None
+        raise ItaeError(f"the weights for {name} from {source} can't be loaded: {tensors_named(error)}") from error
+    return model, _config(timm_name), source, None
 
 
 def _config(timm_name: str) -> dict:
@@ -255,51 +268,3 @@ def _config(timm_name: str) -> dict:
     from timm.models import get_pretrained_cfg
 
     return resolve_data_config(pretrained_cfg=get_pretrained_cfg(timm_name).to_dict())
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a local safetensors file or a .pth of plain tensors; pickled code is never run.
-
-    Raises:
-        ItaeError: no such file, or not a state dict.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise ItaeError(f"checkpoint {str(path)!r} is not a file: give a .safetensors or .pth file")
-    try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        why = str(error).splitlines()[0]
-        raise ItaeError(f"checkpoint {str(path)!r} is not readable as plain tensors: {why}") from error
-    for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ItaeError(f"checkpoint {str(path)!r} holds no state dict of tensors")
-    return weights
-
-
-def _check_reachable(timm_name: str) -> None:
-    """Answer within seconds, and with a remedy, where weights would have to be downloaded and there is no network."""
-    import huggingface_hub
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(timm_name)
-    if config is None or not config.has_weights:
-        raise ItaeError(f"timm has no weights for {timm_name!r}: add a tag (timm.list_pretrained lists them), "
-                        "give checkpoint=FILE, or pretrained=False for random ones")
-    repository = config.hf_hub_id
-    if not repository:
-        return
-    files = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str) for file in files):
-        return
-    url = huggingface_hub.hf_hub_url(repository, "config.json")
-    try:
-        huggingface_hub.get_hf_file_metadata(url, timeout=NETWORK_TIMEOUT)
-    except Exception as error:
-        raise ItaeError(f"no way to the weights of {timm_name} at {url.partition('/resolve')[0]} "
-                        f"({type(error).__name__}): download model.safetensors there, give checkpoint=FILE") from error

@@ -9,15 +9,18 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 
 from itae_utils.errors import ItaeError
 
 NETWORK_TIMEOUT = 8.0  # seconds: an offline machine hears within 10 what to do instead
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def _download(archive: Archive, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = _open(request)
+        response = within(NETWORK_TIMEOUT, urllib.request.urlopen, request, timeout=NETWORK_TIMEOUT)
     except urllib.error.HTTPError as error:
         if have and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # nothing is left to get; the checksum decides
@@ -86,21 +89,23 @@ def _download(archive: Archive, part: Path) -> None:
                 raise OSError(f"the connection was cut at {file.tell():,} of {total:,} bytes")
 
 
-def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
-    """`urlopen` with a true time limit: its own counts neither the name look-up nor a host's further addresses."""
-    opened: Future = Future()
+def within(seconds: float, ask: Callable[..., Answer], *args: object, **options: object) -> Answer:
+    """`ask(*args, **options)`, or an OSError after `seconds`, a true limit: the clients' own count no name look-ups."""
+    answered: Future = Future()
 
     def run() -> None:
         try:
-            opened.set_result(urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT))
+            answered.set_result(ask(*args, **options))
         except Exception as error:
-            opened.set_exception(error)
+            answered.set_exception(error)
 
     Thread(target=run, daemon=True).start()
     try:
-        return opened.result(timeout=NETWORK_TIMEOUT)
+        return answered.result(timeout=seconds)
     except TimeoutError as error:
-        raise OSError(f"no answer within {NETWORK_TIMEOUT:g} s") from error
+        if answered.done():
+            raise
+        raise OSError(f"no answer within {seconds:g} s") from error
 
 
 def unpack(archive: Path, prefixes: tuple[str, ...], folder: Path) -> None:

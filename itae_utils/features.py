@@ -27,8 +27,9 @@ from itae_utils.attention import (
     select_artifacts,
 )
 from itae_utils.errors import ItaeError
+from itae_utils.layers import BlockInput
 from itae_utils.thresholds import fit_thresholds
-from itae_utils.vit import SOURCES, split_heads, tokens_entering
+from itae_utils.vit import anatomy, block_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -174,7 +175,7 @@ class _Pass:
         self.last = len(self.model.blocks) - 1
         self.deep = [name for name, itae in settings.items() if itae is not None and itae.blocks > 1]
         self.shallow = [name for name, itae in settings.items() if itae is not None and itae.blocks == 1]
-        self.doors = sorted({self.last} | {self._first_block(name) for name in self.deep})
+        self.doors = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
         self.needs_truth = any(itae is not None and itae.select == "oracle" for itae in settings.values())
 
     def _first_block(self, name: str) -> int:
@@ -182,8 +183,8 @@ class _Pass:
 
     def __call__(self, images: Tensor, first_image: int) -> dict[str, tuple[Tensor, Tensor]]:
         """(B, dim) `[CLS]` outputs and (B, N) artifacts in the last block, by variant."""
-        tokens, truth = self._shared(images)
-        tail = _LastBlock(self.model, tokens[self.last], first_image, truth)
+        entering, truth = self._shared(images)
+        tail = _LastBlock(self.model, entering[self.last], first_image, truth)
         baseline = tail.run([None])[0]
         results = {name: baseline for name, itae in self.settings.items() if itae is None}
         for start in range(0, len(self.shallow), GROUP):
@@ -193,17 +194,20 @@ class _Pass:
         for name in self.deep:
             itae, first = self.settings[name], self._first_block(name)
             with attenuate(self.model, itae, truth=truth, first_image=first_image):
-                entering = self.model.blocks[first:self.last](tokens[first])
-            row = _LastBlock(self.model, entering, first_image, truth).run([itae])[0]
-            row.changed |= (entering != tokens[self.last]).flatten(1).any(dim=1)
+                tokens = entering[first].tokens
+                for index in range(first, self.last):
+                    tokens = replace(entering[index], tokens=tokens).through(self.model.blocks[index])
+            at_last = replace(entering[self.last], tokens=tokens)
+            row = _LastBlock(self.model, at_last, first_image, truth).run([itae])[0]
+            row.changed |= (tokens != entering[self.last].tokens).flatten(1).any(dim=1)
             results[name] = row.or_else(baseline)
         return {name: (row.cls_output, row.artifacts) for name, row in results.items()}
 
-    def _shared(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
+    def _shared(self, images: Tensor) -> tuple[dict[int, BlockInput], Tensor | None]:
         if not self.needs_truth:
-            return tokens_entering(self.model, images, self.doors), None
+            return block_inputs(self.model, images, self.doors), None
         with self.truth.watch(self.model) as watch:
-            return tokens_entering(self.model, images, self.doors), watch.mask
+            return block_inputs(self.model, images, self.doors), watch.mask
 
 
 @dataclass
@@ -224,24 +228,16 @@ class _Row:
 class _LastBlock:
     """The last block, computed for `[CLS]` alone; keys, values and logits are shared by all variants."""
 
-    def __init__(self, model: nn.Module, tokens: Tensor, first_image: int, truth: Tensor | None) -> None:
-        from torch.nn.functional import linear
-
-        self.model, self.block = model, model.blocks[-1]
+    def __init__(self, model: nn.Module, entering: BlockInput, first_image: int, truth: Tensor | None) -> None:
+        self.model, self.layer = model, anatomy(model).layers[-1]
         self.first_image, self.truth = first_image, truth
-        self.cls_token = tokens[:, :1]
-        attention, normed = self.block.attn, self.block.norm1(tokens)
-        width = attention.num_heads * attention.head_dim
-        weight, bias = attention.qkv.weight, attention.qkv.bias
-        bias_of = lambda part: None if bias is None else bias[part]  # noqa: E731
-        queries, rest = slice(0, width), slice(width, None)
-        self.all_queries = lambda: linear(normed, weight[queries], bias_of(queries))
-        query = linear(normed[:, :1], weight[queries], bias_of(queries))
-        keys_values = linear(normed, weight[rest], bias_of(rest))
-        self.parts = dict(zip(SOURCES[1:], keys_values.chunk(2, dim=-1), strict=True))
-        self.gate = None if getattr(attention, "gate", None) is None else attention.gate(normed[:, :1]).sigmoid()
-        keys, self.values = split_heads(attention, keys_values)
-        self.logits = scaled_logits(attention.q_norm(split_heads(attention, query)[0]), attention.k_norm(keys))
+        normed = self.layer.block.norm1(entering.tokens)
+        self.cls_token, self.cls_normed = entering.tokens[:, 0], normed[:, 0]
+        query = self.layer.project(normed[:, :1], entering.rope, ["query"])
+        self.shared = self.layer.project(normed, entering.rope, ["key", "value"])
+        self.all_queries = lambda: self.layer.project(normed, entering.rope, ["query"])
+        self.values = self.shared.heads("value")
+        self.logits = scaled_logits(query.heads("query"), self.shared.heads("key"))
         self.norms: dict[str, Tensor] = {}
 
     def run(self, settings: Sequence[ITAE | None]) -> list[_Row]:
@@ -263,18 +259,13 @@ class _LastBlock:
             num_patches = self.logits.shape[-1] - self.model.num_prefix_tokens
             return self.logits.new_zeros((len(self.logits), num_patches), dtype=bool)
         if itae.source not in self.norms:
-            part = self.parts[itae.source] if itae.source in self.parts else self.all_queries()
-            self.norms[itae.source] = patch_norms(part, self.model.num_prefix_tokens)
+            projected = self.all_queries() if itae.source == "query" else self.shared
+            self.norms[itae.source] = patch_norms(projected[itae.source], self.model.num_prefix_tokens)
         threshold = None if itae.select == "oracle" else itae.thresholds[-1]
         return select_artifacts(self.norms[itae.source], threshold, itae, block=len(self.model.blocks) - 1,
                                 first_image=self.first_image, truth=self.truth)
 
     def _after_attention(self, heads: Tensor) -> Tensor:
         """(B, H, G, d) -> (G, B, dim): everything after the value sum, for one token a variant and image."""
-        attention, block = self.block.attn, self.block
-        x = attention.norm(heads.permute(2, 0, 1, 3).flatten(2))
-        if self.gate is not None:
-            x = x * self.gate[:, 0]
-        x = self.cls_token[:, 0] + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(x))))
-        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return self.model.norm(x)
+        tokens = self.layer.finish(self.cls_token, self.cls_normed, heads.permute(2, 0, 1, 3).flatten(2))
+        return self.model.fc_norm(self.model.norm(tokens))  # the final norm is one of them, the other an Identity

@@ -17,7 +17,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter
 
 from itae_utils.findings import percent
 from itae_utils.results import make_folder, replacing
@@ -25,6 +25,7 @@ from itae_utils.results import make_folder, replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from itae_utils.inspection import Look
     from itae_utils.observation import Observation
     from itae_utils.thresholds import ThresholdFit
 
@@ -55,6 +56,11 @@ class ReportFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
+
+
+def percent_ticks() -> FuncFormatter:
+    """Shares as percentages with no more digits than they need."""
+    return FuncFormatter(lambda share, _: f"{100 * share:g} %")
 
 
 def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
@@ -160,7 +166,7 @@ def attention_examples(
     shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
     title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
              if artifacts.any() else "Where [CLS] looks in these images; none of their patches is an artifact")
-    figure = ReportFigure(title, height=0.8 + (1 + len(maps)) * min(1.3, 0.92 * WIDTH / (len(pictures) + 1)))
+    figure = ReportFigure(title, height=1.1 + (1 + len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
     grid = figure.subplots(1 + len(maps), len(pictures), squeeze=False)
     extent = (0, before.shape[2], before.shape[1], 0)
     limits = {"vmin": 0, "vmax": max(weights.max() for weights in maps.values()), "cmap": MAP}
@@ -174,7 +180,7 @@ def attention_examples(
             outline(axes, mask)
     for row, label in zip(grid, ["image", *maps], strict=True):
         row[0].set_ylabel(label)
-    figure.colorbar(drawn, ax=grid[1:], label="attention weight", pad=0.01, aspect=30)
+    figure.colorbar(drawn, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40, pad=0.01)
     return figure
 
 
@@ -198,14 +204,14 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
     ordered = np.sort(frequency)[::-1].cumsum()
     places = int(np.searchsorted(ordered, 0.9 * ordered[-1]) + 1)
     title = (f"{places} of {frequency.size} places hold 90 % of the artifacts; "
-             f"an image has {counts.mean():.1f} of them ({counts.min()} to {counts.max()})")
+             f"an image has {counts.mean():.2g} of them ({counts.min()} to {counts.max()})")
     figure = ReportFigure(title, height=3.8)
     where, how_many = figure.subplots(1, 2)
     drawn = where.imshow(frequency.reshape(patch_grid), cmap=MAP, vmin=0)
     where.set(xlabel="patch column", ylabel="patch row")
     for axis in (where.xaxis, where.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
-    figure.colorbar(drawn, ax=where, label="images with an artifact here", format=PercentFormatter(1, decimals=0))
+    figure.colorbar(drawn, ax=where, label="images with an artifact here", format=percent_ticks())
     sns.histplot(counts, discrete=np.ptp(counts) < 40, ax=how_many, color=ARTIFACT, edgecolor="white",
                  alpha=1)
     how_many.set(xlabel="artifacts in an image", ylabel="images")
@@ -216,7 +222,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
 @styled
 def attention_shares(seen: Observation) -> Figure:
     """Share of the `[CLS]` attention on an image's artifacts, before and after, beside their share of the patches."""
-    patches = seen.artifacts.mean()
+    patches, have_any = seen.artifacts.mean(), seen.artifacts.any(axis=1)
     shares = {name: (weights * seen.artifacts).sum(axis=1)
               for name, weights in [("before", seen.attention), ("after", seen.attention_after)]}
     before, after = (percent(share.mean()) for share in shares.values())
@@ -225,9 +231,48 @@ def attention_shares(seen: Observation) -> Figure:
     figure = ReportFigure(title, height=3.4)
     axes = figure.subplots()
     for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
-        axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
+        axes.hist(share[have_any], np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
     axes.axvline(patches, color="black", linestyle="--", linewidth=1, label="their share of the patches")
-    axes.set(xlabel="share of an image's [CLS] attention that lies on its artifacts", ylabel="images", xlim=(0, 1))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="share of an image's [CLS] attention that lies on its artifacts", xlim=(0, 1),
+             ylabel=f"images, of {have_any.sum():,} with artifacts")
+    axes.xaxis.set_major_formatter(percent_ticks())
     axes.legend(loc="upper center")
+    return figure
+
+
+@styled
+def inspection(looks: Sequence[Look], source: str, block: int, title: str) -> Figure:
+    """Single images, a row each: the image, norms, attention before and, where θ is known, after; artifacts outlined.
+
+    Columns share their colours, the two of attention one scale.
+
+    Args:
+        looks: one for each image.
+        source: whose norms `looks` hold.
+        block: after which block the hidden norms are, counted from 1.
+        title: what they show, in words.
+    """
+    columns = {f"‖hidden‖ after block {block}": [look.hidden for look in looks],
+               f"‖{source}‖ in the last block": [look.norms for look in looks],
+               "[CLS] attention": [look.before for look in looks]}
+    if looks[0].after is not None:
+        columns["… after ITAE"] = [look.after for look in looks]
+    heights = [look.hidden.shape[0] / look.hidden.shape[1] for look in looks]
+    cell = (WIDTH - 0.5) / (1 + len(columns))
+    figure = ReportFigure(title, height=1.2 + cell * sum(heights))
+    *grid, scales = figure.subplots(len(looks) + 1, 1 + len(columns), height_ratios=[*heights, 0.06])
+    scales[0].set_axis_off()
+    brightest = max(values.max() for name, maps in columns.items() if "‖" not in name for values in maps)
+    for row, look in zip(grid, looks, strict=True):
+        row[0].imshow(look.picture, extent=(0, look.hidden.shape[1], look.hidden.shape[0], 0))
+        row[0].set_ylabel(textwrap.shorten(look.name, 24, placeholder="…"), fontsize=8)
+    for column, scale, (name, maps) in zip(np.transpose(grid)[1:], scales[1:], columns.items(), strict=True):
+        high = max(values.max() for values in maps) if "‖" in name else brightest
+        for axes, values in zip(column, maps, strict=True):
+            drawn = axes.imshow(values, extent=(0, values.shape[1], values.shape[0], 0), cmap=MAP, vmin=0, vmax=high)
+        column[0].set_title(name, fontsize=9)
+        figure.colorbar(drawn, cax=scale, orientation="horizontal")
+    for row, look in zip(grid, looks, strict=True):
+        for axes in row:
+            outline(axes, look.artifacts)
     return figure

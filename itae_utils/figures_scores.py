@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from itae_utils.ablation import AUTO
-from itae_utils.figures import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, styled
+from itae_utils.figures import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, percent_ticks, styled
 from itae_utils.scoring import AGREEMENT, CHANGE, neighbour_agreement
 
 if TYPE_CHECKING:
@@ -38,17 +38,18 @@ def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
     sources, rows = list(dict.fromkeys(cells.source)), list(dict.fromkeys(cells.attenuation))
     figure = ReportFigure(title, height=1.7 + 0.42 * len(rows))
     panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
-    limits = {"vmin": min(means.min(), baseline), "vmax": max(means.max(), baseline)}
+    unit, fmt, suffix = (1000, ".1f", " × 1000") if measure == CHANGE else (1, ".2f", "")
+    low, high = min(means.min(), baseline) * unit, max(means.max(), baseline) * unit
     for axes, source in zip(panels, sources, strict=True):
         table = means[source].unstack("theta").reindex(index=rows, columns=columns)
-        sns.heatmap(table, ax=axes, cmap=MAP, annot=True, fmt=".2f", cbar=False, linewidths=1, **limits)
+        sns.heatmap(table * unit, vmin=low, vmax=high, cmap=MAP, annot=True, fmt=fmt, linewidths=1, cbar=False, ax=axes)
         axes.set(title=source, xlabel="θ as share of the patches", ylabel="")
         axes.tick_params(length=0)
         if table[AUTO].isna().all():
             axes.text(len(columns) - 0.5, len(rows) / 2, "no θ found", rotation=90, ha="center", va="center")
     panels[0].set_ylabel("attenuation")
-    bar = figure.colorbar(panels[0].collections[0], ax=panels, label=MEASURES[measure], pad=0.01)
-    bar.ax.axhline(baseline, color="white", linewidth=2)
+    bar = figure.colorbar(panels[0].collections[0], ax=panels, label=MEASURES[measure] + suffix, pad=0.01)
+    bar.ax.axhline(baseline * unit, color="white", linewidth=2)
     return figure
 
 
@@ -86,7 +87,7 @@ def _curves(axes, scores: pd.DataFrame, source: str, measure: str) -> None:
     ticks = sorted(of_source.share[of_source.theta != AUTO].unique())
     axes.set(title=f"{source}{'' if (of_source.theta == AUTO).any() else ': no θ found'}", xscale="log",
              xlabel="θ as share of the patches (log; ★ auto)", xticks=ticks)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.xaxis.set_major_formatter(percent_ticks())
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -130,7 +131,8 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
             axes.annotate(f"{mean:.3f}", (mean, place), (0, 5), textcoords="offset points", ha="center", fontsize=8,
                           bbox={"boxstyle": "square,pad=0", "facecolor": "white", "linewidth": 0})
         axes.axvline(spread.loc["baseline", (metric, "mean")], color="black", linestyle="--", linewidth=1)
-        axes.set(xlabel=f"{MEASURES[metric]} (mean ± sd)", yticks=range(len(variants)), yticklabels=variants)
+        axes.set_yticks(range(len(variants)), variants)
+        axes.set_xlabel(MEASURES[metric] + " (mean ± sd)" * ("seed" in scores))
         axes.set_ylim(len(variants) - 0.5, -0.6)
         axes.margins(x=0.15)
     return figure
@@ -140,16 +142,16 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
 def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: Sequence[str]) -> Figure:
     """Two-dimensional embeddings (n, 2) by variant, side by side, coloured by class."""
     shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
-    title = f"Share of the 10 nearest neighbours that are of the same class: {', '.join(shares)}"
+    title = f"How many of the 10 nearest neighbours share the class: {', '.join(shares)}"
     figure = ReportFigure(title, height=4.6)
-    colors = np.array(sns.color_palette("husl", len(classes)))[targets]
+    palette = np.array(sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes)))
     for axes, (name, places) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
-        axes.scatter(*places.T, c=colors, s=7, linewidth=0)
+        for label in np.unique(targets):
+            axes.scatter(*places[targets == label].T, color=palette[label], s=8, linewidth=0, label=classes[label])
         axes.set(xticks=[], yticks=[], title=name, box_aspect=1, xlabel="t-SNE 1", ylabel="t-SNE 2")
-        for label in np.unique(targets) if len(classes) <= NAMED_CLASSES else []:
-            centre = np.median(places[targets == label], axis=0)
-            axes.annotate(classes[label], centre, ha="center", va="center", fontsize=9, weight="bold",
-                          bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0})
+    if len(classes) <= NAMED_CLASSES:
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=10, markerscale=2, handletextpad=0.1)
     return figure
 
 
@@ -212,7 +214,7 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
     rotation = 45 if max(map(len, names)) > 3 else 0
     axes.set_xticks(range(len(shown)), names, rotation=rotation, ha="right" if rotation else "center")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(ylabel="change of accuracy (after − before)", xlabel="class")
+    axes.set(ylabel="change of accuracy", xlabel="class")
     return figure
 
 

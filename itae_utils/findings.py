@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from itae_utils.artifacts import precision_recall
-from itae_utils.vit import SOURCES
+from itae_utils.layers import SOURCES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,12 +25,16 @@ PLANTED = (
 
 
 def percent(share: float) -> str:
-    """A share as text with two figures, and never rounded up to 100 %: "8.9 %", "92 %", "99.9 %"."""
+    """A share as text with two figures, never rounded to none or all: "8.9 %", "92 %", "99.9 %", "< 0.1 %"."""
     if share in (0, 1) or not 0 <= share <= 1:
-        return f"{100 * share:.0f} %"
-    if share >= 0.99:
-        return f"{min(100 * share, 99.9):.1f} %"
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+        number = f"{100 * share:.0f}"
+    elif share < 0.001:
+        number = "< 0.1"
+    elif share >= 0.99:
+        number = f"{min(100 * share, 99.9):.1f}"
+    else:
+        number = f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.2g}"
+    return f"{number} %"
 
 
 def describe_run(backbone: Backbone, dataset: Dataset) -> str:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from itae_utils.artifacts import patch_norms, source_norms
+from itae_utils.artifacts import patch_norms
 from itae_utils.attention import ITAE, attenuated_logits, check_blocks, scaled_logits, select_artifacts
 from itae_utils.errors import ItaeError
+from itae_utils.layers import SOURCES
 from itae_utils.thresholds import sample_indices
-from itae_utils.vit import SOURCES, split_heads, tokens_entering
+from itae_utils.vit import anatomy, block_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,21 +97,20 @@ def observe(
 def _observe_batch(backbone: Backbone, images: Tensor, itae: ITAE | None, first_image: int) -> dict[str, Tensor]:
     import torch
 
-    model, prefix = backbone.model, backbone.model.num_prefix_tokens
-    last, doors = model.blocks[-1], range(len(model.blocks))
+    model, body = backbone.model, anatomy(backbone.model)
+    prefix, last, doors = body.num_prefix_tokens, body.layers[-1], range(len(body.layers))
     seen: dict[str, Tensor] = {}
     if backbone.truth is None:
-        tokens = tokens_entering(model, images, doors)
+        entering = block_inputs(model, images, doors)
     else:
         with backbone.truth.watch(model) as watch:
-            tokens = tokens_entering(model, images, doors)
+            entering = block_inputs(model, images, doors)
         seen["truth"] = watch.mask
-    after_each = [*list(tokens.values())[1:], last(tokens[doors[-1]])]
+    after_each = [*[entering[door].tokens for door in doors[1:]], entering[doors[-1]].through(last.block)]
     seen["hidden"] = torch.stack([patch_norms(hidden, prefix) for hidden in after_each], dim=1)
-    projected = last.attn.qkv(last.norm1(tokens[doors[-1]]))
-    seen |= {source: source_norms(projected, source, prefix) for source in SOURCES}
-    q, k, _ = split_heads(last.attn, projected)
-    logits = scaled_logits(last.attn.q_norm(q[:, :, :1]), last.attn.k_norm(k))
+    projected = last.project_input(entering[doors[-1]])
+    seen |= {source: patch_norms(projected[source], prefix) for source in SOURCES}
+    logits = scaled_logits(projected.heads("query")[:, :, :1], projected.heads("key"))
     shown = lambda row: row.softmax(dim=-1)[:, :, 0, prefix:].mean(dim=1)  # noqa: E731
     seen["attention"] = seen["attention_after"] = shown(logits)
     seen["artifacts"] = torch.zeros_like(seen["attention"], dtype=torch.bool)

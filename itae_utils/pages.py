@@ -215,7 +215,7 @@ def _shown(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_shown, value))
-    return "none" if value is None else str(value)
+    return "none" if value is None else str(value).replace(" %", "\u00a0%")  # a line must not end before the sign
 
 
 def _duration(seconds: float) -> str:

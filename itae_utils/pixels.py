@@ -10,6 +10,7 @@ from itae_utils.errors import ItaeError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
     from torch.utils.data import Dataset
 
     from itae_utils.backbones import Backbone
@@ -36,6 +37,10 @@ def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
 
 def picture(backbone: Backbone, image: Image) -> np.ndarray:
     """The image as the backbone gets it, after resizing and cropping, for looking at: (H, W, 3) in [0, 1]."""
+    return undo_normalization(backbone, backbone.transform(image))
+
+
+def undo_normalization(backbone: Backbone, tensor: Tensor) -> np.ndarray:
+    """What a preprocessed image (3, H, W) looks like: (H, W, 3) in [0, 1]."""
     normalize = backbone.transform.transforms[-1]
-    mean, std = np.array(normalize.mean), np.array(normalize.std)
-    return np.clip(backbone.transform(image).permute(1, 2, 0).numpy() * std + mean, 0, 1)
+    return np.clip(tensor.permute(1, 2, 0).numpy() * np.array(normalize.std) + np.array(normalize.mean), 0, 1)

@@ -146,7 +146,7 @@ def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray
 
     precision, recall = precision_recall(found, truth)
     cost = acc["demo-clean"] - acc["baseline"]
-    won = {name: (acc[name] - acc["baseline"]) / cost for name in ("itae", "random control")}
+    won = {name: (acc[name] - acc["baseline"]) / cost if cost > 0 else np.nan for name in ("itae", "random control")}
     lead = acc["demo-clean"] - acc["raw pixels"]
     lines = [
         ("demo-clean beats raw pixels by at least 0.08 ACC", f"{lead:+.3f}", lead >= 0.08),
@@ -188,7 +188,8 @@ def clustering_headline(scores: pd.DataFrame, finding: str, bench: pd.DataFrame 
     metric = "acc" if "acc" in scores else AGREEMENT
     label = "ACC of the clustering" if metric == "acc" else "Agreement of clusterings"
     before, after = (scores[scores.variant == name][metric].mean() for name in ("baseline", "itae"))
-    facts = [{"label": label, "value": f"{before:.3f} → {after:.3f}", "note": f"baseline → ITAE. {finding}"}]
+    facts = [{"label": label, "value": f"{before:.3f} → {after:.3f}",
+              "note": f"baseline → ITAE, mean over seeds; {finding}"}]
     if bench is not None:
         met = bench[bench.verdict == "met"]
         won = bench.measured.iloc[4]

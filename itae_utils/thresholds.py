@@ -7,19 +7,23 @@ skewed unimodal sample. The constants below were chosen on synthetic mixtures on
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from itae_utils.artifacts import source_norms
+from itae_utils.artifacts import patch_norms
 from itae_utils.errors import ItaeError
-from itae_utils.vit import SOURCES, block_index, tokens_entering
+from itae_utils.layers import SOURCES
+from itae_utils.vit import anatomy, block_inputs
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from itae_utils.backbones import Backbone
+    from itae_utils.layers import Projections
 
 MIN_PATCHES = 2000          # fewer are too few to tell a rare mode from a tail
 LOW_TAIL_STARTS = (0.001, 0.003, 0.01, 0.05)  # EM starts with this share of the patches as the low mode
@@ -207,26 +211,21 @@ def sampled_norms(backbone: Backbone, dataset: Dataset, *, sample: int, seed: in
 
     from itae_utils.batches import image_batches
 
-    model, collected = backbone.model, {}
-    last = block_index(model, -1)
+    body, collected = anatomy(backbone.model), {}
+    *earlier, last = range(len(body.layers))
 
-    def collect(index: int, projected) -> None:
+    def collect(index: int, projected: Projections) -> None:
         for source in SOURCES:
-            norms = source_norms(projected, source, model.num_prefix_tokens)
+            norms = patch_norms(projected[source], body.num_prefix_tokens)
             collected.setdefault((index, source), []).append(norms.cpu().numpy())
 
-    def hook(index: int):
-        return lambda _module, _args, projected: collect(index, projected)
-
-    # The last block's own attention is never reached: its projection is called below, which sets off its hook too.
-    handles = [block.attn.qkv.register_forward_hook(hook(index)) for index, block in enumerate(model.blocks)]
-    try:
-        with torch.inference_mode(), backbone.autocast():
-            for images, _ in image_batches(dataset, backbone.transform, batch_size=batch_size,
-                                           indices=sample_indices(len(dataset), sample, seed)):
-                tokens = tokens_entering(model, images.to(backbone.device), [last])[last]
-                model.blocks[last].attn.qkv(model.blocks[last].norm1(tokens))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for index in earlier:
+            stack.enter_context(body.layers[index].watch(partial(collect, index)))
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(backbone.autocast())
+        for images, _ in image_batches(dataset, backbone.transform, batch_size=batch_size,
+                                       indices=sample_indices(len(dataset), sample, seed)):
+            entering = block_inputs(backbone.model, images.to(backbone.device), [last])[last]
+            collect(last, body.layers[last].project_input(entering))  # its own attention is never reached
     return {key: np.concatenate(values) for key, values in collected.items()}

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-# Every part of timm's ViT that can change what the last block computes.
-STRUCTURES = {
+# Every part of timm's ViT that can change what the last block computes …
+VIT_STRUCTURES = {
     "plain": {},
     "registers": {"reg_tokens": 4, "no_embed_class": True},
     "layer_scale": {"init_values": 0.3},
@@ -20,17 +21,32 @@ STRUCTURES = {
     "one_block": {"depth": 1},
     "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.5, "class_token": True},
 }
+# … and of its Eva: fused or split, with and without biases, all kinds of rotation.
+_DINOV3 = {"num_reg_tokens": 4, "use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3",
+           "rope_rotate_half": True, "init_values": 0.5, "use_fc_norm": False}
+EVA_STRUCTURES = {
+    "eva": {},
+    "eva02_fused": {"use_rot_pos_emb": True, "swiglu_mlp": True},
+    "eva02_split": {"use_rot_pos_emb": True, "swiglu_mlp": True, "qkv_fused": False, "scale_mlp": True,
+                    "scale_attn_inner": True},
+    "eva_fc_norm": {"use_fc_norm": True},
+    "dinov3": {"qkv_bias": False, **_DINOV3},
+    "dinov3_qkvb": {"swiglu_mlp": True, "swiglu_align_to": 8, **_DINOV3},
+    "rope_mixed": {"use_rot_pos_emb": True, "rope_type": "mixed", "num_reg_tokens": 1, "attn_only_layer_scale": True,
+                   "init_values": 0.5, "qk_norm": True},
+}
+STRUCTURES = VIT_STRUCTURES | EVA_STRUCTURES
 
 
-def tiny_vit(structure: str = "plain", **options) -> VisionTransformer:
+def tiny_vit(structure: str = "plain", **options) -> VisionTransformer | Eva:
     """A random ViT of three blocks whose attention is far from even, so that edits show."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0,
                     "global_pool": "token", "dynamic_img_size": True} | STRUCTURES[structure] | options
-        model = VisionTransformer(**settings)
+        model = (Eva if structure in EVA_STRUCTURES else VisionTransformer)(**settings)
         for name, parameter in model.named_parameters():
-            if "qkv" in name:
+            if any(part in name for part in ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")):
                 torch.nn.init.normal_(parameter, std=0.4)
             elif "norm" in name:
                 torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.2)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 
-def artifact_sets(projected: Tensor, source: str, threshold: float, num_prefix: int) -> list[set[int]]:
-    """A = {i : ‖P_i‖₂ ≤ θ} of every image, as token numbers; projected is (B, T, 3 · D)."""
-    width = projected.shape[-1] // 3
+def artifact_sets(qkv: Tensor, source: str, threshold: float, num_prefix: int) -> list[set[int]]:
+    """A = {i : ‖P_i‖₂ ≤ θ} of every image, as token numbers; qkv is (B, T, 3 · D)."""
+    width = qkv.shape[-1] // 3
     start = {"query": 0, "key": width, "value": 2 * width}[source]
     found = []
-    for image in projected:
+    for image in qkv:
         found.append(set())
         for token in range(num_prefix, len(image)):
             if math.sqrt(sum(float(x) ** 2 for x in image[token, start:start + width])) <= threshold:
@@ -49,18 +49,47 @@ def softmax(row: np.ndarray) -> np.ndarray:
     return powers / powers.sum()
 
 
-def attention(attn, normed: Tensor, edit) -> Tensor:
+def projected(attn, normed: Tensor) -> Tensor:
+    """q, k and v side by side, (B, T, 3 · D), biases included."""
+    if attn.qkv is None:
+        return torch.cat([attn.q_proj(normed), attn.k_proj(normed), attn.v_proj(normed)], dim=-1)
+    if getattr(attn, "q_bias", None) is not None:
+        return normed @ attn.qkv.weight.T + torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    return attn.qkv(normed)
+
+
+def rotated(x: Tensor, angles: Tensor, half: bool) -> Tensor:
+    """One vector, pair by pair, turned by its angles; `angles` holds the sines, then the cosines."""
+    size, turned = len(x), x.clone()
+    for pair in range(size // 2):
+        i, j = (pair, pair + size // 2) if half else (2 * pair, 2 * pair + 1)
+        sine, cosine = angles[i], angles[size + i]
+        turned[i], turned[j] = x[i] * cosine - x[j] * sine, x[j] * cosine + x[i] * sine
+    return turned
+
+
+def rotated_patches(attn, x: Tensor, rope: Tensor | None, head: int) -> Tensor:
+    """The queries or keys (T, d) of one head, those of the patches turned."""
+    if rope is None:
+        return x
+    angles = rope[head] if rope.ndim == 3 else rope  # each head its own, or all the same
+    prefix = len(x) - len(angles)
+    patches = [rotated(token, turn, attn.rotate_half) for token, turn in zip(x[prefix:], angles, strict=True)]
+    return torch.stack([*x[:prefix], *patches])
+
+
+def attention(attn, normed: Tensor, edit, rope: Tensor | None = None) -> Tensor:
     """timm's attention, head by head and row by row; `edit(image, row, logits)` gives the weights of a row."""
     batch, tokens, _ = normed.shape
-    projected = attn.qkv(normed)
-    width = projected.shape[-1] // 3
+    qkv = projected(attn, normed)
+    width = qkv.shape[-1] // 3
     size = width // attn.num_heads
     heads = torch.zeros(batch, tokens, width)
     for image in range(batch):
         for head in range(attn.num_heads):
-            q, k, v = (projected[image, :, part * width + head * size:part * width + (head + 1) * size]
+            q, k, v = (qkv[image, :, part * width + head * size:part * width + (head + 1) * size]
                        for part in range(3))
-            q, k = attn.q_norm(q), attn.k_norm(k)
+            q, k = (rotated_patches(attn, x, rope, head) for x in (attn.q_norm(q), attn.k_norm(k)))
             for row in range(tokens):
                 logits = np.array([float(q[row] @ k[other]) / math.sqrt(size) for other in range(tokens)])
                 weights = edit(image, row, logits)
@@ -69,9 +98,25 @@ def attention(attn, normed: Tensor, edit) -> Tensor:
     return attn.proj(attn.norm(heads))
 
 
+def embedded(model, images: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """The tokens that enter the first block, and what each block gets beside its tokens."""
+    x, depth = model._pos_embed(model.patch_embed(images)), len(model.blocks)
+    if not isinstance(x, tuple):
+        return model.norm_pre(x), [{}] * depth
+    x, rope = x
+    return model.norm_pre(x), [{"rope": rope[index] if model.rope_mixed else rope} for index in range(depth)]
+
+
+def scaled(block, branch: int, x: Tensor) -> Tensor:
+    if hasattr(block, f"ls{branch}"):
+        return getattr(block, f"ls{branch}")(x)
+    gamma = getattr(block, f"gamma_{branch}")
+    return x if gamma is None else x * gamma
+
+
 def forward(model, images: Tensor, itae=None, artifacts=None) -> Tensor:
     """All output tokens (after the final norm) of a timm ViT under a setting; artifacts[block][image] may be given."""
-    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    x, options = embedded(model, images)
     depth, prefix = len(model.blocks), model.num_prefix_tokens
     for index, block in enumerate(model.blocks):
         place = index - (depth - itae.blocks) if itae is not None else -1
@@ -79,13 +124,13 @@ def forward(model, images: Tensor, itae=None, artifacts=None) -> Tensor:
         sets = [set()] * len(images)
         if place >= 0:
             sets = (artifacts[index] if artifacts is not None else
-                    artifact_sets(block.attn.qkv(normed), itae.source, itae.thresholds[place], prefix))
+                    artifact_sets(projected(block.attn, normed), itae.source, itae.thresholds[place], prefix))
 
         def edit(image, row, logits, sets=sets):
             if not sets[image] or (itae.rows == "cls" and row != 0):
                 return softmax(logits)
             return edited_row(logits, sets[image], prefix, itae.attenuation, itae.alpha)
 
-        x = x + block.ls1(attention(block.attn, normed, edit))
-        x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = x + scaled(block, 1, attention(block.attn, normed, edit, **options[index]))
+        x = x + scaled(block, 2, block.mlp(block.norm2(x)))
     return model.norm(x)

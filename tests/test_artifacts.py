@@ -4,21 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from itae_utils.artifacts import FiringRule, precision_recall, qkv_norms, random_patches, source_norms, token_norms
+from itae_utils.artifacts import FiringRule, patch_norms, precision_recall, qkv_norms, random_patches, token_norms
 from itae_utils.errors import ItaeError
-from tests.conftest import STRUCTURES, images, tiny_vit
+from tests import reference
+from tests.conftest import EVA_STRUCTURES, STRUCTURES, images, tiny_vit
 
 
 def length(vector) -> float:
     return math.sqrt(sum(float(x) ** 2 for x in vector))
 
 
-def test_source_norms_take_the_whole_vector_of_patches_alone():
-    projected = torch.randn(2, 6, 3 * 8)
-    for start, source in [(0, "query"), (8, "key"), (16, "value")]:
-        norms = source_norms(projected, source, 2)
-        expected = [[length(token[start:start + 8]) for token in image[2:]] for image in projected]
-        assert torch.allclose(norms, torch.tensor(expected), atol=1e-5)
+def test_patch_norms_take_the_whole_vector_of_patches_alone():
+    keys = torch.randn(2, 6, 8)
+    expected = [[length(token) for token in image[2:]] for image in keys]
+    assert torch.allclose(patch_norms(keys, 2), torch.tensor(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -26,25 +25,25 @@ def test_token_norms_of_every_block_on_the_grid(structure):
     model, batch = tiny_vit(structure), images(2, 24, 40)
     norms = token_norms(model, batch)
     assert norms.shape == (2, len(model.blocks), 3, 5)
-    x = model.norm_pre(model._pos_embed(model.patch_embed(batch)))
+    x, options = reference.embedded(model, batch)
     for index, block in enumerate(model.blocks):
-        x = block(x)
+        x = block(x, **options[index])
         patches = x[:, model.num_prefix_tokens:]
         expected = torch.tensor([[[length(patches[i, 5 * row + column]) for column in range(5)] for row in range(3)]
                                  for i in range(2)])
         assert torch.allclose(norms[:, index], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("structure", ["registers", "qk_norm", "no_bias"])
+@pytest.mark.parametrize("structure", ["registers", "qk_norm", "no_bias", *EVA_STRUCTURES])
 @pytest.mark.parametrize("block", [0, 1, -1])
 def test_qkv_norms_are_measured_before_any_qk_norm(structure, block):
     model, batch = tiny_vit(structure), images(2, 24, 40)
     norms = qkv_norms(model, batch, block)
-    x = model.norm_pre(model._pos_embed(model.patch_embed(batch)))
-    for layer in model.blocks[:block % 3]:
-        x = layer(x)
+    x, options = reference.embedded(model, batch)
+    for index in range(block % 3):
+        x = model.blocks[index](x, **options[index])
     layer = model.blocks[block]
-    parts = layer.attn.qkv(layer.norm1(x))[:, model.num_prefix_tokens:].split(24, dim=-1)
+    parts = reference.projected(layer.attn, layer.norm1(x))[:, model.num_prefix_tokens:].split(24, dim=-1)
     for source, part in zip(["query", "key", "value"], parts, strict=True):
         assert norms[source].shape == (2, 3, 5)
         assert norms[source][1, 2, 4] == pytest.approx(length(part[1, 14]), abs=1e-4)

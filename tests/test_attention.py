@@ -33,16 +33,18 @@ def test_cls_output_follows_the_equations(structure, attenuation):
     assert (expected - output(model, batch))[:, 0].abs().max() > 1e-3  # the edit shows
 
 
+@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb", "eva02_split"])
 @pytest.mark.parametrize("source", ["query", "key", "value"])
-def test_every_source(source):
-    model, batch = tiny_vit("registers"), images(2)
+def test_every_source(source, structure):
+    model, batch = tiny_vit(structure), images(2)
     itae = ITAE(source, threshold_at(model, batch, source, 0.25))
     assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 @pytest.mark.parametrize("blocks", [2, 3])
-@pytest.mark.parametrize("structure", ["plain", "dinov2", "qk_norm", "scale_norm"])
+@pytest.mark.parametrize("structure", ["plain", "dinov2", "qk_norm", "scale_norm", "dinov3", "eva02_split",
+                                       "rope_mixed"])
 def test_scopes(structure, blocks, rows):
     model, batch = tiny_vit(structure), images(1)
     thresholds = [threshold_at(model, batch, "key", 0.3, block) for block in range(-blocks, 0)]
@@ -50,17 +52,19 @@ def test_scopes(structure, blocks, rows):
     assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("structure", ["registers", "dinov3", "rope_mixed"])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (40, 24), (8, 64)])
-def test_other_image_sizes(height, width):
-    model, batch = tiny_vit("registers"), images(1, height, width)
+def test_other_image_sizes(height, width, structure):
+    model, batch = tiny_vit(structure), images(1, height, width)
     itae = ITAE("key", threshold_at(model, batch, "key", 0.3))
     assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("structure", ["registers", "dinov3"])
 @pytest.mark.parametrize("attenuation", ATTENUATIONS)
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_batch_gives_what_its_images_give_one_by_one(attenuation, fused):
-    model, batch = tiny_vit("registers"), images(5)
+def test_a_batch_gives_what_its_images_give_one_by_one(attenuation, fused, structure):
+    model, batch = tiny_vit(structure), images(5)
     for block in model.blocks:
         block.attn.fused_attn = fused
     itae = ITAE("key", threshold_at(model, batch, "key", 0.3), attenuation)
@@ -152,8 +156,9 @@ def test_nested_the_innermost_alone_acts():
     assert hook_count(model) == 0
 
 
-def test_images_without_artifacts_keep_the_model_s_result_to_the_bit():
-    model, batch = tiny_vit("registers"), images(4)
+@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb", "eva02_split"])
+def test_images_without_artifacts_keep_the_model_s_result_to_the_bit(structure):
+    model, batch = tiny_vit(structure), images(4)
     norms = qkv_norms(model, batch)["key"].flatten(1).amin(1)
     between = float(norms.sort().values[1:3].mean())  # two images have artifacts, two have none
     plain, edited = output(model, batch), output(model, batch, ITAE("key", between))
@@ -168,7 +173,7 @@ def test_nothing_is_kept_of_a_forward_pass():
     with attenuate(model, ITAE("key", 1e9)):
         model.forward_features(batch)
         gc.collect()
-        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        hooks = model.blocks[-1].attn.norm._forward_pre_hooks.values()
         assert [hook.__self__.projected for hook in hooks] == [None]
 
 
@@ -215,7 +220,7 @@ def test_oracle_attenuates_the_true_artifacts():
 
 # --- attention maps --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm"])
+@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "dinov3", "eva02_split", "rope_mixed"])
 @pytest.mark.parametrize("block", [0, -1])
 def test_attention_map_is_the_softmax_row(structure, block):
     model, batch = tiny_vit(structure), images(2, 40, 24)
@@ -227,11 +232,11 @@ def test_attention_map_is_the_softmax_row(structure, block):
             rows.setdefault(image, []).append(weights[model.num_prefix_tokens:])
         return weights
 
-    x = model.norm_pre(model._pos_embed(model.patch_embed(batch)))
+    x, options = reference.embedded(model, batch)
     for index, layer in enumerate(model.blocks):
         if index == block % 3:
-            reference.attention(layer.attn, layer.norm1(x), edit)
-        x = layer(x)
+            reference.attention(layer.attn, layer.norm1(x), edit, **options[index])
+        x = layer(x, **options[index])
     expected = torch.tensor(np.stack([np.stack(rows[image]) for image in range(2)])).float().view(2, 3, 5, 3)
     assert (attention_map(model, batch, block, heads="each") - expected).abs().max() < 1e-5
     assert (attention_map(model, batch, block) - expected.mean(1)).abs().max() < 1e-5

@@ -51,6 +51,23 @@ def test_any_timm_vit_at_any_size_its_patch_divides():
     assert "random weights" in backbone.source
 
 
+def test_dinov3_and_eva_by_their_timm_names():
+    dinov3 = load_backbone("vit_small_patch16_dinov3", pretrained=False, image_size=64)
+    assert (dinov3.dim, dinov3.num_blocks, dinov3.patch_grid) == (384, 12, (4, 4))
+    assert load_backbone("vit_small_patch16_dinov3", pretrained=False).image_size == 256
+    batch = images(1, 64, 64)
+    assert torch.equal(dinov3.model(batch), dinov3.model.forward_features(batch)[:, 0])
+
+
+def test_eva_keeps_the_final_norm_that_its_weights_have(tmp_path):
+    published = timm.create_model("eva02_tiny_patch14_224", num_classes=0, dynamic_img_size=True).eval()
+    torch.nn.init.normal_(published.fc_norm.weight)
+    save_file(published.state_dict(), tmp_path / "eva.safetensors")
+    backbone = load_backbone("eva02_tiny_patch14_224", checkpoint=tmp_path / "eva.safetensors", image_size=56)
+    batch = images(1, 56, 56)
+    assert torch.equal(backbone.model(batch), published.fc_norm(published.forward_features(batch)[:, 0]))
+
+
 def test_random_weights_leave_the_callers_random_state():
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -157,7 +174,7 @@ def test_no_network_answers_soon_and_says_what_to_do(monkeypatch):
         raise ConnectionError("refused")
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refused)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     start = time.perf_counter()
     with pytest.raises(ItaeError, match=r"download model\.safetensors there, give checkpoint=FILE"):
         load_backbone("dinov2_vits14")

@@ -8,10 +8,10 @@ from itae_utils.artifacts import FiringRule, qkv_norms
 from itae_utils.attention import ITAE, attenuate
 from itae_utils.errors import ItaeError
 from itae_utils.features import GROUP, extract_features
+from itae_utils.layers import SOURCES
 from itae_utils.thresholds import ThresholdFit, Thresholds
-from itae_utils.vit import SOURCES
 from tests import reference
-from tests.conftest import STRUCTURES, MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
+from tests.conftest import EVA_STRUCTURES, STRUCTURES, MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
 
 ATTENUATIONS = ("min", "mask", "mean", "scale")
 
@@ -25,7 +25,7 @@ def setup(structure="registers", count=5, **options):
 def test_baseline_is_the_model_s_cls_output(structure):
     backbone, dataset, batch = setup(structure)
     features = extract_features(backbone, dataset, {"baseline": None}, batch_size=2)
-    expected = backbone.model.forward_features(batch)[:, 0].numpy()
+    expected = backbone.model(batch).numpy()  # "token" pooling and the final norm, wherever it stands
     assert features["baseline"].dtype == np.float32
     assert np.abs(features["baseline"] - expected).max() < 1e-5
     assert features.targets.tolist() == [0, 1, 2, 0, 1]
@@ -38,7 +38,7 @@ def test_every_attenuation_follows_the_equations(structure):
     variants = {name: ITAE("key", threshold, name, alpha=0.3) for name in ATTENUATIONS}
     features = extract_features(backbone, dataset, variants)
     for name, itae in variants.items():
-        expected = reference.forward(backbone.model, batch, itae)[:, 0].numpy()
+        expected = backbone.model.fc_norm(reference.forward(backbone.model, batch, itae)[:, 0]).numpy()
         assert np.abs(features[name] - expected).max() < 1e-5
 
 
@@ -57,7 +57,7 @@ def every_kind_of_variant(model, batch) -> dict[str, ITAE | None]:
     }
 
 
-@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "no_bias"])
+@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "no_bias", *EVA_STRUCTURES])
 def test_extraction_and_attenuate_agree_for_every_kind_of_variant(structure):
     backbone, dataset, batch = setup(structure, count=7)
     variants = every_kind_of_variant(backbone.model, batch)
@@ -67,7 +67,7 @@ def test_extraction_and_attenuate_agree_for_every_kind_of_variant(structure):
         if itae is None:
             continue
         with attenuate(backbone.model, itae):
-            expected = backbone.model.forward_features(batch)[:, 0].numpy()
+            expected = backbone.model(batch).numpy()
         assert np.abs(features[name] - expected).max() < 1e-5, name
         assert np.abs(features[name] - features["baseline"]).max() > 1e-4, name
 
@@ -91,8 +91,9 @@ def test_images_are_run_once_whatever_the_number_of_variants():
     assert len(calls) == 2
 
 
-def test_images_without_artifacts_get_the_baseline_itself():
-    backbone, dataset, batch = setup(count=6)
+@pytest.mark.parametrize("structure", ["registers", "dinov3", "eva02_split"])
+def test_images_without_artifacts_get_the_baseline_itself(structure):
+    backbone, dataset, batch = setup(structure, count=6)
     smallest = qkv_norms(backbone.model, batch)["key"].flatten(1).amin(1)
     threshold = float(smallest.sort().values[2:4].mean())  # three images have artifacts, three have none
     untouched = (smallest > threshold).numpy()
@@ -178,8 +179,21 @@ def test_workers_change_nothing():
     assert np.array_equal(alone["itae"], workers["itae"])
 
 
-def test_bfloat16_is_close():
-    backbone, dataset, batch = setup("dinov2", count=4)
+@pytest.mark.parametrize("structure", ["plain", "dinov3"])
+def test_gated_attention(structure):
+    backbone, dataset, batch = setup(structure, count=3)
+    for block in backbone.model.blocks:
+        block.attn.gate = torch.nn.Linear(24, 24).requires_grad_(False)
+    itae = ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3))
+    features = extract_features(backbone, dataset, {"baseline": None, "itae": itae})
+    assert np.abs(features["baseline"] - backbone.model(batch).numpy()).max() < 1e-5
+    with attenuate(backbone.model, itae):
+        assert np.abs(features["itae"] - backbone.model(batch).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("structure", ["dinov2", "dinov3", "eva02_split"])
+def test_bfloat16_is_close(structure):
+    backbone, dataset, batch = setup(structure, count=4)
     variants = {"baseline": None, "itae": ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3))}
     full = extract_features(backbone, dataset, variants)
     half = extract_features(as_backbone(backbone.model, precision="bf16"), dataset, variants)

@@ -6,12 +6,13 @@ import pytest
 from itae_utils.artifacts import FiringRule, qkv_norms, token_norms
 from itae_utils.attention import ITAE, attention_map
 from itae_utils.errors import ItaeError
+from itae_utils.layers import SOURCES
 from itae_utils.observation import observe
-from itae_utils.vit import SOURCES
 from tests.conftest import MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
 
 
-@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "one_block"])
+@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "one_block", "dinov3", "eva02_fused",
+                                       "rope_mixed"])
 def test_one_pass_shows_what_the_single_functions_show(structure):
     model = tiny_vit(structure)
     backbone, dataset = as_backbone(model), MadeDataset(7)

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from itae_utils.errors import ItaeError
+from itae_utils.layers import SOURCES
 from itae_utils.thresholds import fit_threshold, fit_thresholds, sample_indices, sampled_norms
-from itae_utils.vit import SOURCES
-from tests.conftest import MadeDataset, as_backbone, dataset_tensor, tiny_vit
+from tests import reference
+from tests.conftest import EVA_STRUCTURES, MadeDataset, as_backbone, dataset_tensor, tiny_vit
 
 
 def mixture(rng, size, share, gap, sigma=0.1, low_sigma=0.1):
@@ -114,19 +115,20 @@ def test_quantile():
     assert fit.quantile(0.25) == pytest.approx(2500.75)
 
 
-def test_norms_of_every_block_and_source_in_one_pass():
-    model = tiny_vit("registers")
+@pytest.mark.parametrize("structure", ["registers", *EVA_STRUCTURES])
+def test_norms_of_every_block_and_source_in_one_pass(structure):
+    model = tiny_vit(structure)
     backbone, dataset = as_backbone(model), MadeDataset(20)
     sampled = sampled_norms(backbone, dataset, sample=7, seed=3, batch_size=4)
     indices = sample_indices(20, 7, 3)
     batch = dataset_tensor(backbone, dataset)[indices]
-    x = model.norm_pre(model._pos_embed(model.patch_embed(batch)))
+    x, options = reference.embedded(model, batch)
     for index, block in enumerate(model.blocks):
-        parts = block.attn.qkv(block.norm1(x))[:, 5:].split(24, dim=-1)
+        parts = reference.projected(block.attn, block.norm1(x))[:, model.num_prefix_tokens:].split(24, dim=-1)
         for source, part in zip(SOURCES, parts, strict=True):
             expected = part.square().sum(-1).sqrt()
             assert np.allclose(sampled[index, source], expected, atol=1e-4)
-        x = block(x)
+        x = block(x, **options[index])
 
 
 def test_fits_by_block_and_source():

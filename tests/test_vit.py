@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.vit import block_index, check_images, check_supported, split_heads, tokens_entering
+from itae_utils.vit import block_index, block_inputs, check_images, check_supported, tokens_entering
+from tests import reference
 from tests.conftest import STRUCTURES, images, tiny_vit
 
 
@@ -12,7 +13,10 @@ from tests.conftest import STRUCTURES, images, tiny_vit
     ("vit_base_patch16_siglip_224", r"no \[CLS\] token"),
     ("swin_tiny_patch4_window7_224", "SwinTransformer is not handled"),
     ("beit_base_patch16_224", "Beit is not handled"),
-    ("eva02_tiny_patch14_224", "Eva is not handled"),
+    ("eva02_enormous_patch14_clip_224", "block 0 is a EvaBlockPostNorm"),
+    ("vit_small_patch16_rope_224", "block 0 attends with AttentionRope"),
+    ("vit_pe_core_tiny_patch16_384", "block 0 attends with AttentionRope"),
+    ("vit_base_patch16_rope_reg1_gap_256", r"no \[CLS\] token"),
     ("resnet18", "ResNet is not handled"),
     ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock"),
 ])
@@ -26,7 +30,9 @@ def test_models_the_method_is_not_defined_for_are_named(name, message):
 @pytest.mark.parametrize("name", [
     "vit_small_patch14_dinov2.lvd142m", "vit_giant_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_224.dino",
     "vit_base_patch16_clip_quickgelu_224.openai", "deit3_small_patch16_224.fb_in1k", "vit_base_patch16_224.mae",
-    "vit_tiny_patch16_224.augreg_in21k", "deit_small_distilled_patch16_224",
+    "vit_tiny_patch16_224.augreg_in21k", "deit_small_distilled_patch16_224", "eva02_tiny_patch14_224",
+    "eva02_base_patch16_clip_224", "eva_giant_patch14_224", "vit_small_patch16_dinov3.lvd1689m",
+    "vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
 ])
 def test_models_users_will_try_are_handled(name):
     with torch.device("meta"):
@@ -62,12 +68,21 @@ def test_patch_grid_and_its_errors():
 def test_tokens_entering_are_what_the_blocks_get(structure):
     model, batch = tiny_vit(structure), images(2, 24, 40)
     expected = {}
-    x = model.norm_pre(model._pos_embed(model.patch_embed(batch)))
+    x, options = reference.embedded(model, batch)
     for index, block in enumerate(model.blocks):
         expected[index] = x
-        x = block(x)
+        x = block(x, **options[index])
     caught = tokens_entering(model, batch, list(expected))
     assert all(torch.equal(caught[index], expected[index]) for index in expected)
+
+
+@pytest.mark.parametrize("structure", ["dinov3", "eva02_split", "rope_mixed"])
+def test_rotations_are_caught_with_the_tokens(structure):
+    model, batch = tiny_vit(structure), images(2, 24, 40)
+    _, options = reference.embedded(model, batch)
+    caught = block_inputs(model, batch, range(3))
+    assert all(torch.equal(caught[index].rope, options[index]["rope"]) for index in range(3))
+    assert torch.equal(model.norm(caught[2].through(model.blocks[2])), model.forward_features(batch))
 
 
 def test_nothing_after_the_last_door_is_computed_and_hooks_are_gone():
@@ -83,11 +98,3 @@ def test_hooks_are_gone_after_a_failure():
     with pytest.raises(RuntimeError):
         tokens_entering(model, torch.zeros(1, 5, 32, 32), [2])
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_split_heads():
-    model = tiny_vit()
-    projected = torch.randn(2, 7, 72)
-    parts = split_heads(model.blocks[0].attn, projected)
-    assert parts.shape == (3, 2, 3, 7, 8)
-    assert torch.equal(parts[1, 0, 2, 5], projected[0, 5, 24 + 16:24 + 24])

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from itae_utils.artifacts import FiringRule
-from itae_utils.vit import split_heads, tokens_entering
+from itae_utils.layers import split_heads
+from itae_utils.vit import tokens_entering
 
 BLOCK = 3               # the neurons sit in this block's MLP; the tokens they mark enter the blocks after it
 POSITIONS = ((2, 0), (2, 6), (4, 0), (4, 6))  # row, column: at the edges, blank in about half of the digits

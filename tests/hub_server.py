@@ -1,0 +1,81 @@
+"""A loopback server that speaks as much of the hub's protocol as a client needs to download files."""
+
+import hashlib
+import http.server
+import re
+import threading
+import time
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Serves `files`, bytes by (repository, name); `asked` holds (method, status) in order.
+
+    Attributes:
+        sends: bytes that differ from those announced, by the same keys.
+        cut_after: bytes after which each answer breaks off.
+        silent: accept connections and never answer.
+    """
+
+    def __init__(self, files, *, sends=None, cut_after=None, silent=False):
+        self.asked, sends = [], sends or {}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(handler, with_body):
+                if silent:
+                    time.sleep(60)
+                    return
+                found = re.fullmatch(r"/(.+)/resolve/main/([^?]+)(\?.*)?", handler.path)
+                content = files.get(found.groups()[:2]) if found else None
+                span = handler.headers.get("Range")
+                status = 404 if content is None else 206 if span else 200
+                self.asked.append((handler.command, status))
+                if content is None:
+                    known = found and found[1] in {repository for repository, _ in files}
+                    handler.send_response(status)
+                    handler.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+                    handler.send_header("Content-Length", "0")
+                    handler.end_headers()
+                    return
+                etag = hashlib.sha256(content).hexdigest()
+                body = sends.get(found.groups()[:2], content)
+                start = int(re.fullmatch(r"bytes=(\d+)-.*", span)[1]) if span else 0
+                handler.send_response(status)
+                handler.send_header("ETag", f'"{etag}"')
+                handler.send_header("X-Repo-Commit", COMMIT)
+                handler.send_header("Accept-Ranges", "bytes")
+                handler.send_header("Content-Length", str(len(body) - start))
+                if span:
+                    handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                handler.end_headers()
+                if with_body:
+                    handler.wfile.write(body[start:][:cut_after])
+                    handler.close_connection = cut_after is not None
+
+            def do_HEAD(handler):
+                handler.answer(with_body=False)
+
+            def do_GET(handler):
+                handler.answer(with_body=True)
+
+            def log_message(handler, *_args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.block_on_close = False
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def statuses(self, method):
+        return [status for asked, status in self.asked if asked == method]
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,0 +1,132 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from itae_utils import findings
+from itae_utils.backbones import load_backbone
+from itae_utils.datasets import load_dataset
+from itae_utils.observation import Observation
+from itae_utils.thresholds import fit_threshold
+
+
+@pytest.fixture
+def seen():
+    """Two images of ten patches; the first patch is an artifact and has 0.6 of the attention."""
+    artifacts = np.zeros((2, 10), dtype=bool)
+    artifacts[:, 0] = True
+    attention = np.full((2, 10), 0.4 / 9)
+    attention[:, 0] = 0.6
+    norms = {name: np.full((2, 10), 5.0) for name in ("query", "key", "value")}
+    norms["key"][:, 0] = 1
+    norms["key"][0, 1] = 1
+    return Observation(np.arange(2), (2, 5), np.ones((2, 3, 10)), norms, attention, np.full((2, 10), 0.1), artifacts,
+                       artifacts)
+
+
+@pytest.fixture(scope="module")
+def fits():
+    rng = np.random.default_rng(0)
+    two = np.concatenate([rng.normal(1, 0.05, 200), rng.normal(8, 0.5, 3800)])
+    return {"query": fit_threshold(rng.normal(8, 0.5, 4000)), "key": fit_threshold(two), "value": fit_threshold([1, 2])}
+
+
+@pytest.mark.parametrize(("share", "words"), [
+    (0, "0 %"), (0.0004, "< 0.1 %"), (0.004, "0.4 %"),
+    (0.0885, "8.8 %"), (0.0996, "10 %"), (0.904, "90 %"), (0.9936, "99.4 %"),
+    (0.99999, "99.9 %"), (1, "100 %"), (-0.14, "-14 %"), (1.2, "120 %"),
+])
+def test_percent(share, words):
+    assert findings.percent(share) == words
+
+
+def test_run_is_described_and_planting_is_named_only_where_it_was_done():
+    digits = load_dataset("digits")
+    planted, clean = (findings.describe_run(load_backbone(name), digits) for name in ("demo", "demo-clean"))
+    assert "were planted" in planted
+    assert "planted" not in clean
+    assert "7 × 7 patches" in clean
+    assert "1,797 images, 10 classes" in clean
+
+
+def test_run_without_labels_and_with_skipped_files_says_so():
+    images = replace(load_dataset("digits", limit=50), targets=None, classes=None, skipped=["bad.png", "worse.png"])
+    words = findings.describe_run(load_backbone("demo"), images)
+    assert "50 images, without labels" in words
+    assert "2 unreadable files were left out, bad.png the first" in words
+
+
+def test_threshold_is_told_with_its_origin(fits):
+    fit = fits["key"]
+    words = findings.describe_threshold("key", fit, fit.threshold, given=False)
+    assert words.startswith(f"θ = {fit.threshold:.4g} on the norm of the key")
+    assert "was given" in findings.describe_threshold("key", fits["key"], 3.0, given=True)
+    words = findings.describe_threshold("query", fits["query"], None, given=False)
+    assert "No artifacts were found" in words
+    assert fits["query"].reason in words
+
+
+def test_threshold_table_has_words_for_what_was_not_found(fits):
+    table = findings.threshold_table(fits)
+    assert table.loc["key", ["θ", "patches ≤ θ"]].tolist() == [f"{fits['key'].threshold:.4g}", "5 %"]
+    assert table.loc["query", ["θ", "patches ≤ θ"]].tolist() == ["none", "–"]
+    assert table.loc["value", "separation"] == "–"
+    assert table.loc["query", "verdict"] == fits["query"].reason
+
+
+def test_detection_table_counts_against_the_truth(seen):
+    table = findings.detection_table(seen, {"query": None, "key": 2.0, "value": 9.0})
+    assert table.loc["key", ["found", "true", "precision", "recall"]].tolist() == [3, 2, pytest.approx(2 / 3), 1]
+    assert table.loc["value", ["found", "precision", "recall"]].tolist() == [20, 0.1, 1]
+    assert np.isnan(table.loc["query", "precision"])
+    assert table.loc["query", "recall"] == 0
+
+
+def test_concentration_is_the_share_of_the_busiest_tenth(seen):
+    words = findings.describe_concentration(seen)
+    assert "the 1 most attended of an image's 10 patches take 60 %" in words
+
+
+def test_discovery_headline(seen):
+    detection = findings.detection_table(seen, {"query": None, "key": 2.0, "value": None})
+    facts = findings.discovery_headline(seen, "key", 2.0, "reason", detection)
+    assert facts[0]["value"] == "60 % → 10 %"
+    assert "planted artifacts are 10 % of patches" in facts[0]["note"]
+    assert facts[1]["value"] == "0.667 / 1.000"
+    natural = findings.discovery_headline(replace(seen, truth=None), "key", 2.0, "reason", None)
+    assert len(natural) == 1
+    assert "planted" not in natural[0]["note"]
+
+
+def test_discovery_headline_where_nothing_was_found(seen):
+    nothing = replace(seen, artifacts=np.zeros_like(seen.artifacts))
+    facts = findings.discovery_headline(nothing, "key", None, "one mode", None)
+    assert [(fact["value"], fact["note"]) for fact in facts] == [("none found", "key norms, last block: one mode")]
+
+
+def ablation(*autos):
+    rows = [("baseline", "baseline", None, 0.5), ("key min 1 %", "itae", "1 %", 0.6),
+            *((f"key {place} auto", "itae", "auto", value) for place, value in enumerate(autos))]
+    return pd.DataFrame(rows, columns=["variant", "kind", "theta", "acc"]).set_index("variant")
+
+
+def test_ablation_headline():
+    facts = findings.ablation_headline(ablation(0.7, 0.9), "acc", seconds=2)
+    assert [fact["value"] for fact in facts] == ["4 variants", "0.700 to 0.900"]
+    assert findings.ablation_headline(ablation(), "acc", seconds=2)[1]["value"] == "none"
+    assert len(findings.ablation_headline(ablation(0.7), "change", seconds=2)) == 1
+
+
+def test_result_rows_leave_out_what_is_not_finite():
+    table = pd.DataFrame({"variant": ["a", "b"], "seed": [0, 1], "acc": [0.5, np.nan], "nmi": [0.1, 0.2]})
+    rows = findings.result_rows(table, ["acc", "nmi"], backbone="demo", dataset="digits", n=7)
+    assert rows[0] == {"backbone": "demo", "dataset": "digits", "n": 7, "variant": "a", "seed": 0, "metric": "acc",
+                       "value": 0.5}
+    assert [(row["variant"], row["metric"]) for row in rows] == [("a", "acc"), ("a", "nmi"), ("b", "nmi")]
+
+
+def test_result_rows_take_backbone_from_the_table_and_no_seed():
+    table = pd.DataFrame({"variant": ["a"], "backbone": ["other"], "acc": [1]})
+    row, = findings.result_rows(table, ["acc"], backbone="demo", dataset="digits", n=7)
+    assert (row["backbone"], row["seed"]) == ("other", None)
