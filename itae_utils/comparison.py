@@ -12,9 +12,9 @@ import numpy as np
 
 from itae_utils.clustering import METRICS, describe_difference
 from itae_utils.collection import Cell
+from itae_utils.layers import SOURCES
 from itae_utils.published import NOT_IN_SOURCES, PUBLISHED, UNKNOWN_SETTINGS, PublishedRow
 from itae_utils.results import make_folder, replacing
-from itae_utils.vit import SOURCES
 
 if TYPE_CHECKING:
     import pandas as pd
