@@ -31,14 +31,14 @@ LAYOUT = [{"selector": "tbody th", "props": "white-space: normal; width: 9.5em; 
 
 
 def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n: int) -> list[dict[str, object]]:
-    """Rows for `results.json` from `difference_table`: the difference to the baseline and its interval.
+    """Rows for `results.json` from `difference_table`: what ITAE and its control differ by, and the interval.
 
     Their metrics are `acc_difference`, `acc_difference_low`, `acc_difference_high`, and the same of nmi and ari.
     """
     return [
         {"backbone": backbone, "dataset": dataset, "n": n, "variant": variant, "seed": None,
          "metric": f"{metric}_difference{end}", "value": float(row[name])}
-        for (variant, metric), row in differences.iterrows()
+        for (variant, metric), row in differences.iterrows() if variant in VARIANTS
         for name, end in (("difference", ""), ("low", "_low"), ("high", "_high"))
     ]
 

@@ -41,6 +41,7 @@ def test_rows_of_an_interval():
         "acc_difference": 0.1, "acc_difference_low": 0.0, "acc_difference_high": 0.2,
         "nmi_difference": 0.2, "nmi_difference_low": 0.1, "nmi_difference_high": 0.3}
     check_results(RESULTS | {"rows": rows})
+    assert difference_rows(table.rename(index={"itae": "raw pixels"}), backbone="b", dataset="d", n=3) == []
 
 
 def test_the_table_of_nothing_says_not_run_and_not_in_our_sources():
