@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from itae_utils.errors import ItaeError
 
@@ -64,28 +65,43 @@ def main() -> None:
               help="Set a parameter of the notebooks; may be repeated.")
 @click.option("--output", type=click.Path(path_type=Path),
               help="Folder; default reports/<profile>-<backbone>-<dataset>.")
+@click.option("--from", "repeated", type=click.Path(path_type=Path), metavar="REPORT",
+              help="Run again what this report ran, and compare weights and images; default output REPORT-repeated.")
+@click.option("--dry-run", is_flag=True, help="Say what would be run and downloaded, with its disk and time.")
+@click.pass_context
 def report(
-    profile: str, backbone: str | None, dataset: str | None, only: str | None,
-    parameters: tuple[tuple[str, str], ...], output: Path | None,
+    context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
+    parameters: tuple[tuple[str, str], ...], output: Path | None, repeated: Path | None, dry_run: bool,
 ) -> None:
     """Run the notebooks and write a report.
 
     Exit status 1 when a notebook failed; the report is written all the same and says so.
     """
     from itae_utils.parameters import parse_value
-    from itae_utils.report import run_report
+    from itae_utils.report import plan_report, repeat_report, run_report
 
-    written = run_report(
-        profile=profile,
-        backbone=backbone,
-        dataset=dataset,
-        only=[number.strip().zfill(2) for number in only.split(",")] if only else None,
-        parameters={name: parse_value(text) for name, text in parameters},
-        output=output,
-        say=click.echo,
-    )
+    if repeated:
+        given = [name for name in ("profile", "backbone", "dataset", "only", "parameters", "dry_run")
+                 if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            raise ItaeError("--from runs a report again as it was: give nothing beside it but --output")
+        written = repeat_report(repeated, output=output, say=click.echo)
+    else:
+        asked = {
+            "profile": profile,
+            "backbone": backbone,
+            "dataset": dataset,
+            "only": [number.strip().zfill(2) for number in only.split(",")] if only else None,
+            "parameters": {name: parse_value(text) for name, text in parameters},
+        }
+        if dry_run:
+            from itae_utils.estimate import dry_run as describe
+
+            click.echo("\n".join(describe(plan_report(**asked))))
+            return
+        written = run_report(**asked, output=output, say=click.echo)
     for run in written.failed:
-        click.echo(f"{run.notebook.name}: {run.error}", err=True)
+        click.echo(f"{run.folder}: {run.error}", err=True)
     click.echo(written.index)
     sys.exit(1 if written.failed else 0)
 

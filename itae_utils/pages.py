@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
-from itae_utils.results import replacing
+from itae_utils.results import is_collection, replacing
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -24,15 +24,21 @@ SHOWN_TYPES = ["text/html", "text/markdown", "image/svg+xml", "image/png", "imag
 
 
 def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
-    """Render an executed notebook to `output/NAME/NAME.html`, with links to the index and to its neighbours."""
+    """Render an executed notebook to its page below `output`, with links to the index and to its neighbours.
+
+    Args:
+        run: of the notebook.
+        selected: the notebooks beside it, itself included, in reading order.
+        output: the report's folder.
+    """
     import nbformat
     from nbconvert.exporters import HTMLExporter
     from pygments.formatters import HtmlFormatter
     from traitlets.config import Config
 
-    name = run.notebook.name
     place = selected.index(run.notebook)
-    notebook = nbformat.read(output / name / f"{name}.ipynb", as_version=4)
+    path = output / run.page
+    notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     exporter = HTMLExporter(
         template_name="notebook",
         extra_template_basedirs=[str(TEMPLATES)],
@@ -41,11 +47,11 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
     )
     page, _ = exporter.from_notebook_node(_presentable(notebook), {"report": {
         "run": run,
+        "index": "../" * run.page.count("/") + "index.html",
         "previous": selected[place - 1] if place else None,
         "next": selected[place + 1] if place + 1 < len(selected) else None,
         "css": _style() + HtmlFormatter(style="friendly").get_style_defs(".highlight"),
     }})
-    path = output / name / f"{name}.html"
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
@@ -78,27 +84,45 @@ def index_page(report: Report) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
-    measured = {run.notebook.key: run.results for run in report.runs if run.results}
-    first = report.runs[0]
+    measured = {run.label: run.results for run in report.runs if run.results}
+    own = {label: results for label, results in measured.items() if not is_collection(results)}
+    collections = [results for results in measured.values() if is_collection(results)]
+    scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
     page = environment.get_template("index.html.j2").render(
         report=report,
-        backbone=first.parameters.get("backbone", ""),
-        dataset=str(first.parameters.get("dataset", "")),
+        groups=_groups(report.runs),
+        backbones=_values(report.runs, "backbone"),
+        datasets=_values(report.runs, "dataset"),
         css=_style(),
-        sources=_distinct(measured, lambda results: results["provenance"]["backbone"]["source"]),
-        facts=_facts(measured),
+        sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
+            results["provenance"]["backbone"] for results in own.values()))),
+        facts=_facts(measured, named=bool(report.grid)),
         versions=_distinct(measured, _versions),
-        headline=[fact for results in measured.values() for fact in results["headline"]],
-        scores=score_table(measured[SCORES_NOTEBOOK]["rows"]) if SCORES_NOTEBOOK in measured else None,
-        thresholds=[(key, name, value) for key, results in measured.items()
+        headline=[fact for results in collections or measured.values() for fact in results["headline"]],
+        scores=score_table(scores[0]["rows"]) if len(scores) == 1 else None,
+        thresholds=[(label, name, value) for label, results in measured.items()
                     for name, value in results["thresholds"].items()],
         parameters=_parameter_table(report.runs),
-        covers={key: results["figures"][0] for key, results in measured.items() if results["figures"]},
+        parameter_keys=list(dict.fromkeys(run.notebook.key for run in report.runs)),
+        covers={run.label: run.results["figures"][0] for run in report.runs if run.results and run.results["figures"]},
         seconds=sum(run.seconds for run in report.runs),
     )
     with replacing(report.index) as part:
         part.write_text(page, encoding="utf-8")
     return report.index
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by their cell of the grid; what runs over all of it comes first, under the empty name."""
+    groups: dict[str, list[Run]] = {"": []}
+    for run in runs:
+        groups.setdefault(run.cell, []).append(run)
+    return {cell: members for cell, members in groups.items() if members}
+
+
+def _values(runs: Sequence[Run], parameter: str) -> list[str]:
+    """The distinct values of a parameter over all runs."""
+    return list(dict.fromkeys(str(run.parameters[parameter]) for run in runs if parameter in run.parameters))
 
 
 def score_table(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
@@ -128,33 +152,48 @@ def _spread(values: Sequence[float]) -> tuple[float, float | None, int]:
     return mean(values), stdev(values) if len(values) > 1 else None, len(values)
 
 
-def _facts(measured: Mapping[str, dict]) -> list[tuple[str, list[str]]]:
-    """What was run, as labels and texts."""
-    wanted: dict[str, Callable[[dict], str | None]] = {
+def _facts(measured: Mapping[str, dict], named: bool) -> list[tuple[str, list[str]]]:
+    """What was run, as labels and texts.
+
+    Args:
+        measured: results by label of the run.
+        named: whether hashes are told with the name of what they are of; else a text that not all runs share is
+            followed by the labels of those that do.
+    """
+    def of(thing: dict, text: str | None) -> str | None:
+        return f"{thing['name']}: {text}" if named and text else text
+
+    own: dict[str, Callable[[dict], str | None]] = {
         "Backbone": lambda p: "{name} · {num_blocks} blocks · width {dim}".format(**p["backbone"]),
-        "Weights SHA-256": lambda p: p["backbone"]["weights_sha256"],
+        "Weights SHA-256": lambda p: of(p["backbone"], p["backbone"]["weights_sha256"]),
         "Image size": lambda p: "{image_size} px, {preprocess}".format(**p["backbone"]),
         "Data set": lambda p: "{name} · {size:,} images · {split}".format(**p["dataset"]),
+        "Images SHA-256": lambda p: of(p["dataset"], p["dataset"].get("fingerprint")),
         "Device": lambda p: f"{p['device']} · {p['precision']}",
+    }
+    common: dict[str, Callable[[dict], str | None]] = {
         "Commit": lambda p: p["git"] and p["git"]["commit"][:12] + ("" if p["git"]["clean"] else ", with changes"),
         "System": lambda p: f"Python {p['python']} · {p['platform']}",
     }
-    facts = [(label, _distinct(measured, lambda results, tell=tell: tell(results["provenance"])))
-             for label, tell in wanted.items()]
+    measuring = {label: results for label, results in measured.items() if not is_collection(results)}
+    facts = [(label, _distinct(which, lambda results, tell=tell: tell(results["provenance"]), labelled=not named))
+             for wanted, which in ((own, measuring), (common, measured)) for label, tell in wanted.items()]
     dates = [results["provenance"]["date"] for results in measured.values()]
     return [(label, texts) for label, texts in facts if texts] + [
         ("Date", [min(dates)[:16].replace("T", " ") + " UTC"]) for _ in dates[:1]]
 
 
-def _distinct(measured: Mapping[str, dict], tell: Callable[[dict], str | None]) -> list[str]:
-    """What each notebook's results tell, once; with the notebooks' numbers where they don't all tell the same."""
+def _distinct(
+    measured: Mapping[str, dict], tell: Callable[[dict], str | None], *, labelled: bool = True
+) -> list[str]:
+    """What each run's results tell, once; where they don't all tell the same, with the labels of those that do."""
     told = defaultdict(list)
-    for key, results in measured.items():
+    for label, results in measured.items():
         if text := tell(results):
-            told[text].append(key)
-    if len(told) == 1:
+            told[text].append(label)
+    if len(told) == 1 or not labelled:
         return list(told)
-    return [f"{text} ({', '.join(keys)})" for text, keys in told.items()]
+    return [f"{text} ({', '.join(labels)})" for text, labels in told.items()]
 
 
 def _versions(results: dict) -> str:
@@ -162,10 +201,13 @@ def _versions(results: dict) -> str:
 
 
 def _parameter_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Each parameter with its value in each run, or a dash."""
-    tables = [run.results["parameters"] if run.results else run.parameters for run in runs]
-    names = dict.fromkeys(name for table in tables for name in table if name != "output_dir")
-    return [(name, [_shown(table[name]) if name in table else "–" for table in tables]) for name in names]
+    """Each parameter with its value in each notebook, all its values where it ran with several, or a dash."""
+    tables: dict[str, list[Mapping[str, object]]] = defaultdict(list)
+    for run in runs:
+        tables[run.notebook.key].append(run.results["parameters"] if run.results else run.parameters)
+    names = dict.fromkeys(name for ran in tables.values() for table in ran for name in table if name != "output_dir")
+    return [(name, [" | ".join(dict.fromkeys(_shown(table[name]) for table in ran if name in table)) or "–"
+                    for ran in tables.values()]) for name in names]
 
 
 def _shown(value: object) -> str:

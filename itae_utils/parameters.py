@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -15,6 +15,7 @@ import yaml
 from itae_utils.errors import ItaeError
 
 FREE_DEFAULTS = (None, "auto")  # defaults that stand for "chosen for you" and so tell no type
+AXES = ("backbone", "dataset")  # what a profile's grid may run over
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,6 +63,11 @@ class Notebook:
     def key(self) -> str:
         """The number it starts with, such as "01"."""
         return self.name.partition("_")[0]
+
+    @property
+    def collects(self) -> bool:
+        """Whether it measures nothing of its own, but collects what others left in `results_dir`."""
+        return "results_dir" in self.defaults
 
 
 def find_notebooks(folder: Path) -> list[Notebook]:
@@ -117,19 +123,23 @@ def select(notebooks: list[Notebook], only: list[str] | None) -> list[Notebook]:
 
 @dataclass(frozen=True)
 class Profile:
-    """A named set of parameters: those for every notebook, and those for one by its number."""
+    """A named set of parameters: those for every notebook, and those for one by its number.
+
+    Where there is a `grid`, of backbones or data sets, the notebooks run once for each of its cells.
+    """
 
     name: str
     description: str
     common: dict[str, object]
     of_notebook: dict[str, dict[str, object]]
+    grid: dict[str, list[object]] = field(default_factory=dict)
 
 
 def read_profile(profile: str, folder: Path) -> Profile:
     """Read `folder/PROFILE.yaml`, or the file `profile` where it ends in .yaml or .yml.
 
     Raises:
-        ItaeError: no such profile, or not of the shape description, common and one block a notebook.
+        ItaeError: no such profile, or not of the shape description, common, grid and one block a notebook.
     """
     known = {path.stem: path for path in folder.glob("*.yaml")}
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else known.get(profile)
@@ -143,7 +153,10 @@ def read_profile(profile: str, folder: Path) -> Profile:
         raise ItaeError(f"profile {profile!r} can't be read: {error.strerror}") from error
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise ItaeError(f"profile {profile!r} must be YAML: description, common, and a block a notebook") from error
-    return Profile(path.stem, description, blocks.pop("common", {}), blocks)
+    grid = blocks.pop("grid", {})
+    if not all(name in AXES and isinstance(values, list) and values for name, values in grid.items()):
+        raise ItaeError(f"profile {profile!r}: its grid must hold lists of {' or '.join(AXES)} names, not {grid}")
+    return Profile(path.stem, description, blocks.pop("common", {}), blocks, grid)
 
 
 def resolve(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from itae_utils.errors import ItaeError, unknown_name
-from itae_utils.parameters import Notebook, find_notebooks, read_profile, resolve, select
+from itae_utils.errors import ItaeError
+from itae_utils.parameters import Notebook
+from itae_utils.plan import Plan, Step, make_plan
+from itae_utils.record import differences, make_record, plan_again, read_record
 from itae_utils.results import add_seconds, make_folder, write_json
 
 
@@ -28,6 +29,7 @@ class Run:
         seconds: how long it took.
         error: what stopped it, in one line; None where it ran through.
         results: what it measured; None where it didn't get there.
+        cell: the part of the grid it belongs to; empty without a grid and for what runs once over all of it.
     """
 
     notebook: Notebook
@@ -35,16 +37,33 @@ class Run:
     seconds: float
     error: str | None
     results: dict | None
+    cell: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where its page, results and figures are, seen from the report's folder."""
+        return f"{self.cell}/{self.notebook.name}".removeprefix("/")
+
+    @property
+    def page(self) -> str:
+        """Its page, seen from the report's folder."""
+        return f"{self.folder}/{self.notebook.name}.html"
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables: "03", and in a grid "demo-digits 03"."""
+        return f"{self.cell} {self.notebook.key}".strip()
 
 
 @dataclass(frozen=True)
 class Report:
-    """A written report: its folder, and the runs in it in reading order."""
+    """A written report: its folder, and the runs in it in reading order; `grid` is empty where there is none."""
 
     folder: Path
     profile: str
     description: str
     runs: tuple[Run, ...]
+    grid: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
     @property
     def index(self) -> Path:
@@ -69,46 +88,61 @@ def run_report(
 ) -> Report:
     """Run the notebooks with papermill and write `output/index.html`, last of all and in one step.
 
-    A notebook that fails leaves what it had done, the others still run, and the index says so.
+    A notebook that fails leaves what it had done, the others still run, and the index says so. Where the profile has a
+    grid, the notebooks run for each of its cells into `output/<backbone>-<dataset>`, and those that collect results
+    once over everything in `output`, what earlier runs left in other cells included.
 
     Args:
         profile: a name among `notebooks/profiles`, or a YAML file of that kind.
-        backbone: instead of the profile's.
-        dataset: instead of the profile's.
-        only: numbers of the notebooks to run, such as ["01", "03"]; None for all.
+        backbone: instead of the profile's; instead of all backbones of its grid.
+        dataset: instead of the profile's; instead of all data sets of its grid.
+        only: numbers of the notebooks to run, such as ["01", "03"]; None for all, but for those that collect where
+            there is neither a grid nor a `results_dir`.
         parameters: instead of the notebooks' and the profile's, by name.
-        output: folder to write; default `reports/<profile>-<backbone>-<dataset>` below the working directory. A report
-            that is there already is replaced.
+        output: folder to write; default `reports/<profile>-<backbone>-<dataset>` below the working directory, of a grid
+            `reports/<profile>` and what was given instead of its lists. A report that is there already is replaced.
         say: gets a line when a notebook starts and ends.
 
     Raises:
         ItaeError: unknown names or mistyped values, before anything is run or written; an output folder that can't be
             made.
     """
-    folder = notebooks_folder()
-    notebooks = find_notebooks(folder)
-    selected = select(notebooks, only)
-    settings = read_profile(profile, folder / "profiles")
+    plan = plan_report(profile=profile, backbone=backbone, dataset=dataset, only=only, parameters=parameters)
+    return _write_report(plan, output or Path("reports") / plan.name, say)
+
+
+def plan_report(
+    *,
+    profile: str = "demo",
+    backbone: str | None = None,
+    dataset: str | None = None,
+    only: Sequence[str] | None = None,
+    parameters: Mapping[str, object] | None = None,
+) -> Plan:
+    """What `run_report` would run; nothing is run or written."""
     given = {name: value for name, value in (("backbone", backbone), ("dataset", dataset)) if value is not None}
-    told = resolve(notebooks, selected, settings, given | dict(parameters or {}))
-    complete = {notebook.key: notebook.defaults | told[notebook.key] for notebook in selected}
-    _check_names(complete.values())
-    output = make_folder(output or _default_output(settings.name, complete[selected[0].key])).resolve()
-    _remove_old(output, selected)
+    return make_plan(notebooks_folder(), profile, only, given | dict(parameters or {}))
 
-    from itae_utils.pages import index_page, notebook_page
 
-    runs = []
-    with _kernel_of_this_python():
-        for notebook in selected:
-            say(f"{notebook.name} …")
-            run = _run(notebook, told[notebook.key], output / notebook.name)
-            notebook_page(run, selected, output)
-            say(f"{notebook.name} {'failed after' if run.error else 'took'} {run.seconds:.1f} s")
-            runs.append(run)
-    report = Report(output, settings.name, settings.description, tuple(runs))
-    write_json(output / "report.json", _manifest(report))
-    index_page(report)
+def repeat_report(
+    folder: str | Path, *, output: str | Path | None = None, say: Callable[[str], None] = print
+) -> Report:
+    """Run again what the report in `folder` says it ran, and say where weights or images are no longer the same.
+
+    Args:
+        folder: a report.
+        output: folder to write; default `<folder>-repeated`.
+        say: gets a line when a notebook starts and ends, and a line for each difference.
+
+    Raises:
+        ItaeError: there is no record in `folder`, or one of another schema; a notebook or parameter that is no more.
+    """
+    folder = Path(folder).resolve()
+    record = read_record(folder)
+    report = _write_report(
+        plan_again(record, notebooks_folder()), output or folder.with_name(f"{folder.name}-repeated"), say)
+    for line in differences(record, make_record(report)):
+        say(line)
     return report
 
 
@@ -119,43 +153,39 @@ def notebooks_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "notebooks"
 
 
-def _check_names(parameter_sets: Sequence[Mapping[str, object]]) -> None:
-    """Refuse a backbone or data set that no notebook could load, before several of them fail on it."""
-    from itae_utils.backbones import BACKBONES
-    from itae_utils.datasets import DATASETS
+def _write_report(plan: Plan, output: str | Path, say: Callable[[str], None]) -> Report:
+    output = Path(output).resolve()
+    if any(step.told.get("results_dir") == str(output) for step in plan.steps):
+        raise ItaeError(f"the report in {output} would be replaced by the one that collects it: name another --output")
+    make_folder(output)
+    _remove_old(output, plan.steps)
 
-    for dataset in {parameters["dataset"] for parameters in parameter_sets if "dataset" in parameters}:
-        kind, _, path = dataset.partition(":")
-        if kind == "imagefolder" and path:
-            if not Path(path).is_dir():
-                raise ItaeError(f"data set {dataset!r}: there is no such folder")
-        elif dataset not in DATASETS:
-            raise unknown_name("data set", dataset, DATASETS, "`itae datasets`")
-    for backbone in {parameters["backbone"] for parameters in parameter_sets if "backbone" in parameters}:
-        if backbone not in BACKBONES:
-            import timm
+    from itae_utils.pages import index_page, notebook_page
 
-            if not timm.is_model(backbone):
-                raise unknown_name("backbone", backbone, [*BACKBONES, *timm.list_models("vit*")], "`itae backbones`")
-
-
-def _default_output(profile: str, parameters: Mapping[str, object]) -> Path:
-    dataset = str(parameters["dataset"])
-    if dataset.startswith("imagefolder:"):
-        dataset = f"imagefolder-{Path(dataset.partition(':')[2]).name}"
-    return Path("reports") / re.sub(r"[^\w.-]+", "-", f"{profile}-{parameters['backbone']}-{dataset}")
+    runs = []
+    with _kernel_of_this_python():
+        for step in plan.steps:
+            say(f"{step.folder} …")
+            run = _run(step, output)
+            notebook_page(run, [other.notebook for other in plan.steps if other.cell == step.cell], output)
+            say(f"{step.folder} {'failed after' if run.error else 'took'} {run.seconds:.1f} s")
+            runs.append(run)
+    report = Report(output, plan.profile, plan.description, tuple(runs), plan.grid)
+    write_json(output / "report.json", make_record(report))
+    index_page(report)
+    return report
 
 
-def _remove_old(output: Path, selected: Sequence[Notebook]) -> None:
+def _remove_old(output: Path, steps: Sequence[Step]) -> None:
     """Nothing of an earlier report may be taken for a part of this one."""
     for name in ("index.html", "report.json"):
         (output / name).unlink(missing_ok=True)
-    for notebook in selected:
-        shutil.rmtree(output / notebook.name, ignore_errors=True)
+    for step in steps:
+        shutil.rmtree(output / step.folder, ignore_errors=True)
 
 
-def _run(notebook: Notebook, told: Mapping[str, object], folder: Path) -> Run:
-    """Execute one notebook into `folder`.
+def _run(step: Step, output: Path) -> Run:
+    """Execute one notebook into its folder below `output`, which is also what it collects where nothing else was told.
 
     The kernel works in the notebooks' folder, so that what is relative in a notebook means here what it means in
     JupyterLab; all that the notebook writes goes to `output_dir`.
@@ -163,8 +193,8 @@ def _run(notebook: Notebook, told: Mapping[str, object], folder: Path) -> Run:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    make_folder(folder)
-    told = {**told, "output_dir": str(folder)}
+    notebook, folder = step.notebook, make_folder(output / step.folder)
+    told = ({"results_dir": str(output)} if notebook.collects else {}) | step.told | {"output_dir": str(folder)}
     start, error, results = time.perf_counter(), None, None
     try:
         papermill.execute_notebook(
@@ -181,7 +211,7 @@ def _run(notebook: Notebook, told: Mapping[str, object], folder: Path) -> Run:
             results = add_seconds(folder / "results.json", seconds)
         except ItaeError as failure:
             error = error or str(failure)
-    return Run(notebook, notebook.defaults | told, seconds, error, results)
+    return Run(notebook, notebook.defaults | told, seconds, error, results, step.cell)
 
 
 def _one_line(text: str) -> str:
@@ -193,13 +223,15 @@ def _one_line(text: str) -> str:
 def _kernel_of_this_python() -> Iterator[None]:
     """While open, the kernel `python3` is this interpreter, whatever kernels are installed for the user or the system.
 
-    Its progress bars are off, and figures are drawn inline even where the environment asks for another backend.
+    It imports this very package, even where another copy of it is installed. Its progress bars are off, and figures
+    are drawn inline even where the environment asks for another backend.
     """
     from ipykernel.kernelspec import write_kernel_spec
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters it fails to see; ours are checked
     before = os.environ.get("JUPYTER_PATH")
-    environment = {"ITAE_PROGRESS": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {"ITAE_PROGRESS": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": paths}
     with tempfile.TemporaryDirectory() as folder:
         write_kernel_spec(
             Path(folder, "kernels", "python3"), {"env": environment}, extra_arguments=["--log-level=CRITICAL"])
@@ -210,22 +242,3 @@ def _kernel_of_this_python() -> Iterator[None]:
             os.environ.pop("JUPYTER_PATH")
             if before is not None:
                 os.environ["JUPYTER_PATH"] = before
-
-
-def _manifest(report: Report) -> dict:
-    return {
-        "schema": 1,
-        "profile": report.profile,
-        "seconds": round(sum(run.seconds for run in report.runs), 1),
-        "notebooks": [
-            {
-                "notebook": run.notebook.name,
-                "page": f"{run.notebook.name}/{run.notebook.name}.html",
-                "results": f"{run.notebook.name}/results.json" if run.results else None,
-                "seconds": round(run.seconds, 1),
-                "error": run.error,
-                "parameters": run.parameters,
-            }
-            for run in report.runs
-        ],
-    }

@@ -25,6 +25,7 @@ PACKAGES = ("itae-utils", "torch", "torchvision", "timm", "scikit-learn", "scipy
 PROVENANCE_KEYS = ("versions", "python", "platform", "date", "git", "backbone", "dataset", "device", "precision")
 BACKBONE_KEYS = ("name", "source", "weights_sha256", "dim", "num_blocks", "patch_grid", "image_size", "preprocess")
 DATASET_KEYS = ("name", "split", "source", "size", "classes")
+COLLECTION_KEYS = ("versions", "python", "platform", "date", "git", "collected")  # of a notebook that only collects
 ROW_TYPES = {"backbone": (str,), "dataset": (str,), "n": (int,), "variant": (str,), "seed": (int, type(None)),
              "metric": (str,), "value": (int, float)}
 HEADLINE_TYPES = {"label": (str,), "value": (str, int, float), "note": (str,)}
@@ -97,9 +98,12 @@ def check_results(results: Mapping[str, object]) -> None:
     """
     _require(isinstance(results, dict) and results.get("schema") == SCHEMA_VERSION, "schema", f"{SCHEMA_VERSION}")
     _require(isinstance(results.get("notebook"), str) and results["notebook"], "notebook", "its name")
-    _require_keys(results.get("provenance"), PROVENANCE_KEYS, "provenance")
-    _require_keys(results["provenance"]["backbone"], BACKBONE_KEYS, "provenance.backbone")
-    _require_keys(results["provenance"]["dataset"], DATASET_KEYS, "provenance.dataset")
+    if is_collection(results):
+        _require_keys(results["provenance"], COLLECTION_KEYS, "provenance")
+    else:
+        _require_keys(results.get("provenance"), PROVENANCE_KEYS, "provenance")
+        _require_keys(results["provenance"]["backbone"], BACKBONE_KEYS, "provenance.backbone")
+        _require_keys(results["provenance"]["dataset"], DATASET_KEYS, "provenance.dataset")
     _require(isinstance(results.get("parameters"), dict), "parameters", "an object")
     _require(isinstance(results.get("thresholds"), dict), "thresholds", "an object")
     for name, value in results["thresholds"].items():
@@ -116,6 +120,12 @@ def check_results(results: Mapping[str, object]) -> None:
         json.dumps(results, allow_nan=False)
     except ValueError as error:
         raise ItaeError("results hold a number that is not finite: leave out what could not be measured") from error
+
+
+def is_collection(results: Mapping[str, object]) -> bool:
+    """Whether these are of a notebook that measured nothing of its own, but collected the results of others."""
+    about = results.get("provenance")
+    return isinstance(about, dict) and "collected" in about
 
 
 def _require_keys(value: object, keys: Sequence[str], where: str) -> None:
@@ -153,22 +163,47 @@ def _plain(value: object) -> object:
 
 
 def provenance(backbone: Backbone, dataset: Dataset, **more: object) -> dict[str, object]:
-    """What was run on what: versions, date (UTC), commit, weights, device, data; `more` is added as it is."""
+    """What was run on what: versions, date (UTC), commit, weights, device, data; `more` is added as it is.
+
+    `backbone.hub` is the server that weights were to come from where the environment names another than the usual one;
+    `dataset.fingerprint` is `fingerprint(dataset)`.
+    """
+    from itae_utils.fingerprint import fingerprint
+
     return _plain({
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git_state(Path(__file__).parents[1]),
-        "backbone": {name: getattr(backbone, name) for name in BACKBONE_KEYS},
+        **_system(),
+        "backbone": {name: getattr(backbone, name) for name in BACKBONE_KEYS} | {"hub": os.environ.get("HF_ENDPOINT")},
         "dataset": {
             "name": dataset.name, "split": dataset.split, "source": dataset.source,
-            "size": len(dataset), "classes": len(dataset.classes or ()),
+            "size": len(dataset), "classes": len(dataset.classes or ()), "fingerprint": fingerprint(dataset),
         },
         "device": _device_name(backbone.device),
         "precision": backbone.precision,
         **more,
     })
+
+
+def collected_provenance(results: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """The provenance of a notebook that collects others' results, by the path they were read from."""
+    return _plain({
+        **_system(),
+        "collected": [
+            {"path": path, "notebook": each["notebook"], "date": each["provenance"]["date"],
+             "weights_sha256": each["provenance"]["backbone"]["weights_sha256"],
+             "fingerprint": each["provenance"]["dataset"].get("fingerprint")}
+            for path, each in results.items()
+        ],
+    })
+
+
+def _system() -> dict[str, object]:
+    return {
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git_state(Path(__file__).parents[1]),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -99,6 +99,14 @@ def dataset_tensor(backbone, dataset) -> torch.Tensor:
     return torch.stack([backbone.transform(dataset[index][0]) for index in range(len(dataset))])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Hashes of files are kept where they vanish again, in kernels too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_gradients():
     with torch.inference_mode():

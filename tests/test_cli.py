@@ -101,6 +101,44 @@ def test_report_passes_its_options_on(monkeypatch):
                      "parameters": {"seed": 3, "alpha": 0.001}, "output": Path("o")}
 
 
+def test_report_is_repeated(monkeypatch):
+    asked = []
+
+    def repeat_report(folder, **options):
+        asked.append((folder, options["output"]))
+        return report.Report(Path("/somewhere"), "demo", "", ())
+
+    monkeypatch.setattr(report, "repeat_report", repeat_report)
+    assert run("report", "--from", "reports/x").output == "/somewhere/index.html\n"
+    run("report", "--from", "reports/x", "--output", "o")
+    assert asked == [(Path("reports/x"), None), (Path("reports/x"), Path("o"))]
+
+
+@pytest.mark.parametrize("more", [
+    ("--profile", "demo"), ("--backbone", "demo"), ("--dataset", "digits"), ("--only", "01"), ("-p", "seed", "1"),
+    ("--dry-run",)])
+def test_a_repeated_report_takes_nothing_else(more):
+    result = run("report", "--from", "reports/x", *more)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "nothing beside it but --output" in result.stderr
+
+
+def test_a_report_without_record_is_refused(tmp_path):
+    result = run("report", "--from", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {tmp_path / 'report.json'} can't be read")
+    assert result.stderr.count("\n") == 1
+
+
+def test_dry_run_writes_nothing(notebooks, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    result = run("report", "--dry-run", "--only", "01")
+    assert result.exit_code == 0
+    assert result.output.startswith("profile demo: 1 run of notebooks\n  01_first\n")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run("report", "--dry-run", "--dataset", "digit").exit_code == 2
+
+
 def test_report_tells_its_progress_and_its_place(notebooks, tmp_path):
     result = run("report", "--only", "03", "--output", "out")
     assert result.exit_code == 0

@@ -120,6 +120,17 @@ def test_missing_profiles_are_refused(tmp_path, profile, message):
         read_profile(profile, write_notebooks(tmp_path / "nb") / "profiles")
 
 
+def test_a_profile_may_have_a_grid(tmp_path):
+    grid = profile_of(tmp_path, "grid: {dataset: [digits, stl10], backbone: [demo]}").grid
+    assert list(grid.items()) == [("dataset", ["digits", "stl10"]), ("backbone", ["demo"])]
+
+
+@pytest.mark.parametrize("grid", ["{dataset: digits}", "{dataset: []}", "{seed: [1, 2]}"])
+def test_grids_of_another_shape_are_refused(tmp_path, grid):
+    with pytest.raises(ItaeError, match="grid must hold lists of backbone or dataset names"):
+        profile_of(tmp_path, f"grid: {grid}")
+
+
 @pytest.mark.parametrize("text", ["- a", "common: 3", "a: [", "just words", "common: [x]"])
 def test_profiles_of_another_shape_are_refused(tmp_path, text):
     with pytest.raises(ItaeError, match="must be YAML"):

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from itae_utils import report, results
 from itae_utils.errors import ItaeError
 from tests.test_pages import external_references
-from tests.tiny_notebooks import write_notebook, write_notebooks
+from tests.tiny_notebooks import write_grid, write_notebook, write_notebooks
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_report_is_whole(written):
 def test_kernel_is_this_python_in_the_notebooks_folder(written):
     made, _ = written
     folder = made.folder / "01_first"
-    seen = f"SEEN {sys.executable} 0 {made.folder.parents[1] / 'nb'} {folder} 0.25"
+    seen = f"SEEN {sys.executable} {Path(report.__file__).parent} 0 {made.folder.parents[1] / 'nb'} {folder} 0.25"
     assert seen in shown(made, "01_first")
 
 
@@ -154,12 +155,83 @@ def test_output_below_a_file_is_refused(notebooks, tmp_path):
         report.run_report(output=tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize(("dataset", "name"), [
-    ("digits", "demo-tiny-digits"), ("imagefolder:/a b/my cats", "demo-tiny-imagefolder-my-cats"),
-    ("imagefolder:/a/../..", "demo-tiny-imagefolder-.."),
-])
-def test_default_output_is_one_safe_folder(dataset, name):
-    assert report._default_output("demo", {"backbone": "tiny", "dataset": dataset}) == Path("reports") / name
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """A report over a grid of two cells, and the same run again from its record."""
+    folder = tmp_path_factory.mktemp("grid")
+    with pytest.MonkeyPatch.context() as patch:
+        write_grid(folder / "nb")
+        patch.setattr(report, "notebooks_folder", lambda: folder / "nb")
+        patch.chdir(folder)
+        made = report.run_report(profile="grid", parameters={"limit": 5}, say=str)
+        lines = []
+        again = report.repeat_report("reports/grid", say=lines.append)
+    return made, again, lines
+
+
+@pytest.mark.slow
+def test_a_grid_runs_each_cell_and_collects_them(grid):
+    made, _, _ = grid
+    assert made.folder.name == "grid"
+    assert not made.failed
+    assert [run.page for run in made.runs] == [
+        *(f"{cell}-digits/{name}/{name}.html" for cell in ("demo", "demo-clean") for name in ("01_first", "03_scores")),
+        "04_collects/04_collects.html"]
+    for run in made.runs:
+        page = (made.folder / run.page).read_text(encoding="utf-8")
+        assert not external_references(page)
+        for link in re.findall(r'href="([^"#]+)"', page):
+            assert ((made.folder / run.page).parent / link).resolve().exists(), link
+    collected = (made.folder / made.runs[-1].page).read_text(encoding="utf-8")
+    assert "COLLECTED demo-clean on digits demo on digits" in collected
+    assert [run.results["parameters"]["backbone"] for run in made.runs[:4:2]] == ["demo", "demo-clean"]
+    assert {run.results["parameters"]["seed"] for run in made.runs[:4]} == {3}
+
+
+@pytest.mark.slow
+def test_the_index_of_a_grid(grid):
+    made, _, _ = grid
+    page = made.index.read_text(encoding="utf-8")
+    assert "Attention artifacts of <em>demo</em> and <em>demo-clean</em> on <em>digits</em>" in page
+    links = re.findall(r'<h3><a href="([^"]+)"', page)
+    assert links == [made.runs[-1].page, *(run.page for run in made.runs[:-1])], "what collects comes first"
+    for link in re.findall(r'href="([^"#]+)"', page):
+        assert (made.folder / link).exists(), link
+    assert page.count('<h3 class="cell">') == 2
+    assert "seed of" not in page, "the headline is that of the collection"
+    assert ">collected<" in page
+    assert "Clustering scores" not in page, "a table of several cells is the collection's"
+    assert f"demo: {'ab' * 32}" in page
+
+
+@pytest.mark.slow
+def test_a_report_is_repeated_from_its_record(grid):
+    made, again, lines = grid
+    assert again.folder == made.folder.with_name("grid-repeated")
+    assert [run.folder for run in again.runs] == [run.folder for run in made.runs]
+    for before, after in zip(made.runs, again.runs, strict=True):
+        strip = {"output_dir", "results_dir"}
+        assert {k: v for k, v in before.parameters.items() if k not in strip} == {
+            k: v for k, v in after.parameters.items() if k not in strip}
+    assert again.runs[-1].parameters["results_dir"] == str(again.folder)
+    assert (again.profile, again.description, again.grid) == (made.profile, made.description, made.grid)
+    assert lines[-1] == "weights and images are those of the record"
+    records = [json.loads((each.folder / "report.json").read_text(encoding="utf-8")) for each in (made, again)]
+    for record in records:
+        record.pop("seconds")
+        for entry in record["notebooks"]:
+            entry.pop("seconds")
+    assert records[0] == records[1]
+
+
+def test_a_report_does_not_replace_what_it_collects(tmp_path, monkeypatch):
+    folder = write_grid(tmp_path / "nb")
+    monkeypatch.setattr(report, "notebooks_folder", lambda: folder)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "index.html").write_text("old", encoding="utf-8")
+    with pytest.raises(ItaeError, match="would be replaced by the one that collects it"):
+        report.run_report(only=["04"], parameters={"results_dir": str(tmp_path / "old")}, output=tmp_path / "old")
+    assert (tmp_path / "old" / "index.html").read_text(encoding="utf-8") == "old"
 
 
 def test_notebooks_lie_beside_the_package_or_in_it(tmp_path, monkeypatch):
@@ -169,10 +241,8 @@ def test_notebooks_lie_beside_the_package_or_in_it(tmp_path, monkeypatch):
     assert report.notebooks_folder() == tmp_path / "_notebooks"
 
 
-def test_shipped_profiles_are_legal(tmp_path):
+def test_shipped_profiles_are_legal():
     folder = Path(report.__file__).parents[1] / "notebooks"
     for path in (folder / "profiles").glob("*.yaml"):
-        profile = report.read_profile(path.stem, folder / "profiles")
-        if list(folder.glob("*.ipynb")):
-            found = report.find_notebooks(folder)
-            assert set(report.resolve(found, found, profile, {})) == {notebook.key for notebook in found}
+        made = report.plan_report(profile=path.stem)
+        assert {step.notebook.key for step in made.steps} >= {"01", "02", "03"}

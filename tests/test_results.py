@@ -152,7 +152,8 @@ class TinyDataset(list):
     name, split, source, classes = "tiny", "test (3)", "made here", ("a", "b")
 
 
-def test_provenance_fits_the_schema(tmp_path):
+def test_provenance_fits_the_schema(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
     backbone = SimpleNamespace(
         name="demo", source="made here", weights_sha256="0" * 64, dim=8, num_blocks=2, patch_grid=(7, 7),
         image_size=28, preprocess="resize", device="cpu", precision="fp32")
@@ -161,9 +162,24 @@ def test_provenance_fits_the_schema(tmp_path):
     results.check_results(changed("provenance", provenance))
     assert provenance["backbone"]["patch_grid"] == [7, 7]
     assert provenance["dataset"] == {
-        "name": "tiny", "split": "test (3)", "source": "made here", "size": 3, "classes": 2}
+        "name": "tiny", "split": "test (3)", "source": "made here", "size": 3, "classes": 2, "fingerprint": None}
     assert {"torch", "timm", "itae-utils"} <= set(provenance["versions"])
     assert provenance["fit_seconds"] == 0.5
+    assert provenance["backbone"]["hub"] == "http://mirror"
+
+
+def test_collected_provenance_fits_the_schema():
+    about = results.collected_provenance({"a/results.json": RESULTS})
+    assert about["collected"] == [{
+        "path": "a/results.json", "notebook": "03_scores", "date": "2026-01-02T03:04:05+00:00",
+        "weights_sha256": "ab" * 32, "fingerprint": None}]
+    made = changed("provenance", about)
+    jsonschema.validate(made, SCHEMA)
+    results.check_results(made)
+    assert results.is_collection(made)
+    assert not results.is_collection(RESULTS)
+    with pytest.raises(ItaeError, match="provenance"):
+        results.check_results(changed("provenance", {"collected": []}))
 
 
 @pytest.mark.slow
@@ -173,6 +189,7 @@ def test_provenance_of_the_real_things():
     provenance = results.provenance(itae.load_backbone("demo"), itae.load_dataset("digits"))
     results.check_results(changed("provenance", provenance))
     assert provenance["dataset"]["size"] == 1797
+    assert len(provenance["dataset"]["fingerprint"]) == 64
     assert provenance["backbone"]["patch_grid"] == [7, 7]
 
 

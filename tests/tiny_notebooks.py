@@ -64,9 +64,35 @@ def write_notebooks(folder: Path) -> Path:
         'description: Tiny.\ncommon: {backbone: demo, dataset: digits}\n"01": {alpha: 0.25}\n', encoding="utf-8")
     write_notebook(
         folder, "01_first",
-        "import os, sys\nprint('SEEN', sys.executable, os.environ['ITAE_PROGRESS'], os.getcwd(), output_dir, alpha)",
+        "import os, sys, itae_utils\nhere = os.path.dirname(itae_utils.__file__)\n"
+        "print('SEEN', sys.executable, here, os.environ['ITAE_PROGRESS'], os.getcwd(), output_dir, alpha)",
         "import warnings\nwarnings.warn('MUR' + 'MUR')\nprint('MUM' + 'BLE', file=sys.stderr)",
         parameters=PARAMETERS + "alpha = 0.5\ndata_dir = '.'\n")
     write_notebook(folder, "02_fails", "print('BEFORE')", "raise ValueError('of no use\\nat all')", measure=False)
     write_notebook(folder, "03_scores", parameters=PARAMETERS + "k = None\n")
+    return folder
+
+
+COLLECT = """\
+from itae_utils.collection import collect, sources
+from itae_utils.results import collected_provenance, write_results
+cells, left_out = collect(results_dir)
+print('COLLECTED', *(cell.title for cell in cells))
+write_results(
+    output_dir, notebook="04_collects", provenance=collected_provenance(sources(cells, results_dir)), thresholds={},
+    rows=[], figures=[], parameters={"results_dir": results_dir},
+    headline=[{"label": "cells", "value": len(cells), "note": "collected"}]);"""
+
+
+def write_grid(folder: Path) -> Path:
+    """Notebooks 01 and 03, which measure, 04, which collects; and the profiles `demo` and `grid`, of two cells."""
+    (folder / "profiles").mkdir(parents=True)
+    (folder / "profiles" / "demo.yaml").write_text("common: {backbone: demo, dataset: digits}\n", encoding="utf-8")
+    (folder / "profiles" / "grid.yaml").write_text(
+        "description: Both.\ncommon: {seed: 3}\ngrid: {dataset: [digits], backbone: [demo, demo-clean]}\n",
+        encoding="utf-8")
+    write_notebook(folder, "01_first")
+    write_notebook(folder, "03_scores")
+    write_notebook(folder, "04_collects", COLLECT, measure=False,
+                   parameters='results_dir = "../reports/grid"\noutput_dir = "x"\n')
     return folder

@@ -1,0 +1,203 @@
+"""What a report would download, how much disk and time it would take: rough, said with how it was reckoned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from itae_utils import datasets
+from itae_utils.backbones import BACKBONES
+from itae_utils.datasets import DATASETS
+
+if TYPE_CHECKING:
+    from itae_utils.plan import Plan, Step
+
+UNPACKED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary",
+            "tiny-imagenet": "tiny-imagenet-200"}
+RUN_MB = 5  # what one run of a notebook leaves: its page, figures and numbers
+START = 8  # seconds until a kernel has imported everything
+MODEL_EFFICIENCY, KMEANS_EFFICIENCY = 0.5, 0.2  # of a matrix product's rate; measured on a CPU: 0.7, and 0.06 to 0.3
+ITERATIONS = 30  # of a start of k-means
+SPREAD = 3  # the estimate's factor of error, either way
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides how long a backbone takes: weights, width, and tokens of an image."""
+
+    parameters: int
+    dim: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations: of the model, on its device, and of k-means, on the CPU."""
+
+    model: float
+    kmeans: float
+
+
+def dry_run(plan: Plan) -> list[str]:
+    """The plan in lines of text, with downloads, disk and time; nothing is run, downloaded or written."""
+    measuring = [step for step in plan.steps if not step.notebook.collects]
+    downloads = _downloads(measuring)
+    missing = sum(megabytes for _, megabytes, there in downloads if not there)
+    return [
+        f"profile {plan.profile}: {len(plan.steps)} run{'s' if len(plan.steps) > 1 else ''} of notebooks",
+        *_runs(plan),
+        "",
+        "to download:" if downloads else "nothing to download",
+        *(f"  {name:<34} {f'{megabytes:,} MB' if megabytes else 'size unknown':>12}  "
+          f"{'already there' if there else 'not there yet'}" for name, megabytes, there in downloads),
+        *[f"  still to come: {missing:,.0f} MB"] * bool(downloads),
+        "",
+        _disk(plan, downloads),
+        *_time(plan.steps),
+        "",
+        "nothing was run, downloaded or written",
+    ]
+
+
+def _runs(plan: Plan) -> list[str]:
+    """The notebooks, those of equal cells together."""
+    cells: dict[str, list[str]] = {}
+    for step in plan.steps:
+        cells.setdefault(step.cell, []).append(step.notebook.name)
+    return [f"  {cell + ': ' if cell else ''}{', '.join(names)}" for cell, names in cells.items()]
+
+
+def _downloads(steps: list[Step]) -> list[tuple[str, int, bool]]:
+    """Name, size in MB (0 where unknown) and whether it is there, of all that may have to come over the network."""
+    found = {}
+    for parameters in (step.parameters for step in steps):
+        backbone, dataset = parameters.get("backbone"), parameters.get("dataset")
+        entry = BACKBONES.get(backbone)
+        if backbone and not parameters.get("checkpoint") and not (entry and entry.timm_name is None):
+            name = entry.timm_name if entry else backbone
+            found[f"weights {backbone}"] = (entry.size_mb if entry else 0, _weights_are_there(name))
+        if dataset in UNPACKED:
+            folder = datasets._data_root(None) / UNPACKED[dataset]
+            found[f"images {dataset}"] = (DATASETS[dataset].megabytes, folder.is_dir())
+    return [(name, *about) for name, about in found.items()]
+
+
+def _weights_are_there(timm_name: str) -> bool:
+    import huggingface_hub
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(timm_name)
+    return bool(config and config.hf_hub_id) and any(
+        isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str)
+        for file in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"))
+
+
+def _disk(plan: Plan, downloads: list[tuple[str, int, bool]]) -> str:
+    images = sum(megabytes for name, megabytes, there in downloads if not there and name.startswith("images"))
+    weights = sum(megabytes for name, megabytes, there in downloads if not there and name.startswith("weights"))
+    total = weights + 2 * images + RUN_MB * len(plan.steps)
+    amount = f"{total / 1000:,.1f} GB" if total >= 1000 else f"{total:,.0f} MB"
+    return (f"disk: about {amount} more (weights; archives, which stay, and as much again unpacked; "
+            f"{RUN_MB} MB a run for the report)")
+
+
+def _time(steps: tuple[Step, ...]) -> list[str]:
+    """The time of all steps, with what it was reckoned from; steps whose size isn't known are named."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rates = {name: matmul_rate(name) for name in {device, "cpu"}}
+    sizes: dict[tuple, Size] = {}
+    seconds, unknown = 0.0, []
+    for step in steps:
+        seconds += START
+        parameters = step.parameters
+        if step.notebook.collects or not {"backbone", "dataset"} <= set(parameters):
+            continue
+        images = image_count(parameters)
+        if images is None:
+            unknown.append(step.folder)
+            continue
+        key = (parameters["backbone"], parameters.get("image_size"))
+        sizes[key] = sizes.get(key) or backbone_size(*key)
+        needed = work(step.notebook.key, parameters, sizes[key], images)
+        seconds += needed.model / (MODEL_EFFICIENCY * rates[device])
+        seconds += needed.kmeans / (KMEANS_EFFICIENCY * rates["cpu"])
+    lines = [
+        f"time: about {_duration(seconds)} on this machine's {device}, rough: {_duration(seconds / SPREAD)} to "
+        f"{_duration(seconds * SPREAD)}, downloads not counted",
+        f"  reckoned from 2 × parameters × tokens operations an image, 2 × images × width × clusters × {ITERATIONS} a "
+        f"start of k-means, at {100 * MODEL_EFFICIENCY:.0f} and {100 * KMEANS_EFFICIENCY:.0f} % of the rate of a "
+        "matrix product measured just now "
+        f"({', '.join(f'{name} {rate / 1e9:,.0f} GFLOP/s' for name, rate in rates.items())}), {START} s a run to start",
+    ]
+    return lines + [f"  not counted, number of images unknown: {', '.join(unknown)}"] * bool(unknown)
+
+
+def image_count(parameters: Mapping[str, object]) -> int | None:
+    """Number of images a notebook works on; None where that depends on a folder."""
+    info = DATASETS.get(str(parameters["dataset"]))
+    known = [number for number in (info and info.images, parameters.get("limit")) if number]
+    return min(known) if info else None
+
+
+def backbone_size(name: str, image_size: int | None) -> Size:
+    """The size of a backbone, from its structure without weights."""
+    import timm
+    import torch
+
+    from itae_utils import demo
+
+    entry = BACKBONES.get(name)
+    with torch.device("meta"):
+        model = (demo.build_model() if entry and entry.timm_name is None
+                 else timm.create_model(entry.timm_name if entry else name, num_classes=0))
+    side = image_size or (entry.image_size if entry else model.pretrained_cfg["input_size"][-1])
+    patches = (side // model.patch_embed.patch_size[0]) ** 2
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Size(parameters, model.embed_dim, patches + model.num_prefix_tokens)
+
+
+def work(key: str, parameters: Mapping[str, object], size: Size, images: int) -> Work:
+    """The operations that notebook `key` needs."""
+    def number(name: str, default: int) -> int:
+        return int(parameters.get(name) or default)
+
+    fit = min(images, number("fit_sample", 512))
+    starts = number("seeds", 1) * number("n_init", 1)
+    if key == "01":
+        passes, clusterings = fit + min(images, number("sample", 2000)), 0
+    elif key == "02":  # the deeper settings cost their own way through the last blocks
+        columns = len(parameters.get("percents", ())) + 1
+        settings = len(parameters.get("sources", ())) * columns * (len(parameters.get("attenuations", ())) + 1)
+        passes, clusterings = fit + 1.6 * images, settings * starts
+    else:  # the model, and the same with random weights; raw pixels and the variants are clustered
+        passes, clusterings = fit + 2 * images, 6 * starts
+    classes = DATASETS[str(parameters["dataset"])].classes or 10
+    return Work(2.0 * size.parameters * size.tokens * passes,
+                2.0 * images * size.dim * classes * ITERATIONS * clusterings)
+
+
+def matmul_rate(device: str, *, side: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of a float32 matrix product on `device`, measured."""
+    import torch
+
+    matrix = torch.ones(side, side, device=device)
+
+    def product() -> None:
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+
+    product()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        product()
+        count += 1
+    return 2 * side**3 * count / (time.perf_counter() - start)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,101 @@
+"""A report's own record, `report.json`: what was run with what, enough to run it again and to compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from itae_utils.errors import ItaeError
+from itae_utils.parameters import Profile, find_notebooks, resolve
+from itae_utils.plan import Plan, Step, check_steps
+from itae_utils.results import is_collection
+
+if TYPE_CHECKING:
+    from itae_utils.report import Report, Run
+
+RECORD_SCHEMA = 2
+
+
+def make_record(report: Report) -> dict[str, object]:
+    """The record of a report; what only its own folder decides is left out of the parameters."""
+    return {
+        "schema": RECORD_SCHEMA,
+        "profile": report.profile,
+        "description": report.description,
+        "grid": dict(report.grid),
+        "seconds": round(sum(run.seconds for run in report.runs), 1),
+        "notebooks": [
+            {
+                "notebook": run.notebook.name,
+                "cell": run.cell,
+                "page": run.page,
+                "results": f"{run.folder}/results.json" if run.results else None,
+                "seconds": round(run.seconds, 1),
+                "error": run.error,
+                "parameters": {name: value for name, value in run.parameters.items()
+                               if name != "output_dir" and (name, value) != ("results_dir", str(report.folder))},
+                **_used(run),
+            }
+            for run in report.runs
+        ],
+    }
+
+
+def _used(run: Run) -> dict[str, object]:
+    """Which weights and images a run used; None where that isn't known."""
+    about = {} if run.results is None or is_collection(run.results) else run.results["provenance"]
+    return {"weights": about.get("backbone", {}).get("weights_sha256"),
+            "images": about.get("dataset", {}).get("fingerprint")}
+
+
+def read_record(folder: Path) -> dict[str, object]:
+    """The record of the report in `folder`.
+
+    Raises:
+        ItaeError: there is none, or it is of another schema or damaged.
+    """
+    path = folder / "report.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ItaeError(f"{path} can't be read ({error.strerror}): only a whole report can be repeated") from error
+    except ValueError as error:
+        raise ItaeError(f"{path} is no JSON: run the report anew") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != RECORD_SCHEMA:
+        raise ItaeError(f"{path} is of schema {schema!r}, but {RECORD_SCHEMA} is needed: run the report anew")
+    return record
+
+
+def plan_again(record: Mapping[str, object], folder: Path) -> Plan:
+    """The plan that runs what a record says was run, with the notebooks in `folder` as they are now.
+
+    Raises:
+        ItaeError: a notebook, parameter or name that is no more.
+    """
+    notebooks = {notebook.name: notebook for notebook in find_notebooks(folder)}
+    nothing, steps = Profile(record["profile"], "", {}, {}), []
+    for entry in record["notebooks"]:
+        if entry["notebook"] not in notebooks:
+            raise ItaeError(f"the record's notebook {entry['notebook']!r} is no more: there are {', '.join(notebooks)}")
+        notebook = notebooks[entry["notebook"]]
+        told = resolve([notebook], [notebook], nothing, entry["parameters"])[notebook.key]
+        steps.append(Step(notebook, told, entry["cell"]))
+    check_steps(steps)
+    return Plan("", record["profile"], record["description"], record["grid"], tuple(steps))
+
+
+def differences(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """A line for each backbone and data set whose bytes are not those of the earlier record; one line where all are."""
+    lines, known = {}, 0
+    for old, new in zip(before["notebooks"], after["notebooks"], strict=True):
+        for kind, parameter in (("weights", "backbone"), ("images", "dataset")):
+            told = old[kind], new[kind]
+            known += None not in told
+            if None not in told and told[0] != told[1]:
+                name = old["parameters"][parameter]
+                lines[f"{name}: its {kind} differ from the record's ({told[0][:12]} then, {told[1][:12]} now)"] = None
+    same = "weights and images are those of the record" if known else "the record names no weights or images to compare"
+    return list(lines) or [same]
