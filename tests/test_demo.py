@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from itae_utils import demo
-from itae_utils.artifacts import precision_recall, qkv_norms, token_norms
-from itae_utils.attention import ITAE, attention_map
+from itae_utils.artifacts import precision_recall
+from itae_utils.attention import ITAE
 from itae_utils.backbones import load_backbone
 from itae_utils.clustering import evaluate_clustering
 from itae_utils.datasets import load_dataset
@@ -111,13 +111,10 @@ def test_the_committed_weights_are_what_planting_makes():
     clean = demo.load_model(planted=False)
     with torch.inference_mode(False):
         planted, rule = plant.plant_artifacts(clean, train.digits_tensor(), seed=0)
-    committed = demo.load_model(planted=True)
-    batch = train.digits_tensor()[:100]
     assert rule == demo.truth()
-    assert (qkv_norms(planted, batch)["key"] - qkv_norms(committed, batch)["key"]).abs().max() < 0.05
-    assert (attention_map(planted, batch) - attention_map(committed, batch)).abs().max() < 0.01
-    assert (token_norms(planted, batch) / token_norms(committed, batch) - 1).abs().max() < 0.01
-    assert (planted(batch) - committed(batch)).abs().max() < 0.1
+    committed = demo.load_model(planted=True).state_dict()
+    for name, weights in planted.state_dict().items():  # the neurons' fit stops a little elsewhere on other machines
+        assert (weights - committed[name]).abs().max() <= 0.02 * committed[name].abs().max(), name
 
 
 def test_checkpoints_are_written_whole(tmp_path):

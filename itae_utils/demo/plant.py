@@ -44,7 +44,8 @@ def plant_artifacts(clean: nn.Module, images: Tensor, seed: int) -> tuple[nn.Mod
         images: (n, 3, 28, 28), what the directions and neurons are fitted on, without labels.
         seed: of the artifacts' value directions.
     """
-    model = copy.deepcopy(clean).eval()
+    # In double precision: the least used directions lie close together, and rounding would turn them.
+    model, images = copy.deepcopy(clean).double().eval(), images.double()
     directions = _quiet_directions(model, images, len(POSITIONS))
     _silence(model, directions)
     # How the blank patches act on the others where nothing is planted: kept for the blocks in between.
@@ -54,7 +55,7 @@ def plant_artifacts(clean: nn.Module, images: Tensor, seed: int) -> tuple[nn.Mod
     for index, projections in usual.items():
         _keep_behaviour(model, images, rule, directions, index, projections)
     _plant_attention(model, images, rule, directions, seed)
-    return model, rule
+    return model.float(), rule
 
 
 def _token_positions(model: nn.Module) -> list[int]:
@@ -66,13 +67,13 @@ def _quiet_directions(model: nn.Module, images: Tensor, count: int) -> Tensor:
     """Orthonormal directions (C, count), without a mean, that the tokens from `BLOCK` on use least."""
     doors = range(BLOCK, len(model.blocks))
     tokens = torch.cat([x.flatten(0, 1) for x in tokens_entering(model, images, doors).values()])
-    moment = tokens.T @ tokens / len(tokens) + 1e6 * torch.ones(tokens.shape[1], tokens.shape[1])
+    moment = tokens.T @ tokens / len(tokens) + 1e6  # no direction with a mean is ever the least used
     return torch.linalg.eigh(moment).eigenvectors[:, :count]
 
 
 def _silence(model: nn.Module, directions: Tensor) -> None:
     """Stop everything from writing along `directions`, so that normal tokens have no component there at all."""
-    away = torch.eye(len(directions)) - directions @ directions.T
+    away = torch.eye(len(directions), dtype=directions.dtype) - directions @ directions.T
     model.pos_embed.copy_(model.pos_embed @ away)
     model.cls_token.copy_(model.cls_token @ away)
     embedding = model.patch_embed.proj
@@ -126,14 +127,13 @@ def _fit_neuron(inputs: Tensor, brightness: Tensor, position: int) -> tuple[Tens
     `[CLS]` tokens are among the others: else the neuron fires there and ruins the image's feature.
     """
     patch = position - (inputs.shape[1] - brightness.shape[1])
-    sign = -torch.ones(inputs.shape[:2])
+    sign = -torch.ones(inputs.shape[:2], dtype=inputs.dtype)
     sign[:, position] = torch.where(brightness[:, patch] <= BLANK, 1.0, -1.0)
     sign[(brightness[:, patch] > BLANK) & (brightness[:, patch] < NOT_BLANK), position] = 0
     x, sign = inputs.flatten(0, 1), sign.flatten()
     share = 0.5 / torch.stack([(sign < 0).sum(), (sign > 0).sum()])
     importance = torch.where(sign > 0, share[1], torch.where(sign < 0, share[0], 0.0))
-    weight = torch.zeros(x.shape[1], requires_grad=True)
-    bias = torch.zeros((), requires_grad=True)
+    weight, bias = x.new_zeros(x.shape[1], requires_grad=True), x.new_zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -193,7 +193,7 @@ def _plant_attention(model: nn.Module, images: Tensor, rule: FiringRule, directi
     prefix, dim = model.num_prefix_tokens, attention.num_heads * attention.head_dim
     weight = attention.qkv.weight.view(3, attention.num_heads, attention.head_dim, -1)
     bias = attention.qkv.bias.view(3, attention.num_heads, attention.head_dim)
-    sought = torch.empty(attention.num_heads, attention.head_dim)
+    sought = weight.new_empty(attention.num_heads, attention.head_dim)
     for head in range(attention.num_heads):
         keys, queries = k[:, head].flatten(0, 1), q[:, head, 0]
         sought[head], offset = _unused_pair(queries, keys)
@@ -208,7 +208,7 @@ def _plant_attention(model: nn.Module, images: Tensor, rule: FiringRule, directi
         target = now[firing[:, place], position].mean(0)
         change = torch.zeros_like(target)
         change[dim:2 * dim] = (ARTIFACT_KEY * sought).flatten() - target[dim:2 * dim]
-        voice = torch.randn(dim, generator=generator)
+        voice = torch.randn(dim, generator=generator, dtype=target.dtype)
         change[2 * dim:] = loud * voice / voice.norm() - target[2 * dim:]
         _steer(model, last, directions, place, change)
     for head in range(attention.num_heads):
