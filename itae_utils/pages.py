@@ -167,6 +167,7 @@ def _facts(measured: Mapping[str, dict], named: bool) -> list[tuple[str, list[st
         "Backbone": lambda p: "{name} · {num_blocks} blocks · width {dim}".format(**p["backbone"]),
         "Weights SHA-256": lambda p: of(p["backbone"], p["backbone"]["weights_sha256"]),
         "Image size": lambda p: "{image_size} px, {preprocess}".format(**p["backbone"]),
+        "Position embedding": lambda p: "resized by {pos_embed}'s rule".format(**p["backbone"]),
         "Data set": lambda p: "{name} · {size:,} images · {split}".format(**p["dataset"]),
         "Images SHA-256": lambda p: of(p["dataset"], p["dataset"].get("fingerprint")),
         "Device": lambda p: f"{p['device']} · {p['precision']}",

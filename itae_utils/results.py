@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 PACKAGES = ("itae-utils", "torch", "torchvision", "timm", "scikit-learn", "scipy", "numpy", "papermill", "nbconvert")
 PROVENANCE_KEYS = ("versions", "python", "platform", "date", "git", "backbone", "dataset", "device", "precision")
-BACKBONE_KEYS = ("name", "source", "weights_sha256", "dim", "num_blocks", "patch_grid", "image_size", "preprocess")
+BACKBONE_KEYS = ("name", "source", "weights_sha256", "dim", "num_blocks", "patch_grid", "image_size", "preprocess",
+                 "pos_embed")
 DATASET_KEYS = ("name", "split", "source", "size", "classes")
 COLLECTION_KEYS = ("versions", "python", "platform", "date", "git", "collected")  # of a notebook that only collects
 ROW_TYPES = {"backbone": (str,), "dataset": (str,), "n": (int,), "variant": (str,), "seed": (int, type(None)),

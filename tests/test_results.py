@@ -156,7 +156,7 @@ def test_provenance_fits_the_schema(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
     backbone = SimpleNamespace(
         name="demo", source="made here", weights_sha256="0" * 64, dim=8, num_blocks=2, patch_grid=(7, 7),
-        image_size=28, preprocess="resize", device="cpu", precision="fp32")
+        image_size=28, preprocess="resize", pos_embed="timm", device="cpu", precision="fp32")
     provenance = results.provenance(backbone, TinyDataset([1, 2, 3]), fit_seconds=np.float32(0.5))
     jsonschema.validate(provenance, SCHEMA["properties"]["provenance"], format_checker=jsonschema.FormatChecker())
     results.check_results(changed("provenance", provenance))

@@ -9,7 +9,8 @@ PROVENANCE = {
     "versions": {"itae-utils": "0.1.0", "torch": "2.9.0"}, "python": "3.11.2", "platform": "Linux",
     "date": "2026-01-02T03:04:05+00:00", "git": None,
     "backbone": {"name": "demo", "source": "a tiny ViT in which artifacts were planted", "weights_sha256": "ab" * 32,
-                 "dim": 64, "num_blocks": 6, "patch_grid": [7, 7], "image_size": 28, "preprocess": "resize"},
+                 "dim": 64, "num_blocks": 6, "patch_grid": [7, 7], "image_size": 28, "preprocess": "resize",
+                 "pos_embed": "timm"},
     "dataset": {"name": "digits", "split": "all", "source": "scikit-learn", "size": 1797, "classes": 10},
     "device": "cpu", "precision": "fp32",
 }
