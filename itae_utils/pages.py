@@ -92,7 +92,8 @@ def index_page(report: Report) -> Path:
         report=report,
         groups=_groups(report.runs),
         backbones=_values(report.runs, "backbone"),
-        datasets=_values(report.runs, "dataset"),
+        datasets=[Path(name).name if name.startswith("imagefolder:") else name
+                  for name in _values(report.runs, "dataset")],
         css=_style(),
         sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
             results["provenance"]["backbone"] for results in own.values()))),

@@ -155,6 +155,14 @@ def test_index_says_what_was_run(tmp_path):
     assert not external_references(page)
 
 
+def test_index_is_titled_by_a_folder_s_name_not_its_path(tmp_path):
+    run = run_of(NOTEBOOKS[0])
+    run.parameters["dataset"] = "imagefolder:/a/long/path/to/photos"
+    heading = re.search(r"<h1>(.*?)</h1>", index_of(tmp_path, run), flags=re.DOTALL)[1]
+    assert "<em>photos</em>" in heading
+    assert "/long" not in heading
+
+
 def test_index_with_failures(tmp_path):
     page = index_of(tmp_path, run_of(NOTEBOOKS[0]), run_of(NOTEBOOKS[1], "ValueError: <no> (cell [2])", None))
     assert "1 of 2 notebooks failed." in page

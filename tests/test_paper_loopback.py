@@ -1,0 +1,128 @@
+"""The paper profile from end to end: weights and four small made data sets, downloaded from loopback servers."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save
+from torchvision import datasets as real
+
+from tests.hub_server import Hub
+from tests.test_download import Server
+
+COUNT, CLASSES = 24, 3
+TARGETS = [index % CLASSES for index in range(COUNT)]
+NAMES = ["ant", "bee", "cat"]
+SMALL = {"image_size": 56, "seeds": 2, "n_init": 1, "draws": 20, "tsne_points": 20, "examples": 3, "percents": "[5.0]",
+         "attenuations": "[min]", "sources": "[key]"}
+SITE = """
+import json, os
+from pathlib import Path
+told = json.loads(Path(os.environ["MADE_ARCHIVES"]).read_text())
+from torchvision import datasets as real
+for name, attributes in told["torchvision"].items():
+    for attribute, value in attributes.items():
+        setattr(getattr(real, name), attribute, value)
+from itae_utils import datasets
+datasets.TINY_IMAGENET = datasets.Archive(**told["tiny"])
+"""
+
+
+def pixels(side: int) -> np.ndarray:
+    """Pictures (n, 3, side, side) whose colour tells the class."""
+    noise = np.random.default_rng(side).integers(0, 80, (COUNT, 3, side, side))
+    return (noise + 120 * np.eye(3, dtype=int)[TARGETS][:, :, None, None]).astype(np.uint8)
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def pack(folder, reader, contents: dict[str, bytes]) -> dict:
+    """One of torchvision's archives, and the checksums by which its reader knows it."""
+    path = folder / reader.filename
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"{reader.base_folder}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    sums = {name: md5(content) for name, content in contents.items()}
+    told = {each: [[name, sums[name]] for name, _ in getattr(reader, each) if name in sums]
+            for each in ("train_list", "test_list")}
+    if hasattr(reader, "meta"):
+        told["meta"] = {**reader.meta, "md5": sums[reader.meta["filename"]]}
+    return told | {"tgz_md5": md5(path.read_bytes())}
+
+
+def pack_all(folder, url: str) -> dict:
+    """All four archives in `folder`, and what the readers must be told of them."""
+    told = {}
+    for reader, labels in [(real.CIFAR10, "labels"), (real.CIFAR100, "fine_labels")]:
+        told[reader.__name__] = pack(folder, reader, {
+            reader.test_list[0][0]: pickle.dumps({"data": pixels(32).reshape(COUNT, -1), labels: TARGETS}),
+            reader.meta["filename"]: pickle.dumps({reader.meta["key"]: NAMES}),
+        })
+    told["STL10"] = pack(folder, real.STL10, {
+        "test_X.bin": pixels(96).transpose(0, 1, 3, 2).tobytes(),
+        "test_y.bin": bytes(label + 1 for label in TARGETS),
+        "class_names.txt": "\n".join(NAMES).encode(),
+    })
+    for name in told:
+        told[name]["url"] = f"{url}/{getattr(real, name).filename}"
+    path, top = folder / "tiny-imagenet-200.zip", "tiny-imagenet-200"
+    with zipfile.ZipFile(path, "w") as archive:
+        for index, picture in enumerate(pixels(64)):
+            content = io.BytesIO()
+            Image.fromarray(picture.transpose(1, 2, 0)).save(content, "JPEG")
+            archive.writestr(f"{top}/val/images/val_{index}.JPEG", content.getvalue())
+        rows = [f"val_{index}.JPEG\tn{label}\t0\t0\t63\t63\n" for index, label in enumerate(TARGETS)]
+        archive.writestr(f"{top}/val/val_annotations.txt", "".join(rows))
+        archive.writestr(f"{top}/words.txt", "".join(f"n{label}\t{name}\n" for label, name in enumerate(NAMES)))
+    tiny = {"url": f"{url}/{path.name}", "filename": path.name, "md5": md5(path.read_bytes())}
+    return {"torchvision": told, "tiny": tiny}
+
+
+@pytest.mark.slow
+def test_the_comparison_is_filled_and_every_stand_in_is_called_one(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    weights = {("timm/vit_small_patch14_dinov2.lvd142m", "model.safetensors"): save(model.state_dict())}
+    (tmp_path / "server").mkdir()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    with Hub(weights) as hub, Server(tmp_path / "server") as server:
+        (tmp_path / "told.json").write_text(json.dumps(pack_all(tmp_path / "server", server.url)))
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*",
+            "ITAE_DATA": str(tmp_path / "data"), "ITAE_CACHE": str(tmp_path / "cache"),
+            "MADE_ARCHIVES": str(tmp_path / "told.json"),
+            "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]),
+        }
+        given = [word for name, value in SMALL.items() for word in ("-p", name, str(value))]
+        command = [sys.executable, "-c", "from itae_utils.cli import main; main()", "report", "--profile", "paper",
+                   "--backbone", "dinov2_vits14", "--output", str(tmp_path / "out"), *given]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [method for method, _ in hub.asked].count("GET") == 1, "the weights were downloaded once"
+    assert sorted(path for path, _ in server.asked) == sorted(
+        f"/{name}" for name in [real.CIFAR10.filename, real.CIFAR100.filename, real.STL10.filename,
+                                "tiny-imagenet-200.zip"])
+    rows = json.loads((tmp_path / "out/04_paper_comparison/results.json").read_text())["rows"]
+    assert {row["dataset"] for row in rows} == {"cifar10", "cifar100", "stl10", "tiny-imagenet"}
+    page = (tmp_path / "out/04_paper_comparison/04_paper_comparison.html").read_text(encoding="utf-8")
+    for name in ("cifar10", "cifar100", "stl10", "tiny-imagenet"):
+        assert f"<strong>{name}</strong> is a stand-in: {COUNT} images" in page
+    assert page.count("dinov2_vits14 (stand-in") + page.count("dinov2_vits14 (unverified") > 0
+    assert "ITAE − published" in page
