@@ -82,21 +82,18 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     return metrics.agg(["mean", "std", "min", "max"]).T.rename(columns={"std": "sd"})
 
 
-def agreement(
-    features: np.ndarray, k: int, *, seeds: int | Sequence[int] = 10, n_init: int = 10, normalize: bool = True
-) -> float:
-    """Mean ARI between the clusterings of every two seeds: how stable they are, where no labels say how right.
+def agreement(labels: np.ndarray) -> float:
+    """Mean ARI between every two runs (seeds, n) of `cluster_seeds`: how stable they are, where no labels tell more.
 
     Raises:
-        ItaeError: as for `cluster`; fewer than 2 seeds.
+        ItaeError: fewer than 2 runs.
     """
     from itertools import combinations
 
     from sklearn.metrics import adjusted_rand_score
 
-    if len(_seed_list(seeds)) < 2:
-        raise ItaeError(f"seeds={seeds!r} gives nothing to compare: agreement needs 2 or more")
-    labels, _ = cluster_seeds(features, k, seeds=seeds, n_init=n_init, normalize=normalize)
+    if len(labels) < 2:
+        raise ItaeError("agreement is between runs of k-means and there is only one: use 2 seeds or more")
     return float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]))
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from itae_utils.artifacts import precision_recall
-from itae_utils.clustering import cluster_seeds, confusion, describe_difference, paired_bootstrap, score
-from itae_utils.errors import ItaeError
+from itae_utils.clustering import agreement, cluster_seeds, confusion, describe_difference, paired_bootstrap, score
 from itae_utils.findings import percent
 
 if TYPE_CHECKING:
@@ -56,22 +55,10 @@ def score_labels(targets: np.ndarray, labels: Mapping[str, np.ndarray], seeds: S
 
 
 def agreement_scores(labels: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Mean ARI between every two runs, from cluster labels (seeds, n) by variant: columns variant, agreement.
-
-    Raises:
-        ItaeError: fewer than 2 runs.
-    """
-    from itertools import combinations
-
+    """Mean ARI between every two runs, from cluster labels (seeds, n) by variant: columns variant, agreement."""
     import pandas as pd
-    from sklearn.metrics import adjusted_rand_score
 
-    if any(len(runs) < 2 for runs in labels.values()):
-        raise ItaeError("agreement is between runs of k-means and there is only one: use 2 seeds or more")
-    return pd.DataFrame([
-        {"variant": name, AGREEMENT: float(np.mean([adjusted_rand_score(*pair) for pair in combinations(runs, 2)]))}
-        for name, runs in labels.items()
-    ])
+    return pd.DataFrame([{"variant": name, AGREEMENT: agreement(runs)} for name, runs in labels.items()])
 
 
 def cosine_distance(rows: np.ndarray, others: np.ndarray) -> float:

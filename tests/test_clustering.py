@@ -175,18 +175,17 @@ class TestEvaluate:
 
 class TestAgreement:
     def test_mean_over_all_pairs(self):
-        features = np.random.default_rng(0).normal(size=(100, 8))
-        labels, _ = cluster_seeds(features, 6, seeds=4, n_init=1)
+        labels, _ = cluster_seeds(np.random.default_rng(0).normal(size=(100, 8)), 6, seeds=4, n_init=1)
         pairs = [adjusted_rand_score(labels[a], labels[b]) for a, b in combinations(range(4), 2)]
-        assert agreement(features, 6, seeds=4, n_init=1) == pytest.approx(sum(pairs) / 6)
+        assert agreement(labels) == pytest.approx(sum(pairs) / 6)
         assert len(set(pairs)) > 1
 
     def test_clear_clusters_agree_fully(self):
-        assert agreement(blobs()[0], 3, seeds=3) == 1
+        assert agreement(cluster_seeds(blobs()[0], 3, seeds=3)[0]) == 1
 
-    def test_needs_two_seeds(self):
-        with pytest.raises(ItaeError, match="2 or more"):
-            agreement(blobs()[0], 3, seeds=1)
+    def test_needs_two_runs(self):
+        with pytest.raises(ItaeError, match="2 seeds or more"):
+            agreement(np.zeros((1, 4), dtype=int))
 
 
 class TestMatching:

@@ -7,7 +7,8 @@ where that patch is blank, and the token it marks carries a value of its own: so
 into the image's feature. Since the artifacts are planted, it is known which patches are artifacts.
 
 Everything is written along directions that the residual stream hardly uses, and normal tokens are made to have no
-component along them, so that the edit leaves normal tokens as they are.
+component along them, so that what is written acts on the marked tokens alone. Normal tokens still move somewhat, as the
+neurons gave up their old task and the marked patches no longer tell the others what they did.
 """
 
 import copy
