@@ -3,13 +3,14 @@
 import hashlib
 import http.server
 import re
-import threading
 import time
+
+from tests.loopback import Loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub:
+class Hub(Loopback):
     """Serves `files`, bytes by (repository, name); `asked` holds (method, status) in order.
 
     Attributes:
@@ -64,18 +65,7 @@ class Hub:
             def log_message(handler, *_args):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.block_on_close = False
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(Handler)
 
     def statuses(self, method):
         return [status for asked, status in self.asked if asked == method]
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 
@@ -17,10 +16,11 @@ import pytest
 from itae_utils import datasets, download
 from itae_utils.datasets import load_dataset
 from itae_utils.errors import ItaeError
+from tests.loopback import Loopback
 from tests.test_datasets import picture, save, truncate
 
 
-class Server:
+class Server(Loopback):
     """A loopback HTTP server for one folder, with or without support for Range, that keeps what it was asked for."""
 
     def __init__(self, folder, ranges=True, cut_after=None, delay=0):
@@ -48,16 +48,7 @@ class Server:
             def log_message(handler, *_args):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture(autouse=True)
