@@ -129,11 +129,30 @@ class VitLayer(Layer):
         """See `Layer`: one product for all of `sources`."""
         from torch.nn.functional import linear
 
+        return self._thirds(linear(normed, *self._weight_and_bias(*sources)), sources)
+
+    def _weight_and_bias(self, *sources: str) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.attention.qkv.weight, self.attention.qkv.bias
         width, first = self.num_heads * self.head_dim, SOURCES.index(sources[0])
         rows = slice(first * width, (first + len(sources)) * width)
-        projected = linear(normed, weight[rows], None if bias is None else bias[rows])
-        return self._thirds(projected, sources)
+        return weight[rows], None if bias is None else bias[rows]
+
+    def value_sums(self, weights: Tensor, normed: Tensor) -> Tensor:
+        """Σ_t w_t V_t for rows of weights that add up to 1: the tokens are averaged first and the averages projected.
+
+        Values are linear in the tokens, so this is the same sum, without a projection of every token.
+
+        Args:
+            weights: (B, H, Q, T).
+            normed: (B, T, C), after the block's first norm.
+
+        Returns:
+            (B, H, Q, d).
+        """
+        weight, bias = self._weight_and_bias("value")
+        averages = (weights.flatten(1, 2) @ normed).unflatten(1, weights.shape[1:3])
+        sums = averages @ weight.unflatten(0, (self.num_heads, self.head_dim)).mT
+        return sums if bias is None else sums + bias.view(self.num_heads, 1, self.head_dim)
 
     def _thirds(self, projected: Tensor, sources: Sequence[str] = SOURCES) -> Projections:
         return Projections(self, dict(zip(sources, projected.chunk(len(sources), dim=-1), strict=True)))

@@ -7,8 +7,9 @@ import torch
 from itae_utils.artifacts import FiringRule, qkv_norms
 from itae_utils.attention import ITAE, attenuate
 from itae_utils.errors import ItaeError
-from itae_utils.features import GROUP, extract_features
+from itae_utils.features import extract_features
 from itae_utils.layers import SOURCES
+from itae_utils.one_pass import GROUP
 from itae_utils.thresholds import ThresholdFit, Thresholds
 from tests import reference
 from tests.conftest import EVA_STRUCTURES, STRUCTURES, MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
