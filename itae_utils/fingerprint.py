@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 RACY = 2e9  # nanoseconds: a file changed so lately may change again without a new time
 
 
-def fingerprint(dataset: Dataset) -> str | None:
+def fingerprint(dataset: Dataset, *, in_order: bool = False) -> str | None:
     """SHA-256 over name, label and SHA-256 of the bytes of every image, in the order of the names; None if unknown.
+
+    With `in_order` they are taken in the data set's own order, which then counts.
 
     Files are named by their path below the data set's folder, images in memory by their place, shape and type. The
     hashes of files are kept in `cache_folder()` with size, time of change and inode, so an unchanged file is read
@@ -33,8 +35,8 @@ def fingerprint(dataset: Dataset) -> str | None:
         return None
     named = _of_files(dataset.name, images) if isinstance(images[0], Path) else _of_arrays(images)
     labels = [-1] * len(images) if dataset.targets is None else dataset.targets
-    lines = sorted(f"{name}\t{int(label)}\t{digest}\n" for (name, digest), label in zip(named, labels, strict=True))
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    lines = [f"{name}\t{int(label)}\t{digest}\n" for (name, digest), label in zip(named, labels, strict=True)]
+    return hashlib.sha256("".join(lines if in_order else sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def cache_folder() -> Path:
