@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: report test test-all lab lint clean
+.PHONY: report test test-all lab bench lint clean
 
 report: $(READY)
 	$(BIN)/itae report --profile demo
@@ -16,6 +16,10 @@ test-all: $(READY) lint
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
+
+# Some 20 minutes on two cores; a piece of it: make bench BENCH="--parts passes --sizes S"
+bench: $(READY)
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .
