@@ -41,7 +41,7 @@ def summarize(run: Mapping[str, object]) -> list[Row]:
                 "files": lambda size, found: _files(size, found, on_gpu)}
     rows = [row for part, rows_of in sections.items() for size, found in run.get(part, {}).items()
             for row in rows_of(size, found)]
-    return sorted(rows, key=lambda row: (list(HEADINGS).index(row["heading"]), list(SIZES).index(row["size"])))
+    return sorted(rows, key=lambda row: (list(HEADINGS).index(row["heading"]), [*SIZES, "demo"].index(row["size"])))
 
 
 def table(run: Mapping[str, object]) -> Iterator[str]:
@@ -101,7 +101,8 @@ def _kmeans(size: str, found: Mapping) -> Iterator[Row]:
 
 def _scaling(size: str, found: Mapping) -> Iterator[Row]:
     for what, (few, many) in found["counts"].items():
-        yield _row("scaling", size, f"{few:,} to {many:,} {what}", found["seconds"][f"{many} {what}"],
+        of = "demo" if what == "images" else size
+        yield _row("scaling", of, f"{few:,} to {many:,} {what}", found["seconds"][f"{many} {what}"],
                    found["seconds"][f"{few} {what}"])
 
 
