@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from itae_utils.compiled import compile_blocks
 from itae_utils.errors import ItaeError, unknown_name
 from itae_utils.pos_embed import resolve_pos_embed, use_meta_rule
+from itae_utils.preprocessing import PREPROCESSING, make_transform, resolve_resize
 from itae_utils.vit import check_supported, patches_along
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from itae_utils.artifacts import FiringRule
 
-PREPROCESSING = ("resize", "meta-eval")
 PRECISIONS = ("fp32", "bf16")
 DINOV2_IMAGE_SIZE = 224  # the checkpoints' own 518 costs 5 times as much; stated wherever it is used
 
@@ -68,7 +69,8 @@ class Backbone:
 
     Attributes:
         name: what was asked for.
-        model: the timm module, in eval mode, untouched but for the resize of its position embedding (`pos_embed`).
+        model: the timm module, in eval mode, untouched but for the resize of its position embedding (`pos_embed`)
+            and for `compiled`.
         transform: PIL image -> (3, H, W) float tensor.
         image_size: side in pixels that `transform` makes.
         preprocess: "resize" or "meta-eval".
@@ -78,6 +80,9 @@ class Backbone:
         truth: the rule that tells the true artifacts, for a planted backbone; else None.
         weights_sha256: over the names, types and bytes of all weights, in order.
         pos_embed: whose rule resizes the position embedding to other input sizes: "timm" or "meta".
+        resize: where a data set's images are resized and normalised: "pil", by `transform` where they are loaded, or
+            "device", in batches (`itae_utils.preprocessing.DevicePreprocessing`).
+        compiled: the model's blocks run through torch.compile.
     """
 
     name: str
@@ -91,6 +96,8 @@ class Backbone:
     truth: FiringRule | None
     weights_sha256: str
     pos_embed: str = "timm"
+    resize: str = "pil"
+    compiled: bool = False
 
     @property
     def dim(self) -> int:
@@ -127,6 +134,8 @@ def load_backbone(
     pos_embed: Literal["auto", "meta", "timm"] = "auto",
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    resize: Literal["auto", "pil", "device"] = "auto",
+    compile: bool = False,
 ) -> Backbone:
     """Load a ViT by name, with `num_classes=0`, `global_pool="token"` and any image size its patch divides.
 
@@ -142,6 +151,10 @@ def load_backbone(
             Meta's for DINOv2, as its checkpoints were published, and timm's for all others.
         device: "auto" takes CUDA where there is one.
         precision: "auto" is fp32 on a CPU, bf16 on CUDA.
+        resize: where a data set's images are resized and normalised: "pil", on the CPU one by one, or "device", in
+            batches, at most 2 of 255 levels from that and 0.01 on average. "auto" is "device" on CUDA, else "pil".
+        compile: run the blocks through torch.compile, which costs its time at the first batch and needs a compiler. It
+            can change the last bits of the features.
 
     Raises:
         ItaeError: unknown name, a model the method can't handle, a size the patch doesn't divide, weights that are
@@ -165,8 +178,11 @@ def load_backbone(
     if image_size is None:
         image_size = BACKBONES[name].image_size if name in BACKBONES else config["input_size"][-1]
     patches_along(image_size, model.patch_embed.patch_size[0])
+    resize = resolve_resize(resize, device, config)
     if pos_embed == "meta":
         use_meta_rule(model)
+    if compile:
+        compile_blocks(model)
     return Backbone(
         name=name,
         model=model.eval().requires_grad_(False).to(device),
@@ -179,6 +195,8 @@ def load_backbone(
         truth=truth,
         weights_sha256=weights_sha256(model),
         pos_embed=pos_embed,
+        resize=resize,
+        compiled=compile,
     )
 
 
@@ -191,24 +209,6 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def make_transform(image_size: int, preprocess: str, config: dict) -> Callable[[object], Tensor]:
-    """PIL image -> (3, image_size, image_size) float tensor; interpolation, mean and std are timm's `config`."""
-    import torch
-    from torchvision.transforms import v2
-
-    interpolation = v2.InterpolationMode(config["interpolation"])
-    if preprocess == "resize":
-        shape = [v2.Resize((image_size, image_size), interpolation, antialias=True)]
-    else:
-        shape = [v2.Resize(round(image_size * 256 / 224), interpolation, antialias=True), v2.CenterCrop(image_size)]
-    return v2.Compose([
-        *shape,
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(config["mean"], config["std"]),
-    ])
 
 
 def _build_demo(name: str, checkpoint: str | Path | None, pretrained: bool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -54,6 +54,7 @@ def observe(
     sample: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    num_workers: int | Literal["auto"] = 0,
 ) -> Observation:
     """Run the unmodified model once over the images and keep what tells artifacts.
 
@@ -64,10 +65,11 @@ def observe(
         sample: look at this many images only, drawn by `seed`; None looks at all.
         seed: of the sample.
         batch_size: images at a time.
+        num_workers: processes that load images, or "auto", as in `model_batches`.
     """
     import torch
 
-    from itae_utils.batches import image_batches
+    from itae_utils.batches import model_batches
 
     if itae is not None:
         check_blocks(backbone.model, itae, backbone.truth)
@@ -77,8 +79,8 @@ def observe(
     pieces: dict[str, list[np.ndarray]] = {}
     with torch.inference_mode(), backbone.autocast():
         first = 0
-        for images, _ in image_batches(dataset, backbone.transform, batch_size=batch_size, indices=indices):
-            for name, values in _observe_batch(backbone, images.to(backbone.device), itae, first).items():
+        for images in model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices):
+            for name, values in _observe_batch(backbone, images, itae, first).items():
                 pieces.setdefault(name, []).append(values.cpu().numpy())
             first += len(images)
     whole = {name: np.concatenate(values) for name, values in pieces.items()}

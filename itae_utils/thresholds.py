@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -182,7 +182,7 @@ def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
 
 
 def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, seed: int = 0,
-                   batch_size: int = 64) -> Thresholds:
+                   batch_size: int = 64, num_workers: int | Literal["auto"] = 0) -> Thresholds:
     """Fit θ for every block and source on a sample of images, without labels, on the unmodified model.
 
     One pass up to the last block's qkv projection.
@@ -193,23 +193,25 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, s
         sample: how many images, drawn by `seed`.
         seed: of the sample.
         batch_size: images at a time.
+        num_workers: processes that load images, or "auto", as in `model_batches`.
 
     Returns:
         `fits[block, source]`, a `ThresholdFit` each; `fits[-1, "key"].threshold` is the last block's, None where there
         are no two modes.
     """
     start = time.perf_counter()
-    norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size)
+    norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size,
+                           num_workers=num_workers)
     fits = {key: fit_threshold(values) for key, values in norms.items()}
     return Thresholds(fits, backbone.num_blocks, time.perf_counter() - start)
 
 
-def sampled_norms(backbone: Backbone, dataset: Dataset, *, sample: int, seed: int,
-                  batch_size: int) -> dict[tuple[int, str], np.ndarray]:
+def sampled_norms(backbone: Backbone, dataset: Dataset, *, sample: int, seed: int, batch_size: int,
+                  num_workers: int | Literal["auto"] = 0) -> dict[tuple[int, str], np.ndarray]:
     """‖Q‖, ‖K‖ and ‖V‖ of every patch of a sample of images, in every block: {(block, source): (images, N)}."""
     import torch
 
-    from itae_utils.batches import image_batches
+    from itae_utils.batches import model_batches
 
     body, collected = anatomy(backbone.model), {}
     *earlier, last = range(len(body.layers))
@@ -224,8 +226,8 @@ def sampled_norms(backbone: Backbone, dataset: Dataset, *, sample: int, seed: in
             stack.enter_context(body.layers[index].watch(partial(collect, index)))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(backbone.autocast())
-        for images, _ in image_batches(dataset, backbone.transform, batch_size=batch_size,
-                                       indices=sample_indices(len(dataset), sample, seed)):
-            entering = block_inputs(backbone.model, images.to(backbone.device), [last])[last]
+        for images in model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers,
+                                    indices=sample_indices(len(dataset), sample, seed)):
+            entering = block_inputs(backbone.model, images, [last])[last]
             collect(last, body.layers[last].project_input(entering))  # its own attention is never reached
     return {key: np.concatenate(values) for key, values in collected.items()}
