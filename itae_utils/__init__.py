@@ -19,7 +19,7 @@ _MODULES = {
     "attention": ["ITAE", "attenuate", "attention_map"],
     "features": ["extract_features"],
     "observation": ["observe"],
-    "clustering": ["agreement", "cluster", "evaluate_clustering", "paired_bootstrap"],
+    "clustering": ["agreement", "cluster", "cluster_parts", "evaluate_clustering", "paired_bootstrap"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from itae_utils.errors import ItaeError
+from itae_utils.kmeans import cluster, cluster_parts, cluster_seeds, seed_list
 
 if TYPE_CHECKING:
     import pandas as pd
 
+__all__ = ["METRICS", "accuracy", "agreement", "cluster", "cluster_parts", "cluster_seeds", "confusion",
+           "describe_difference", "evaluate_clustering", "match_clusters", "paired_bootstrap", "score", "summarize"]
+
 METRICS = ("acc", "nmi", "ari")
-
-
-def cluster(
-    features: np.ndarray, k: int, *, seed: int = 0, n_init: int = 10, normalize: bool = True
-) -> tuple[np.ndarray, float]:
-    """K-means (scikit-learn's, k-means++ starts, the best of `n_init`) on features (n, dim).
-
-    `normalize` scales every row to length 1 first; rows of zeros stay.
-
-    Returns:
-        Labels (n,) in 0 … k - 1, and the inertia: the sum of squared distances to the cluster centres.
-
-    Raises:
-        ItaeError: features that aren't a finite matrix, k below 2 or above n, n_init below 1.
-    """
-    from sklearn.cluster import KMeans
-    from sklearn.preprocessing import normalize as unit_rows
-
-    features = _check_features(features, k)
-    if n_init < 1:
-        raise ItaeError(f"n_init={n_init} is too few k-means starts: use 1 or more")
-    model = KMeans(k, n_init=n_init, random_state=seed).fit(unit_rows(features) if normalize else features)
-    return model.labels_, float(model.inertia_)
-
-
-def cluster_seeds(
-    features: np.ndarray, k: int, *, seeds: int | Sequence[int] = 10, n_init: int = 10, normalize: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """`cluster` once for every seed (a number means that many, from 0): labels (seeds, n) and inertias (seeds,)."""
-    runs = [cluster(features, k, seed=seed, n_init=n_init, normalize=normalize) for seed in _seed_list(seeds)]
-    labels, inertias = zip(*runs, strict=True)
-    return np.stack(labels), np.array(inertias)
 
 
 def evaluate_clustering(
@@ -56,10 +27,11 @@ def evaluate_clustering(
     seeds: int | Sequence[int] = 10,
     n_init: int = 10,
     normalize: bool = True,
+    max_memory: int | None = None,
 ) -> pd.DataFrame:
     """K-means on features (n, dim) against the classes `targets` (n,), one row a seed: seed, acc, nmi, ari, inertia.
 
-    `k` is by default the number of classes in `targets`.
+    `k` is by default the number of classes in `targets`; the other settings and the memory it takes are `cluster`'s.
 
     Raises:
         ItaeError: as for `cluster`; no targets, or not one for each row of features.
@@ -71,8 +43,10 @@ def evaluate_clustering(
     if len(targets) != len(features):
         raise ItaeError(f"{len(targets):,} targets don't fit {len(features):,} rows of features: give one for each row")
     k = len(np.unique(targets)) if k is None else k
-    labels, inertias = cluster_seeds(features, k, seeds=seeds, n_init=n_init, normalize=normalize)
-    runs = zip(_seed_list(seeds), labels, inertias, strict=True)
+    labels, inertias = cluster_seeds(
+        features, k, seeds=seeds, n_init=n_init, normalize=normalize, max_memory=max_memory
+    )
+    runs = zip(seed_list(seeds), labels, inertias, strict=True)
     return pd.DataFrame([{"seed": seed, **score(targets, found), "inertia": inertia} for seed, found, inertia in runs])
 
 
@@ -238,24 +212,3 @@ def _match(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from scipy.optimize import linear_sum_assignment
 
     return linear_sum_assignment(table, maximize=True)
-
-
-def _check_features(features: np.ndarray, k: int) -> np.ndarray:
-    features = np.asarray(features)
-    if features.ndim != 2:
-        raise ItaeError(f"features of shape {features.shape} can't be clustered: a matrix (images, dim) is needed")
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        raise ItaeError(f"features of {len(bad):,} images aren't finite, image {bad[0]} the first: mend the extraction")
-    if k < 2:
-        raise ItaeError(f"k={k} is too few clusters: use 2 or more")
-    if k > len(features):
-        raise ItaeError(f"k={k} is more clusters than there are images, {len(features):,}: use fewer, or more images")
-    return features
-
-
-def _seed_list(seeds: int | Sequence[int]) -> list[int]:
-    chosen = list(range(seeds)) if isinstance(seeds, Integral) else list(seeds)
-    if not chosen:
-        raise ItaeError(f"seeds={seeds!r} names no seed: give a number of 1 or more, or a list")
-    return chosen

@@ -61,56 +61,6 @@ def bootstrap_by_sklearn(targets, labels_a, labels_b, draws, seed):
     return np.column_stack([difference, *np.percentile(found, (2.5, 97.5), axis=0)])
 
 
-class TestCluster:
-    def test_separated_blobs_are_found(self):
-        features, targets = blobs()
-        labels, inertia = cluster(features, 3)
-        assert labels.shape == (60,)
-        assert accuracy(targets, labels) == 1
-        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-        squares = sum(((unit[labels == c] - unit[labels == c].mean(axis=0)) ** 2).sum() for c in range(3))
-        assert inertia == pytest.approx(squares, rel=1e-4)
-
-    def test_normalize_makes_the_length_of_rows_irrelevant(self):
-        features, targets = blobs()
-        lengths = np.random.default_rng(1).uniform(0.01, 100, size=(60, 1)).astype(np.float32)
-        assert accuracy(targets, cluster(features * lengths, 3)[0]) == 1
-        assert accuracy(targets, cluster(features * lengths, 3, normalize=False)[0]) < 1
-
-    def test_rows_of_zeros_are_no_error(self):
-        features, _ = blobs()
-        features[0] = 0
-        assert cluster(features, 3)[0].shape == (60,)
-
-    def test_equal_seeds_give_equal_labels_and_other_seeds_other_starts(self):
-        features = np.random.default_rng(0).normal(size=(200, 8))
-        first, again, other = (cluster(features, 8, seed=seed, n_init=1)[0] for seed in (0, 0, 1))
-        np.testing.assert_array_equal(first, again)
-        assert adjusted_rand_score(first, other) < 1
-
-    def test_more_starts_cluster_tighter(self):
-        features = np.random.default_rng(0).normal(size=(200, 8))
-        one, ten = (cluster_seeds(features, 8, seeds=5, n_init=n_init)[1].mean() for n_init in (1, 10))
-        assert ten < one
-
-    @pytest.mark.parametrize(("change", "message"), [
-        ({"k": 1}, "k=1 is too few"),
-        ({"k": 61}, "k=61 is more clusters than there are images, 60"),
-        ({"n_init": 0}, "n_init=0"),
-        ({"features": np.zeros(60)}, r"shape \(60,\)"),
-    ])
-    def test_bad_input(self, change, message):
-        with pytest.raises(ItaeError, match=message):
-            cluster(**{"features": blobs()[0], "k": 3, **change})
-
-    @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_features_that_are_not_finite(self, value):
-        features, _ = blobs()
-        features[[7, 9], 2] = value
-        with pytest.raises(ItaeError, match=r"features of 2 images aren't finite, image 7 the first"):
-            cluster(features, 3)
-
-
 class TestEvaluate:
     def test_one_row_a_seed(self):
         features, targets = blobs(spread=1.0)
@@ -136,9 +86,9 @@ class TestEvaluate:
 
         def clusters_asked_for(features, k, **_settings):
             asked.append(k)
-            return np.arange(len(features)) % k, 0.0
+            return np.arange(len(features))[None] % k, np.zeros(1)
 
-        monkeypatch.setattr(clustering, "cluster", clusters_asked_for)
+        monkeypatch.setattr(clustering, "cluster_seeds", clusters_asked_for)
         features, targets = blobs()
         evaluate_clustering(features, targets * 100 - 5, seeds=1)
         evaluate_clustering(features, targets, k=5, seeds=1)
@@ -150,6 +100,11 @@ class TestEvaluate:
         codes = np.unique(targets, return_inverse=True)[1]
         features = np.eye(3)[codes] + 0.01
         assert evaluate_clustering(features, targets, seeds=1).acc.tolist() == [1]
+
+    def test_features_above_max_memory(self):
+        evaluate_clustering(*blobs(), seeds=1, max_memory=60 * 5 * 4)
+        with pytest.raises(ItaeError, match="max_memory"):
+            evaluate_clustering(*blobs(), seeds=1, max_memory=60 * 5 * 4 - 1)
 
     def test_no_targets(self):
         with pytest.raises(ItaeError, match="agreement"):
