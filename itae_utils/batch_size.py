@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Literal
 
 from itae_utils.errors import ItaeError
 
 if TYPE_CHECKING:
     import torch
 
+    from itae_utils.backbones import Backbone
+
 STARTS = {"cuda": 256}
 START_ELSEWHERE = 64
 # What allocators say whose error has no class of its own: torch's on a CPU, cuBLAS's and cuDNN's workspaces.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory",
                  "ALLOC_FAILED")
+
+
+def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) -> int:
+    """A number for "auto": 64 on a CPU; on a GPU the largest of 256, 128 … for which the model's own pass fits.
+
+    Raises:
+        ItaeError: not a number of images.
+    """
+    import torch
+
+    if batch_size != "auto":
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ItaeError(f"batch_size={batch_size!r} is not a number of images: use 1 or more, or 'auto'")
+        return int(batch_size)
+    if backbone.device.type == "cpu":
+        return START_ELSEWHERE
+    side = backbone.image_size
+
+    def run(size: int) -> None:
+        with torch.inference_mode(), backbone.autocast():
+            backbone.model.forward_features(torch.zeros(size, 3, side, side, device=backbone.device))
+
+    return fitting_batch_size(run, backbone.device)
 
 
 def fitting_batch_size(run: Callable[[int], object], device: torch.device, *, start: int | None = None) -> int:

@@ -53,7 +53,7 @@ def model_batches(
     backbone: Backbone,
     dataset: Dataset,
     *,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = "auto",
     num_workers: int | Literal["auto"] = 0,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
@@ -66,15 +66,17 @@ def model_batches(
     Args:
         backbone: from `load_backbone`.
         dataset: of (PIL image, label).
-        batch_size: images at a time; the last batch may have fewer.
+        batch_size: images at a time, "auto" as `resolve_batch_size` says; the last batch may have fewer.
         num_workers: processes that load images; "auto" as `auto_workers` says.
         indices: numbers of images in the data set.
 
     Raises:
         ItaeError: as `image_batches`.
     """
+    from itae_utils.batch_size import resolve_batch_size
     from itae_utils.preprocessing import Decode, DevicePreprocessing, Pixels
 
+    batch_size = resolve_batch_size(batch_size, backbone)
     count = len(dataset) if indices is None else len(indices)
     if num_workers == "auto":
         num_workers = auto_workers(backbone, dataset, count, batch_size)

@@ -1,60 +1,113 @@
-"""`[CLS]` features of a data set under any number of variants."""
+"""`[CLS]` features of a data set under any number of variants: found in the store, or computed in one pass."""
 
 from __future__ import annotations
 
-import os
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from itae_utils.attention import ITAE, check_blocks
+from itae_utils.batch_size import resolve_batch_size
 from itae_utils.errors import ItaeError
-from itae_utils.one_pass import OnePass
+from itae_utils.extraction import Work, compute, missing_work, progress_is_hidden, shard_size
+from itae_utils.identity import entry_key, setting_key
+from itae_utils.store import Store, digest, open_store
+from itae_utils.stored_variant import InMemory, InStore, KeptVariant
 from itae_utils.thresholds import fit_thresholds
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.utils.data import Dataset
 
     from itae_utils.backbones import Backbone
     from itae_utils.thresholds import Thresholds
+
+log = logging.getLogger("itae_utils")
+
+
+class ByVariant(Mapping):
+    """Something of every variant, got when it is asked for."""
+
+    def __init__(self, names: Iterable[str], get: Callable[[str], object]) -> None:
+        self._names, self._get = dict.fromkeys(names), get
+
+    def __getitem__(self, name: str):
+        if name not in self._names:
+            raise KeyError(name)
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
 class Features(Mapping):
     """`[CLS]` features by variant name, and what they were made with.
 
+    `features[name]` is (n, dim) float32, read from the store when it is asked for; `parts(name)` gives it in parts that
+    fit any memory.
+
     Attributes:
-        arrays: (n, dim) float32 by variant.
+        kept: where each variant is kept.
+        variants: the settings, with numbers for "auto".
         targets: (n,) labels, or None.
-        thresholds: θ of each block a variant touches, in block order; None where nothing was found.
-        artifact_counts: patches attenuated in the last block, by variant, (n,).
-        left_alone: images without a normal patch, which "mean" leaves as they are, by variant.
-        settings: backbone, device, precision, batch size.
+        settings: backbone, device, precision, batch size, and the store's place (None: in memory).
+        computed: images that were run for this call, by variant; the others were in the store.
+        num_patches: of an image.
         fit_seconds: time for fitting thresholds.
-        seconds: time of the pass.
+        seconds: time for finding what is stored and computing the rest.
     """
 
-    arrays: dict[str, np.ndarray] = field(repr=False)
+    kept: dict[str, KeptVariant] = field(repr=False)
+    variants: dict[str, ITAE | None]
     targets: np.ndarray | None = field(repr=False)
-    thresholds: dict[str, tuple[float | None, ...]]
-    artifact_counts: dict[str, np.ndarray] = field(repr=False)
-    left_alone: dict[str, int]
     settings: dict[str, object]
+    computed: dict[str, int]
+    num_patches: int
     fit_seconds: float
     seconds: float
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
+        return self.kept[name].features()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
+        return iter(self.kept)
 
     def __len__(self) -> int:
-        return len(self.arrays)
+        return len(self.kept)
+
+    def parts(self, name: str) -> Iterator[np.ndarray]:
+        """The features of one variant in order, a shard (m, dim) at a time."""
+        return (self.kept[name].part(shard) for shard in self.kept[name].shards)
+
+    @property
+    def thresholds(self) -> dict[str, tuple[float | None, ...]]:
+        """θ of each block a variant touches, in block order; None where nothing was found."""
+        return {name: () if itae is None or itae.select == "oracle" else itae.thresholds
+                for name, itae in self.variants.items()}
+
+    @property
+    def artifact_counts(self) -> Mapping[str, np.ndarray]:
+        """Patches attenuated in the last block, (n,) by variant, read when asked for."""
+        return ByVariant(self.kept, lambda name: self.kept[name].counts())
+
+    @property
+    def left_alone(self) -> Mapping[str, int]:
+        """Images without a normal patch, which "mean" leaves as they are, by variant."""
+        def count(name: str) -> int:
+            itae = self.variants[name]
+            if itae is None or itae.attenuation != "mean":
+                return 0
+            return int(np.count_nonzero(self.artifact_counts[name] == self.num_patches))
+
+        return ByVariant(self.kept, count)
 
 
 def extract_features(
@@ -63,77 +116,56 @@ def extract_features(
     variants: Mapping[str, ITAE | None],
     *,
     thresholds: Thresholds | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
+    batch_size: int | Literal["auto"] = "auto",
+    num_workers: int | Literal["auto"] = "auto",
+    store: str | Path | Store | None = "auto",
 ) -> Features:
-    """The `[CLS]` output of every image under every variant, in one pass over the images, in the data set's order.
+    """The `[CLS]` output of every image under every variant, in the data set's order.
+
+    What the store holds is taken from there; the rest is computed in one pass over the images that need it and stored
+    a shard at a time, so that a run that was stopped goes on after its last whole shard.
 
     Args:
         backbone: from `load_backbone`.
         dataset: from `load_dataset`, or any torch data set of (PIL image, label).
         variants: `ITAE` settings by name; None is the model as it is.
         thresholds: fits to take "auto" from; made here where they are needed and not given.
-        batch_size: images at a time. It can change the last bits of the features.
-        num_workers: processes that decode and preprocess images; 0 for none.
+        batch_size: images at a time. It can change the last bits of the features. "auto" is 64 on a CPU, and on a GPU
+            what fits.
+        num_workers: processes that decode images; 0 for none.
+        store: a folder or an fsspec URL; "auto" is the environment's ITAE_STORE, else a folder in the user's cache;
+            None keeps everything in memory. Needs a data set whose fingerprint can be taken.
 
     Raises:
-        ItaeError: bad variants, an oracle without ground truth, features that are not finite.
+        ItaeError: bad variants, an oracle without ground truth, features that are not finite, a store that can't be
+            read or written.
     """
-    import torch
-
     if not variants:
         raise ItaeError("no variants were given: name at least one, as in {'baseline': None}")
     needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
                     for itae in variants.values())
-    fit_seconds = 0.0
+    batch_size, fit_seconds = resolve_batch_size(batch_size, backbone), 0.0
     if needs_fit and thresholds is None:
-        thresholds = fit_thresholds(backbone, dataset)
+        thresholds = fit_thresholds(backbone, dataset, batch_size=batch_size)
         fit_seconds = thresholds.seconds
     settings = {name: _resolved(backbone, name, itae, thresholds) for name, itae in variants.items()}
 
-    start, extraction = time.perf_counter(), OnePass(backbone.model, settings, backbone.truth)
-    count = len(dataset)
-    arrays = {name: np.empty((count, backbone.dim), dtype=np.float32) for name in settings}
-    artifact_counts = {name: np.zeros(count, dtype=np.int64) for name in settings}
-    left_alone = dict.fromkeys(settings, 0)
-    with torch.inference_mode(), backbone.autocast():
-        for first, images in _batches(backbone, dataset, batch_size, num_workers):
-            rows = slice(first, first + len(images))
-            for name, (cls_output, artifacts) in extraction(images, first).items():
-                values = cls_output.float().cpu().numpy()
-                if not np.isfinite(values).all():
-                    raise ItaeError(f"features of {name!r} are not finite in the batch of images {rows.start} to "
-                                    f"{rows.stop - 1}: try precision='fp32', or look at these images and the weights")
-                arrays[name][rows] = values
-                artifact_counts[name][rows] = artifacts.sum(dim=-1).cpu().numpy()
-                if settings[name] is not None and settings[name].attenuation == "mean":
-                    left_alone[name] += int(artifacts.all(dim=-1).sum())
+    start = time.perf_counter()
+    kept, work = _planned(backbone, dataset, settings, batch_size, store)
+    if work:
+        _run(backbone, dataset, kept, settings, work, batch_size, num_workers)
     return Features(
-        arrays=arrays,
+        kept=kept,
+        variants=settings,
         targets=getattr(dataset, "targets", None),
-        thresholds={name: () if itae is None or itae.select == "oracle" else itae.thresholds
-                    for name, itae in settings.items()},
-        artifact_counts=artifact_counts,
-        left_alone=left_alone,
         settings={"backbone": backbone.name, "device": str(backbone.device), "precision": backbone.precision,
-                  "batch_size": batch_size},
+                  "batch_size": batch_size, "store": _place(kept)},
+        computed={name: _images(variant, [shard for shard, names in work.items() if _first(variant, kept) in names])
+                  for name, variant in kept.items()},
+        num_patches=int(np.prod(backbone.patch_grid)),
         fit_seconds=fit_seconds,
         seconds=time.perf_counter() - start,
     )
-
-
-def _batches(backbone: Backbone, dataset: Dataset, batch_size: int, num_workers: int) -> Iterator[tuple[int, Tensor]]:
-    from tqdm.auto import tqdm
-
-    from itae_utils.batches import image_batches
-
-    hidden = os.environ.get("ITAE_PROGRESS") == "0" or None  # None: shown on a terminal only
-    with tqdm(total=len(dataset), unit="image", desc="features", disable=hidden, leave=False) as progress:
-        first = 0
-        for images, _ in image_batches(dataset, backbone.transform, batch_size=batch_size, num_workers=num_workers):
-            yield first, images.to(backbone.device)
-            first += len(images)
-            progress.update(len(images))
 
 
 def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thresholds | None) -> ITAE | None:
@@ -147,3 +179,58 @@ def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thre
         numbers = tuple(thresholds[block, itae.source].threshold for block in range(-itae.blocks, 0))
         itae = replace(itae, threshold=numbers)
     return itae
+
+
+def _planned(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE | None], batch_size: int,
+             store: str | Path | Store | None) -> tuple[dict[str, KeptVariant], Work]:
+    """Where each variant is kept, and what is missing; a default store that can't be used is done without."""
+    keys = {name: setting_key(itae, backbone.truth) for name, itae in settings.items()}
+    images = {"size": len(dataset), "dim": backbone.dim, "shard_size": shard_size(backbone, batch_size)}
+    place = open_store(store)
+    entry = None if place is None else entry_key(backbone, dataset, batch_size)
+    if entry is not None:
+        about = {"dataset": dataset.name, "device": str(backbone.device)}
+        try:
+            return _missing({name: InStore(place, entry | images, key, about) for name, key in keys.items()})
+        except ItaeError as error:
+            if store != "auto":
+                raise
+            log.warning("%s; they are kept in memory now", error)
+    elif place is not None and store != "auto":
+        raise ItaeError(f"data set {getattr(dataset, 'name', dataset)!r} says nothing of its images, so its features "
+                        "can't be found again: give it .images (paths or arrays), or store=None")
+    in_memory = {digest(key): InMemory(**images) for key in keys.values()}
+    return _missing({name: in_memory[digest(key)] for name, key in keys.items()})
+
+
+def _missing(kept: dict[str, KeptVariant]) -> tuple[dict[str, KeptVariant], Work]:
+    """What is missing, ready to be written."""
+    work = missing_work({name: variant for name, variant in kept.items() if _first(variant, kept) == name})
+    for name in {name for names in work.values() for name in names}:
+        kept[name].prepare()
+    return kept, work
+
+
+def _first(variant: KeptVariant, kept: Mapping[str, KeptVariant]) -> str:
+    """The first variant that is kept in the same place: equal settings run once."""
+    return next(name for name, other in kept.items() if other == variant)
+
+
+def _place(kept: Mapping[str, KeptVariant]) -> str | None:
+    """The place of the store that variants are kept in; None for memory."""
+    variant = next(iter(kept.values()))
+    return variant.store.place if isinstance(variant, InStore) else None
+
+
+def _images(variant: KeptVariant, shards: Iterable[int]) -> int:
+    return sum(rows.stop - rows.start for rows in map(variant.rows, shards))
+
+
+def _run(backbone: Backbone, dataset: Dataset, kept: Mapping[str, KeptVariant], settings: Mapping[str, ITAE | None],
+         work: Work, batch_size: int, num_workers: int | str) -> None:
+    from tqdm.auto import tqdm
+
+    total = _images(next(iter(kept.values())), work)
+    with tqdm(total=total, unit="image", desc="features", disable=progress_is_hidden(), leave=False) as progress:
+        compute(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers,
+                advance=progress.update)

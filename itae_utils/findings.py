@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from itae_utils.backbones import Backbone
+    from itae_utils.features import Features
     from itae_utils.observation import Observation
     from itae_utils.thresholds import ThresholdFit
 
@@ -119,10 +120,24 @@ def discovery_headline(
     return facts
 
 
-def ablation_headline(scores: pd.DataFrame, measure: str, *, seconds: float) -> list[dict[str, str]]:
+def describe_extraction(features: Features, fit_seconds: float) -> str:
+    """Markdown: how many variants were run, on how many images, in what time, and how many the store already held."""
+    run = [count for count in features.computed.values() if count]
+    total, took, images = len(features), f"{features.seconds:.1f} s", max(run, default=0)
+    if not run:
+        return (f"**All {total} variants were found in the feature store**, where an earlier run left them; looking "
+                f"took {took}, after {fit_seconds:.1f} s for θ.")
+    which = f"{total} variants" if len(run) == total else f"{len(run)} of {total} variants"
+    stored = "" if len(run) == total else "; the others were found in the feature store"
+    return (f"**{which} ran in one pass** over {images:,} images, which took {took} "
+            f"({images / features.seconds:,.0f} images a second), after {fit_seconds:.1f} s for θ{stored}.")
+
+
+def ablation_headline(scores: pd.DataFrame, measure: str, features: Features) -> list[dict[str, str]]:
     """What to know first about the ablation: how many settings in what time, and what θ from the norms alone gives."""
-    variants = scores.index.nunique()
-    facts = [{"label": "One pass", "value": f"{variants} variants", "note": f"in {seconds:.1f} s"}]
+    run = sum(count > 0 for count in features.computed.values())
+    note = f"in {features.seconds:.1f} s" if run == len(features) else f"{len(features) - run} of them from the store"
+    facts = [{"label": "One pass", "value": f"{len(features)} variants", "note": note}]
     auto = scores[(scores.kind == "itae") & (scores.theta == "auto")]
     if measure != "acc":
         return facts

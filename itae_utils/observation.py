@@ -53,7 +53,7 @@ def observe(
     *,
     sample: int | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = "auto",
     num_workers: int | Literal["auto"] = 0,
 ) -> Observation:
     """Run the unmodified model once over the images and keep what tells artifacts.
@@ -64,7 +64,7 @@ def observe(
         itae: setting of the last block, with a numeric threshold (or None in its place: nothing is attenuated).
         sample: look at this many images only, drawn by `seed`; None looks at all.
         seed: of the sample.
-        batch_size: images at a time.
+        batch_size: images at a time; "auto" as in `extract_features`.
         num_workers: processes that load images, or "auto", as in `model_batches`.
     """
     import torch

@@ -45,7 +45,7 @@ class OnePass:
         return self.last + 1 - self.settings[name].blocks
 
     def __call__(self, images: Tensor, first_image: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """(B, dim) `[CLS]` outputs and (B, N) artifacts in the last block, by variant.
+        """(B, dim) `[CLS]` outputs and (B, N) artifacts in the last block, by variant in the order of the settings.
 
         Args:
             images: (B, 3, H, W), preprocessed, on the model's device.
@@ -58,7 +58,7 @@ class OnePass:
         results |= {name: baseline for name, itae in self.settings.items() if itae is None}
         for name in self.deep:
             results[name] = self._deep(name, entering, first_image, truth)
-        return {name: (row.or_else(baseline), row.artifacts) for name, row in results.items()}
+        return {name: (results[name].or_else(baseline), results[name].artifacts) for name in self.settings}
 
     def _shared(self, images: Tensor) -> tuple[dict[int, BlockInput], Tensor | None]:
         if not self.needs_truth:

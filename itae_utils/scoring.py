@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from itae_utils import remembered
 from itae_utils.artifacts import precision_recall
-from itae_utils.clustering import agreement, cluster_seeds, confusion, describe_difference, paired_bootstrap, score
+from itae_utils.clustering import agreement, confusion, describe_difference, paired_bootstrap, score
 from itae_utils.findings import percent
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def score_variants(
         return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
                              for name, rows in features.items()])
     k = len(np.unique(targets))
-    labels = {name: cluster_seeds(rows, k, seeds=seeds, n_init=n_init, normalize=normalize)[0]
+    labels = {name: remembered.clusters(rows, k, seeds=seeds, n_init=n_init, normalize=normalize)[0]
               for name, rows in features.items()}
     return score_labels(targets, labels, seeds)
 

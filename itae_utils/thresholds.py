@@ -182,7 +182,7 @@ def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
 
 
 def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, seed: int = 0,
-                   batch_size: int = 64, num_workers: int | Literal["auto"] = 0) -> Thresholds:
+                   batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0) -> Thresholds:
     """Fit θ for every block and source on a sample of images, without labels, on the unmodified model.
 
     One pass up to the last block's qkv projection.
@@ -192,7 +192,7 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, s
         dataset: from `load_dataset`.
         sample: how many images, drawn by `seed`.
         seed: of the sample.
-        batch_size: images at a time.
+        batch_size: images at a time; "auto" as in `extract_features`.
         num_workers: processes that load images, or "auto", as in `model_batches`.
 
     Returns:
@@ -206,7 +206,7 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, s
     return Thresholds(fits, backbone.num_blocks, time.perf_counter() - start)
 
 
-def sampled_norms(backbone: Backbone, dataset: Dataset, *, sample: int, seed: int, batch_size: int,
+def sampled_norms(backbone: Backbone, dataset: Dataset, *, sample: int, seed: int, batch_size: int | Literal["auto"],
                   num_workers: int | Literal["auto"] = 0) -> dict[tuple[int, str], np.ndarray]:
     """‖Q‖, ‖K‖ and ‖V‖ of every patch of a sample of images, in every block: {(block, source): (images, N)}."""
     import torch

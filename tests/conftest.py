@@ -101,9 +101,10 @@ def dataset_tensor(backbone, dataset) -> torch.Tensor:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Hashes of files are kept where they vanish again, in kernels too."""
+    """Hashes of files are kept where they vanish again, in kernels too; features are kept where a test says so."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ITAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ITAE_STORE", "none")
         yield
 
 

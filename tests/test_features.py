@@ -145,7 +145,7 @@ def test_auto_fits_once_and_does_no_harm_where_nothing_is_found(monkeypatch):
     import itae_utils.features as module
 
     fit = module.fit_thresholds
-    monkeypatch.setattr(module, "fit_thresholds", lambda *args: calls.append(1) or fit(*args))
+    monkeypatch.setattr(module, "fit_thresholds", lambda *args, **options: calls.append(1) or fit(*args, **options))
     features = extract_features(backbone, dataset, {"baseline": None, "a": ITAE(), "b": ITAE("value", blocks=2)})
     assert len(calls) == 1
     assert features.thresholds["b"] == (None, None)  # too few patches to fit
@@ -228,7 +228,8 @@ def test_bad_variants():
 def test_settings_are_recorded():
     backbone, dataset, _ = setup()
     features = extract_features(backbone, dataset, {"baseline": None}, batch_size=4)
-    assert features.settings == {"backbone": "tiny", "device": "cpu", "precision": "fp32", "batch_size": 4}
+    assert features.settings == {"backbone": "tiny", "device": "cpu", "precision": "fp32", "batch_size": 4,
+                                 "store": None}
     assert features.seconds > 0
     assert len(features) == 1
     assert torch.get_default_dtype() == torch.float32

@@ -111,11 +111,36 @@ def ablation(*autos):
     return pd.DataFrame(rows, columns=["variant", "kind", "theta", "acc"]).set_index("variant")
 
 
+class Extracted(dict):
+    """Images that were run, by variant."""
+
+    seconds = 2.0
+
+    @property
+    def computed(self):
+        return self
+
+
+FRESH, WARM, GROWN = Extracted(a=50, b=50), Extracted(a=0, b=0), Extracted(a=0, b=0, c=40)
+
+
 def test_ablation_headline():
-    facts = findings.ablation_headline(ablation(0.7, 0.9), "acc", seconds=2)
-    assert [fact["value"] for fact in facts] == ["4 variants", "0.700 to 0.900"]
-    assert findings.ablation_headline(ablation(), "acc", seconds=2)[1]["value"] == "none"
-    assert len(findings.ablation_headline(ablation(0.7), "change", seconds=2)) == 1
+    facts = findings.ablation_headline(ablation(0.7, 0.9), "acc", FRESH)
+    assert [fact["value"] for fact in facts] == ["2 variants", "0.700 to 0.900"]
+    assert findings.ablation_headline(ablation(), "acc", FRESH)[1]["value"] == "none"
+    assert len(findings.ablation_headline(ablation(0.7), "change", FRESH)) == 1
+    notes = [findings.ablation_headline(ablation(0.7), "change", features)[0]["note"]
+             for features in (FRESH, WARM, GROWN)]
+    assert notes == ["in 2.0 s", "2 of them from the store", "2 of them from the store"]
+
+
+def test_what_was_run_and_what_was_stored_is_told_apart():
+    fresh, warm, grown = (findings.describe_extraction(features, 1.5) for features in (FRESH, WARM, GROWN))
+    assert fresh == ("**2 variants ran in one pass** over 50 images, which took 2.0 s (25 images a second), "
+                     "after 1.5 s for θ.")
+    assert warm.startswith("**All 2 variants were found in the feature store**")
+    assert grown.startswith("**1 of 3 variants ran in one pass** over 40 images")
+    assert grown.endswith("the others were found in the feature store.")
 
 
 def test_result_rows_leave_out_what_is_not_finite():

@@ -1,0 +1,131 @@
+"""The work of an extraction: which shards of which variants are missing, and one pass over the images that need it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from itae_utils.attention import ITAE
+from itae_utils.batches import model_batches
+from itae_utils.errors import ItaeError
+from itae_utils.one_pass import OnePass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
+
+    from itae_utils.backbones import Backbone
+    from itae_utils.stored_variant import KeptVariant
+
+SHARD_IMAGES = 2000
+SHARD_SECONDS = 120  # what a killed run may lose on a slow machine: then fewer images make a shard …
+CPU_RATE = 1e11      # … reckoned at this many multiply-adds a second, so that every run cuts the same shards
+
+Work = dict[int, list[str]]  # variants by shard
+
+
+def shard_size(backbone: Backbone, batch_size: int) -> int:
+    """Images a shard, a multiple of the batch: 2,000, on a CPU no more than some two minutes of work, but one batch."""
+    images = SHARD_IMAGES
+    if backbone.device.type == "cpu":
+        rows, columns = backbone.patch_grid
+        tokens = rows * columns + backbone.model.num_prefix_tokens
+        parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
+        images = min(images, int(SHARD_SECONDS * CPU_RATE / (2 * parameters * tokens)))
+    return max(1, round(images / batch_size)) * batch_size
+
+
+def missing_work(kept: Mapping[str, KeptVariant]) -> Work:
+    """Which variants lack which shards, in the order of the shards."""
+    work: Work = {}
+    for name, variant in kept.items():
+        for shard in variant.missing():
+            work.setdefault(shard, []).append(name)
+    return dict(sorted(work.items()))
+
+
+def compute(
+    backbone: Backbone,
+    dataset: Dataset,
+    kept: Mapping[str, KeptVariant],
+    settings: Mapping[str, ITAE | None],
+    work: Work,
+    *,
+    batch_size: int,
+    num_workers: int | str = 0,
+    advance: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Compute the shards in `work` in one pass over their images, and keep each as soon as it is whole.
+
+    Args:
+        backbone: from `load_backbone`.
+        dataset: from `load_dataset`.
+        kept: where to, by variant; prepared.
+        settings: the variants, with numeric thresholds.
+        work: from `missing_work`, or a part of it.
+        batch_size: images at a time; shards are multiples of it, so batches are cut as in a run over everything.
+        num_workers: processes that decode images.
+        advance: is told the number of images after each batch.
+
+    Raises:
+        ItaeError: features that are not finite, a store that can't be written, a batch that doesn't fit the memory.
+    """
+    import torch
+
+    rows = {shard: next(kept[name].rows(shard) for name in names) for shard, names in work.items()}
+    indices = np.concatenate([np.arange(each.start, each.stop) for each in rows.values()])
+    batches = model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices)
+    with torch.inference_mode(), backbone.autocast():
+        try:
+            for shard, names in work.items():
+                one_pass = OnePass(backbone.model, {name: settings[name] for name in names}, backbone.truth)
+                features, counts = _shard(one_pass, names, batches, rows[shard], backbone.dim, advance)
+                for place, name in enumerate(names):
+                    kept[name].save(shard, features[place], counts[place])
+        except torch.OutOfMemoryError as error:
+            raise ItaeError(f"batch_size={batch_size} doesn't fit the memory of {backbone.device}: use a smaller one, "
+                            "or 'auto'") from error
+
+
+def _shard(one_pass: OnePass, names: Sequence[str], batches: Iterator[Tensor], rows: slice, dim: int,
+           advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+    """Features (variants, m, dim) and artifact counts (variants, m) of the images of one shard."""
+    import torch
+
+    features = np.empty((len(names), rows.stop - rows.start, dim), dtype=np.float32)
+    counts = np.empty(features.shape[:2], dtype=np.int64)
+    waiting: list[tuple[int, Tensor, Tensor]] = []  # fetched when the device has the next batch to work on
+
+    def fetch() -> None:
+        first, outputs, found = waiting.pop(0)
+        place = slice(first - rows.start, first - rows.start + outputs.shape[1])
+        features[:, place], counts[:, place] = outputs.cpu().numpy(), found.cpu().numpy()
+        _check_finite(features[:, place], names, first)
+        advance(outputs.shape[1])
+
+    first = rows.start
+    while first < rows.stop:
+        images = next(batches)
+        results = one_pass(images, first).values()
+        waiting.append((first, torch.stack([output.float() for output, _ in results]),
+                        torch.stack([artifacts.sum(dim=-1) for _, artifacts in results])))
+        first += len(images)
+        if len(waiting) > 1:
+            fetch()
+    fetch()
+    return features, counts
+
+
+def _check_finite(features: np.ndarray, names: Sequence[str], first: int) -> None:
+    for name, values in zip(names, features, strict=True):
+        if not np.isfinite(values).all():
+            raise ItaeError(f"features of {name!r} are not finite in the batch of images {first} to "
+                            f"{first + len(values) - 1}: try precision='fp32', or look at these images and the weights")
+
+
+def progress_is_hidden() -> bool | None:
+    """For tqdm's `disable`: True where the environment's ITAE_PROGRESS is 0, else None: shown on a terminal only."""
+    return os.environ.get("ITAE_PROGRESS") == "0" or None

@@ -1,0 +1,58 @@
+"""An extraction small and slow enough to be disturbed, run in processes that can be killed."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+
+from itae_utils.attention import ITAE
+from itae_utils.datasets import ImageDataset
+
+BATCH, SHARD = 2, 4
+VARIANTS = {"baseline": None, "itae": ITAE("key", 9.0), "mask": ITAE("value", 9.0, "mask")}
+
+
+def backbone():
+    from tests.conftest import as_backbone, tiny_vit
+
+    return as_backbone(tiny_vit("registers"))
+
+
+def dataset(count: int) -> ImageDataset:
+    images = np.random.default_rng(3).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
+    return ImageDataset("made", "all", "made by the tests", images, np.arange(count) % 3, list("abc"))
+
+
+def extract(count: int, store, *, pause: float = 0.0, log: Path | None = None, variants=VARIANTS):
+    """Extract; `log` gets a line for each shard after it was stored."""
+    import torch
+
+    from itae_utils import extraction
+    from itae_utils.features import extract_features
+    from itae_utils.stored_variant import InStore
+
+    torch.set_num_threads(1)
+    extraction.SHARD_IMAGES = SHARD
+    model = backbone()
+    model.model.patch_embed.register_forward_hook(lambda *_: time.sleep(pause))
+    save = InStore.save
+
+    def logged(self, shard, *arrays):
+        save(self, shard, *arrays)
+        with log.open("a") as file:
+            file.write(f"{self.path} {shard}\n")
+
+    if log is not None:
+        InStore.save = logged
+    try:
+        return extract_features(model, dataset(count), variants, batch_size=BATCH, num_workers=0, store=store)
+    finally:
+        InStore.save, extraction.SHARD_IMAGES = save, 2000
+
+
+def processes():
+    """A context whose processes start at once and hold no thread of anybody's: forked from one that only imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faulty", "tests.conftest", "itae_utils.features", "zarr", "tqdm.auto"])
+    return context
