@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,11 +58,8 @@ def measure_files(size: str, how: Conditions) -> dict[str, object]:
     return {"images": len(dataset), "batch": batch, "pixels": PICTURE, "seconds": seconds}
 
 
-def measure_store(size: str, how: Conditions) -> dict[str, object] | None:
-    """The same extraction twice with one store, the second time from what the first left; None where there is none."""
-    if not _takes_store():
-        how.say("extract_features takes no store: left out")
-        return None
+def measure_store(size: str, how: Conditions) -> dict[str, object]:
+    """The same extraction twice with one store, the second time from what the first left."""
     seconds = {"cold": [], "warm": []}
     with _photos(size, how) as (backbone, dataset, batch):
         images, _ = next(image_batches(dataset, backbone.transform, batch_size=batch))
@@ -144,15 +140,9 @@ def _variants(backbone: Backbone, images: Tensor) -> dict[str, ITAE | None]:
 
 def _extract(backbone: Backbone, dataset: Dataset, variants: Mapping[str, ITAE | None], *, store: str | None = None,
              **options: object) -> dict[str, np.ndarray]:
-    """All features in memory; without a store to write to unless one is named."""
-    if _takes_store():
-        options["store"] = store
-    features = extract_features(backbone, dataset, variants, **options)
+    """All features, read; kept nowhere unless a store is named."""
+    features = extract_features(backbone, dataset, variants, store=store, **options)
     return {name: np.asarray(features[name]) for name in features}
-
-
-def _takes_store() -> bool:
-    return "store" in inspect.signature(extract_features).parameters
 
 
 def _one_pass(work: Workload, count: int, how: Conditions) -> Callable[[], object]:
