@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -124,8 +123,3 @@ def _check_finite(features: np.ndarray, names: Sequence[str], first: int) -> Non
         if not np.isfinite(values).all():
             raise ItaeError(f"features of {name!r} are not finite in the batch of images {first} to "
                             f"{first + len(values) - 1}: try precision='fp32', or look at these images and the weights")
-
-
-def progress_is_hidden() -> bool | None:
-    """For tqdm's `disable`: True where the environment's ITAE_PROGRESS is 0, else None: shown on a terminal only."""
-    return os.environ.get("ITAE_PROGRESS") == "0" or None

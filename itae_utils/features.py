@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,13 +17,14 @@ import numpy as np
 from itae_utils.attention import ITAE, check_blocks
 from itae_utils.batch_size import resolve_batch_size
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import Work, compute, missing_work, progress_is_hidden, shard_size
+from itae_utils.extraction import Work, compute, missing_work, shard_size
 from itae_utils.identity import entry_key, setting_key
 from itae_utils.store import Store, digest, open_store
 from itae_utils.stored_variant import InMemory, InStore, KeptVariant
 from itae_utils.thresholds import fit_thresholds
 
 if TYPE_CHECKING:
+    from distributed import Client
     from torch.utils.data import Dataset
 
     from itae_utils.backbones import Backbone
@@ -119,6 +123,7 @@ def extract_features(
     batch_size: int | Literal["auto"] = "auto",
     num_workers: int | Literal["auto"] = "auto",
     store: str | Path | Store | None = "auto",
+    client: Client | str | None = "auto",
 ) -> Features:
     """The `[CLS]` output of every image under every variant, in the data set's order.
 
@@ -134,7 +139,9 @@ def extract_features(
             what fits.
         num_workers: processes that decode images; 0 for none.
         store: a folder or an fsspec URL; "auto" is the environment's ITAE_STORE, else a folder in the user's cache;
-            None keeps everything in memory. Needs a data set whose fingerprint can be taken.
+            None keeps everything in memory. Needs a data set whose fingerprint can be taken (`.images`).
+        client: a Dask client, a scheduler's address, or "local:N" for N processes of this machine; "auto" is the
+            environment's ITAE_DASK, else None: this process. Needs a store that all workers reach.
 
     Raises:
         ItaeError: bad variants, an oracle without ground truth, features that are not finite, a store that can't be
@@ -146,14 +153,17 @@ def extract_features(
                     for itae in variants.values())
     batch_size, fit_seconds = resolve_batch_size(batch_size, backbone), 0.0
     if needs_fit and thresholds is None:
-        thresholds = fit_thresholds(backbone, dataset, batch_size=batch_size)
+        thresholds = fit_thresholds(backbone, dataset, batch_size=batch_size, store=store)
         fit_seconds = thresholds.seconds
     settings = {name: _resolved(backbone, name, itae, thresholds) for name, itae in variants.items()}
 
     start = time.perf_counter()
-    kept, work = _planned(backbone, dataset, settings, batch_size, store)
-    if work:
-        _run(backbone, dataset, kept, settings, work, batch_size, num_workers)
+    with _workers(client, backbone) as (run, backbone):
+        kept, work = _planned(backbone, dataset, settings, batch_size, store)
+        if work:
+            with _progress(_images(next(iter(kept.values())), work)) as advance:
+                run(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers,
+                    advance=advance)
     return Features(
         kept=kept,
         variants=settings,
@@ -226,11 +236,23 @@ def _images(variant: KeptVariant, shards: Iterable[int]) -> int:
     return sum(rows.stop - rows.start for rows in map(variant.rows, shards))
 
 
-def _run(backbone: Backbone, dataset: Dataset, kept: Mapping[str, KeptVariant], settings: Mapping[str, ITAE | None],
-         work: Work, batch_size: int, num_workers: int | str) -> None:
+@contextmanager
+def _workers(client: Client | str | None, backbone: Backbone) -> Iterator[tuple[Callable[..., object], Backbone]]:
+    """What computes, here or on a cluster, and the backbone as it will be there."""
+    client = os.environ.get("ITAE_DASK") if client == "auto" else client
+    if not client:
+        yield compute, backbone
+        return
+    from itae_utils import distributed
+
+    with distributed.connect(client) as connected:
+        yield partial(distributed.compute_on, connected), distributed.on_workers(connected, backbone)
+
+
+@contextmanager
+def _progress(images: int) -> Iterator[Callable[[int], object]]:
     from tqdm.auto import tqdm
 
-    total = _images(next(iter(kept.values())), work)
-    with tqdm(total=total, unit="image", desc="features", disable=progress_is_hidden(), leave=False) as progress:
-        compute(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers,
-                advance=progress.update)
+    hidden = os.environ.get("ITAE_PROGRESS") == "0" or None  # None: shown on a terminal only
+    with tqdm(total=images, unit="image", desc="features", disable=hidden, leave=False) as progress:
+        yield progress.update

@@ -10,13 +10,17 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from itae_utils.artifacts import patch_norms
+from itae_utils.batch_size import resolve_batch_size
 from itae_utils.errors import ItaeError
+from itae_utils.identity import entry_key
 from itae_utils.layers import SOURCES
+from itae_utils.store import Store, open_store
 from itae_utils.vit import anatomy, block_inputs
 
 if TYPE_CHECKING:
@@ -182,10 +186,11 @@ def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
 
 
 def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, seed: int = 0,
-                   batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0) -> Thresholds:
+                   batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0,
+                   store: str | Path | Store | None = "auto") -> Thresholds:
     """Fit θ for every block and source on a sample of images, without labels, on the unmodified model.
 
-    One pass up to the last block's qkv projection.
+    One pass up to the last block's qkv projection; its norms are kept in the store, and found there the next time.
 
     Args:
         backbone: from `load_backbone`.
@@ -194,14 +199,24 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, s
         seed: of the sample.
         batch_size: images at a time; "auto" as in `extract_features`.
         num_workers: processes that load images, or "auto", as in `model_batches`.
+        store: as for `extract_features`.
 
     Returns:
         `fits[block, source]`, a `ThresholdFit` each; `fits[-1, "key"].threshold` is the last block's, None where there
         are no two modes.
     """
     start = time.perf_counter()
-    norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size,
-                           num_workers=num_workers)
+    batch_size = resolve_batch_size(batch_size, backbone)
+
+    def measure() -> dict[str, np.ndarray]:
+        norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size,
+                              num_workers=num_workers)
+        return {f"{block} {source}": values for (block, source), values in norms.items()}
+
+    place = open_store(store)
+    key = None if place is None else entry_key(backbone, dataset, batch_size)
+    found = measure() if key is None else place.remembered("norms", {**key, "sample": sample, "seed": seed}, measure)
+    norms = {(int(block), source): values for name, values in found.items() for block, source in [name.split()]}
     fits = {key: fit_threshold(values) for key, values in norms.items()}
     return Thresholds(fits, backbone.num_blocks, time.perf_counter() - start)
 

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from itae_utils.backbones import load_backbone
+from itae_utils.datasets import load_dataset
 from itae_utils.errors import ItaeError
 from itae_utils.layers import SOURCES
 from itae_utils.thresholds import fit_threshold, fit_thresholds, sample_indices, sampled_norms
@@ -162,3 +164,24 @@ def test_hooks_are_gone_after_the_fit():
     fit_thresholds(as_backbone(model), MadeDataset(4), sample=2)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert isinstance(model.blocks[0].attn.qkv, torch.nn.Linear)
+
+
+def test_norms_are_measured_once_for_the_same_sample(tmp_path):
+    """A second fit over the store runs no image; another sample, seed or model does."""
+    dataset, backbone = load_dataset("digits", limit=80), load_backbone("demo")
+    images = []
+    backbone.model.patch_embed.register_forward_hook(lambda _module, args, _out: images.append(len(args[0])))
+
+    def fit(**options):
+        return fit_thresholds(backbone, dataset, **{"sample": 60, "batch_size": 30, "store": tmp_path} | options)
+
+    plain, first, again = fit(store=None), fit(), fit()
+    assert sum(images) == 120
+    for key in plain:
+        assert plain[key].threshold == first[key].threshold == again[key].threshold
+        assert np.array_equal(plain[key].norms, again[key].norms)
+        assert plain[key].norms.shape == (60, 49)
+    for options in ({"sample": 50}, {"seed": 1}, {"batch_size": 20}):
+        images.clear()
+        fit(**options)
+        assert sum(images) == options.get("sample", 60)

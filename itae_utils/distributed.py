@@ -1,0 +1,238 @@
+"""Extraction by Dask, on several processes or machines: shards are the tasks, and all meet in the feature store.
+
+A task computes some shards, writes them and returns a receipt; no feature travels. What a lost worker was at is done
+again elsewhere, and what it had stored is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from itae_utils.attention import ITAE
+from itae_utils.errors import ItaeError
+from itae_utils.extraction import Work, compute, missing_work
+from itae_utils.stored_variant import InStore, KeptVariant
+
+if TYPE_CHECKING:
+    import torch
+    from distributed import Client, LocalCluster
+    from torch.utils.data import Dataset
+
+    from itae_utils.backbones import Backbone
+
+log = logging.getLogger("itae_utils")
+TASK_SECONDS = 10  # work worth a task: then what Dask adds to it doesn't count
+TASKS_A_WORKER = 2  # under way or waiting, so that none runs dry
+ROUNDS = 5  # that in a row lose all their workers, after which it is given up
+CONNECT_SECONDS = 20
+_one_at_a_time = threading.Lock()  # a worker may have several threads; a model with hooks serves one
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a task did: how many shards and images, in how many seconds, and where."""
+
+    shards: int
+    images: int
+    seconds: float
+    worker: str
+
+
+@contextmanager
+def connect(where: Client | str) -> Iterator[Client]:
+    """A client of a cluster: one that is given, one at an address, or of a cluster of `local:N` processes made for it.
+
+    Raises:
+        ItaeError: nothing answers there, Dask isn't installed, or N is no number of processes.
+    """
+    try:
+        import distributed
+    except ImportError as error:
+        raise ItaeError("Dask is not installed: pip install 'itae-utils[dask]'") from error
+
+    if isinstance(where, distributed.Client):
+        yield where
+        return
+    if where.startswith("local:"):
+        with local_cluster(where) as cluster, distributed.Client(cluster) as client:
+            yield client
+        return
+    try:
+        client = distributed.Client(where, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, TypeError) as error:
+        raise ItaeError(f"no Dask scheduler answers at {where!r}: start one with `dask scheduler`, or use local:N"
+                        ) from error
+    with client:
+        yield client
+
+
+@contextmanager
+def local_cluster(where: str) -> Iterator[LocalCluster]:
+    """A cluster of N processes on this machine for "local:N", which share its cores, and its GPUs in turn.
+
+    Raises:
+        ItaeError: N is no number of processes, or Dask isn't installed.
+    """
+    count = where.removeprefix("local:")
+    if not count.isdigit() or int(count) < 1:
+        raise ItaeError(f"{where!r} names no number of processes: write local:2")
+    try:
+        import dask
+        from distributed import LocalCluster
+    except ImportError as error:
+        raise ItaeError("Dask is not installed: pip install 'itae-utils[dask]'") from error
+
+    threads = max(1, (os.cpu_count() or 1) // int(count))
+    with (dask.config.set({"distributed.worker.daemon": False}),  # they may have processes that decode images
+          LocalCluster(n_workers=int(count), threads_per_worker=threads, dashboard_address=None,
+                       memory_limit=0) as cluster):
+        yield cluster
+
+
+def on_workers(client: Client, backbone: Backbone) -> Backbone:
+    """The backbone as it will be on the workers: on the type of device that they have.
+
+    Raises:
+        ItaeError: there is no worker, or only some have a GPU; a compiled backbone, which can't travel.
+    """
+    import torch
+
+    if backbone.compiled:
+        raise ItaeError("a compiled backbone can't be sent to Dask workers: load it with compile=False")
+    try:
+        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+    except TimeoutError as error:
+        raise ItaeError(f"the Dask cluster at {client.scheduler.address} has no worker: start some") from error
+    found = client.run(_device_type)
+    if len(set(found.values())) > 1:
+        without = next(worker for worker, kind in found.items() if kind == "cpu")
+        raise ItaeError(f"some Dask workers have a GPU and {without} has none: use workers of one kind")
+    model = backbone.model if backbone.device.type == "cpu" else copy.deepcopy(backbone.model).cpu()
+    return replace(backbone, model=model, device=torch.device(next(iter(found.values()))))
+
+
+def _device_type() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_on(
+    client: Client,
+    backbone: Backbone,
+    dataset: Dataset,
+    kept: Mapping[str, KeptVariant],
+    settings: Mapping[str, ITAE | None],
+    work: Work,
+    *,
+    batch_size: int,
+    num_workers: int | str = "auto",
+    advance: Callable[[int], None] = lambda images: None,
+) -> list[Receipt]:
+    """`itae_utils.extraction.compute` on the workers of a cluster; every worker gets the model once.
+
+    Raises:
+        ItaeError: features are kept in memory, where no worker reaches them; all workers were lost again and again; and
+            whatever `compute` raises.
+    """
+    from distributed import CancelledError, KilledWorker
+
+    if not all(isinstance(variant, InStore) and not variant.store.place.startswith("memory:")
+               for variant in kept.values()):
+        raise ItaeError("Dask workers meet in the feature store: name a folder they all reach, or a URL, with --store "
+                        "or ITAE_STORE")
+    receipts: list[Receipt] = []
+    lost = 0
+    while work:
+        done = len(receipts)
+        try:
+            for receipt in _round(client, backbone, dataset, kept, settings, work, batch_size, num_workers):
+                receipts.append(receipt)
+                advance(receipt.images)
+        except (KilledWorker, CancelledError, OSError, TimeoutError) as error:
+            lost = lost + 1 if len(receipts) == done else 0
+            if lost == ROUNDS:
+                raise ItaeError(f"the Dask workers were lost {lost} times in a row ({type(error).__name__}): see their "
+                                "logs; out of memory is the usual reason") from error
+            log.warning("Dask lost its workers (%s): what is missing is tried again", type(error).__name__)
+            client.wait_for_workers(1, timeout=10 * CONNECT_SECONDS)
+            work = missing_work({name: kept[name] for name in {name for names in work.values() for name in names}})
+            continue
+        _check_arrived(kept, work)
+        break
+    return receipts
+
+
+def _round(client: Client, backbone: Backbone, dataset: Dataset, kept: Mapping[str, KeptVariant],
+           settings: Mapping[str, ITAE | None], work: Work, batch_size: int, num_workers: int | str,
+           ) -> Iterator[Receipt]:
+    """Hand out the work until it is done: first a shard a task, then as many as make `TASK_SECONDS`."""
+    from distributed import as_completed
+
+    sent = client.scatter([backbone, dataset], broadcast=True, hash=False)
+    waiting, a_task, under_way = list(work.items()), 1, as_completed()
+    while waiting or under_way.count():
+        workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        a_task = min(a_task, math.ceil(len(waiting) / (TASKS_A_WORKER * workers)) or 1)  # the last ones end together
+        while waiting and under_way.count() < TASKS_A_WORKER * workers:
+            part, waiting = dict(waiting[:a_task]), waiting[a_task:]
+            needed = {name for names in part.values() for name in names}
+            under_way.add(client.submit(
+                _task, *sent, {name: kept[name] for name in needed}, {name: settings[name] for name in needed}, part,
+                batch_size, num_workers, pure=False))
+        receipt: Receipt = next(under_way).result()
+        a_task = max(1, math.ceil(TASK_SECONDS * receipt.shards / receipt.seconds))
+        yield receipt
+
+
+def _task(backbone: Backbone, dataset: Dataset, kept: Mapping[str, InStore], settings: Mapping[str, ITAE | None],
+          work: Work, batch_size: int, num_workers: int | str) -> Receipt:
+    """On a worker: compute some shards and store them; those that another worker stored meanwhile are left out."""
+    import torch
+    from distributed import get_worker
+
+    worker = get_worker()
+    if num_workers == "auto" and multiprocessing.current_process().daemon:
+        num_workers = 0  # such a process may have no children
+    with _one_at_a_time:
+        start = time.perf_counter()
+        missing = missing_work(kept)
+        work = {shard: [name for name in names if name in missing.get(shard, ())] for shard, names in work.items()}
+        work = {shard: names for shard, names in work.items() if names}
+        device = _worker_device(backbone.device.type, worker.name)
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, worker.state.nthreads))
+        backbone = replace(backbone, device=device, model=backbone.model.to(device))  # moved at the first task only
+        if work:
+            compute(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers)
+        rows = [next(iter(kept.values())).rows(shard) for shard in work]
+        return Receipt(len(work), sum(each.stop - each.start for each in rows), time.perf_counter() - start,
+                       worker.address)
+
+
+def _worker_device(kind: str, name: object) -> torch.device:
+    """A worker's own: its number picks the GPU, unless whoever started it has picked one by CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    if kind != "cuda":
+        return torch.device(kind)
+    numbered = isinstance(name, int) and "CUDA_VISIBLE_DEVICES" not in os.environ
+    return torch.device("cuda", name % torch.cuda.device_count() if numbered else 0)
+
+
+def _check_arrived(kept: Mapping[str, KeptVariant], work: Work) -> None:
+    missing = missing_work({name: kept[name] for name in {name for names in work.values() for name in names}})
+    if missing:
+        place = next(iter(kept.values())).store.place
+        raise ItaeError(f"Dask workers stored {len(missing)} shards that are not in {place} as seen from here: name a "
+                        "folder on a file system that all machines share, or a URL")
