@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from itae_utils.backbones import Backbone
 
 PICTURE = (500, 375)  # what an ImageNet photo measures
-BATCHES = 8  # of files
+BATCHES = {"cpu": 8, "cuda": 64}  # of files: seconds of work, beside which starting worker processes is little
+PICTURES = 256  # different ones; further files are links to them
 FEW_IMAGES, FEW_VARIANTS, SMALL, LARGE = 179, 5, 70, 224  # ten times as many digits are almost all; 25 and 256 patches
 SEEDS = N_INIT = 10  # of notebook 03, on
 DIGITS = None  # all of them
@@ -124,11 +125,15 @@ def _photos(size: str, how: Conditions) -> Iterator[tuple[Backbone, Dataset, int
     batch = how.batch or entry.batches[how.kind]
     backbone = load_backbone(entry.backbone, pretrained=False, device=how.device, precision=how.precision)
     with TemporaryDirectory() as folder:
-        for number in range(BATCHES * batch):  # smooth with a little grain, so that they decode as photos do
+        paths = [Path(folder) / f"{number:05}.jpg" for number in range(BATCHES[how.kind] * batch)]
+        for number, path in enumerate(paths):
+            if number >= PICTURES:
+                path.hardlink_to(paths[number % PICTURES])
+                continue
+            # smooth with a little grain, so that they decode as photos do
             rough = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(PICTURE, Image.BICUBIC)
-            grain = rng.integers(-8, 8, (*PICTURE[::-1], 3))
-            picture = np.clip(np.asarray(rough) + grain, 0, 255).astype(np.uint8)
-            Image.fromarray(picture).save(Path(folder) / f"{number:05}.jpg", quality=90)
+            picture = np.asarray(rough) + rng.integers(-8, 8, (*PICTURE[::-1], 3))
+            Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(path, quality=90)
         yield backbone, load_dataset(f"imagefolder:{folder}"), batch
 
 

@@ -52,7 +52,7 @@ def outputs(work):
 @pytest.fixture
 def run_bench(tmp_path, monkeypatch):
     """Runs the command on the tiny model, and gives what it printed and the numbers it wrote."""
-    for name, small in {"SEEDS": 1, "N_INIT": 1, "DIGITS": 60, "FEW_IMAGES": 12, "BATCHES": 1}.items():
+    for name, small in {"SEEDS": 1, "N_INIT": 1, "DIGITS": 60, "FEW_IMAGES": 12, "BATCHES": {"cpu": 1}}.items():
         monkeypatch.setattr(wholes, name, small)
 
     def run(*options: str):
@@ -222,7 +222,8 @@ def test_the_whole_command_writes_numbers_and_a_figure(run_bench, tmp_path):
 
 
 def test_a_warm_store_is_a_second_run_on_what_the_first_left(monkeypatch):
-    monkeypatch.setattr(wholes, "BATCHES", 1)
+    monkeypatch.setattr(wholes, "BATCHES", {"cpu": 1})
+    monkeypatch.setattr(wholes, "PICTURES", 3)  # the fourth is a link
     computed, extract = [], wholes.extract_features
 
     def watched(*args, **options):
