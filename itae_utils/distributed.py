@@ -11,11 +11,13 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from itae_utils.attention import ITAE
@@ -35,6 +37,7 @@ TASK_SECONDS = 10  # work worth a task: then what Dask adds to it doesn't count
 TASKS_A_WORKER = 2  # under way or waiting, so that none runs dry
 ROUNDS = 5  # that in a row lose all their workers, after which it is given up
 CONNECT_SECONDS = 20
+_opened: dict[str, Backbone] = {}
 _one_at_a_time = threading.Lock()  # a worker may have several threads; a model with hooks serves one
 
 
@@ -46,6 +49,28 @@ class Receipt:
     images: int
     seconds: float
     worker: str
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A backbone as bytes: Dask copies what was sent from worker to worker, and a model at work has hooks on it."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Parcel:
+        """Pack it."""
+        import cloudpickle
+
+        return cls(uuid.uuid4().hex, cloudpickle.dumps(backbone))
+
+    def opened(self) -> Backbone:
+        """The backbone, unpacked once a process, where only the latest is kept."""
+        if self.name not in _opened:
+            _opened.clear()
+            _opened[self.name] = pickle.loads(self.content)
+        return _opened[self.name]
 
 
 @contextmanager
@@ -74,6 +99,24 @@ def connect(where: Client | str) -> Iterator[Client]:
                         ) from error
     with client:
         yield client
+
+
+@contextmanager
+def in_environment(where: str) -> Iterator[None]:
+    """While open, ITAE_DASK names the cluster at `where` to this process and those it starts, such as notebooks.
+
+    Raises:
+        ItaeError: as `connect`.
+    """
+    with connect(where) as client:
+        before = os.environ.get("ITAE_DASK")
+        os.environ["ITAE_DASK"] = client.scheduler.address
+        try:
+            yield
+        finally:
+            del os.environ["ITAE_DASK"]
+            if before is not None:
+                os.environ["ITAE_DASK"] = before
 
 
 @contextmanager
@@ -179,7 +222,7 @@ def _round(client: Client, backbone: Backbone, dataset: Dataset, kept: Mapping[s
     """Hand out the work until it is done: first a shard a task, then as many as make `TASK_SECONDS`."""
     from distributed import as_completed
 
-    sent = client.scatter([backbone, dataset], broadcast=True, hash=False)
+    sent = client.scatter([Parcel.of(backbone), dataset], broadcast=True, hash=False)
     waiting, a_task, under_way = list(work.items()), 1, as_completed()
     while waiting or under_way.count():
         workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
@@ -190,14 +233,19 @@ def _round(client: Client, backbone: Backbone, dataset: Dataset, kept: Mapping[s
             under_way.add(client.submit(
                 _task, *sent, {name: kept[name] for name in needed}, {name: settings[name] for name in needed}, part,
                 batch_size, num_workers, pure=False))
-        receipt: Receipt = next(under_way).result()
+        receipt: Receipt | ItaeError = next(under_way).result()
+        if isinstance(receipt, ItaeError):
+            raise receipt
         a_task = max(1, math.ceil(TASK_SECONDS * receipt.shards / receipt.seconds))
         yield receipt
 
 
-def _task(backbone: Backbone, dataset: Dataset, kept: Mapping[str, InStore], settings: Mapping[str, ITAE | None],
-          work: Work, batch_size: int, num_workers: int | str) -> Receipt:
-    """On a worker: compute some shards and store them; those that another worker stored meanwhile are left out."""
+def _task(parcel: Parcel, dataset: Dataset, kept: Mapping[str, InStore], settings: Mapping[str, ITAE | None],
+          work: Work, batch_size: int, num_workers: int | str) -> Receipt | ItaeError:
+    """On a worker: compute some shards and store them; those that another worker stored meanwhile are left out.
+
+    An error is returned: raised, Dask would print its traceback.
+    """
     import torch
     from distributed import get_worker
 
@@ -209,12 +257,16 @@ def _task(backbone: Backbone, dataset: Dataset, kept: Mapping[str, InStore], set
         missing = missing_work(kept)
         work = {shard: [name for name in names if name in missing.get(shard, ())] for shard, names in work.items()}
         work = {shard: names for shard, names in work.items() if names}
+        backbone = parcel.opened()
         device = _worker_device(backbone.device.type, worker.name)
         if device.type == "cpu":
             torch.set_num_threads(max(1, worker.state.nthreads))
         backbone = replace(backbone, device=device, model=backbone.model.to(device))  # moved at the first task only
-        if work:
-            compute(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers)
+        try:
+            if work:
+                compute(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers)
+        except ItaeError as error:
+            return error
         rows = [next(iter(kept.values())).rows(shard) for shard in work]
         return Receipt(len(work), sum(each.stop - each.start for each in rows), time.perf_counter() - start,
                        worker.address)
