@@ -152,7 +152,7 @@ def load_backbone(
         device: "auto" takes CUDA where there is one.
         precision: "auto" is fp32 on a CPU, bf16 on CUDA.
         resize: where a data set's images are resized and normalised: "pil", on the CPU one by one, or "device", in
-            batches, at most 2 of 255 levels from that and 0.01 on average. "auto" is "device" on CUDA, else "pil".
+            batches, at most 2 of 255 levels from that and 0.05 on average. "auto" is "device" on CUDA, else "pil".
         compile: run the blocks through torch.compile, which costs its time at the first batch and needs a compiler. It
             can change the last bits of the features.
 
