@@ -1,11 +1,13 @@
+import dataclasses
 import gc
 import weakref
 
 import pytest
 import torch
 
-from itae_utils.batch_size import fitting_batch_size, is_out_of_memory
+from itae_utils.batch_size import fitting_batch_size, is_out_of_memory, resolve_batch_size
 from itae_utils.errors import ItaeError
+from tests.conftest import as_backbone, tiny_vit
 
 CPU = torch.device("cpu")
 ERRORS = {
@@ -85,3 +87,29 @@ def test_the_cache_is_emptied_when_nothing_holds_the_failed_batch(monkeypatch):
     finally:
         gc.enable()
     assert alive == [0, 0]
+
+
+def test_automatic_is_64_on_a_cpu_and_numbers_stay():
+    backbone = as_backbone(tiny_vit())
+    assert resolve_batch_size("auto", backbone) == 64
+    assert resolve_batch_size(7, backbone) == 7
+    for bad in (0, -1, 2.0, True, "many"):
+        with pytest.raises(ItaeError, match="is not a number of images"):
+            resolve_batch_size(bad, backbone)
+
+
+def test_automatic_elsewhere_tries_the_model_s_own_pass(monkeypatch):
+    """On torch's "meta" device, which has no memory to run out of; the model stands in for one that has."""
+    model, tried = tiny_vit().to("meta"), []
+    forward = model.forward_features
+
+    def with_little_memory(images):
+        tried.append(tuple(images.shape))
+        if len(images) > 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(model, "forward_features", with_little_memory)
+    backbone = dataclasses.replace(as_backbone(tiny_vit()), model=model, device=torch.device("meta"))
+    assert resolve_batch_size("auto", backbone) == 16
+    assert tried == [(64, 3, 32, 32), (32, 3, 32, 32), (16, 3, 32, 32)]

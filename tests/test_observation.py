@@ -8,6 +8,7 @@ from itae_utils.attention import ITAE, attention_map
 from itae_utils.errors import ItaeError
 from itae_utils.layers import SOURCES
 from itae_utils.observation import observe
+from itae_utils.preprocessing import DevicePreprocessing
 from tests.conftest import MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
 
 
@@ -48,6 +49,19 @@ def test_a_sample_and_its_truth():
     assert np.array_equal(some.truth, whole.truth[some.indices])
     assert np.array_equal(whole.artifacts, whole.truth)
     assert 0 < whole.truth.mean() < 1
+
+
+def test_images_come_as_the_backbone_says(monkeypatch):
+    prepared, prepare = [], DevicePreprocessing.__call__
+    monkeypatch.setattr(DevicePreprocessing, "__call__",
+                        lambda self, pixels: prepared.append(len(pixels.shapes)) or prepare(self, pixels))
+    by_pil, dataset = as_backbone(tiny_vit()), MadeDataset(5, size=30)
+    seen = observe(by_pil, dataset)
+    by_workers = observe(by_pil, dataset, num_workers=1)
+    on_device = observe(dataclasses.replace(by_pil, resize="device"), dataset)
+    assert np.array_equal(seen.hidden_norms, by_workers.hidden_norms)
+    assert np.allclose(seen.hidden_norms, on_device.hidden_norms, rtol=0.05)
+    assert prepared == [5]
 
 
 def test_deep_settings_are_refused():

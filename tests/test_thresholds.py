@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from itae_utils.backbones import load_backbone
 from itae_utils.datasets import load_dataset
 from itae_utils.errors import ItaeError
 from itae_utils.layers import SOURCES
+from itae_utils.preprocessing import DevicePreprocessing
 from itae_utils.thresholds import fit_threshold, fit_thresholds, sample_indices, sampled_norms
 from tests import reference
 from tests.conftest import EVA_STRUCTURES, MadeDataset, as_backbone, dataset_tensor, tiny_vit
@@ -149,6 +152,22 @@ def test_nothing_is_found_in_random_models(structure):
     fits = fit_thresholds(as_backbone(tiny_vit(structure)), MadeDataset(200))
     assert all(fit.norms.size == 3200 for fit in fits.values())
     assert {key: fit.reason for key, fit in fits.items() if fit.threshold is not None} == {}
+
+
+def test_the_sample_s_images_come_as_the_backbone_says(monkeypatch):
+    prepared, prepare = [], DevicePreprocessing.__call__
+    monkeypatch.setattr(DevicePreprocessing, "__call__",
+                        lambda self, pixels: prepared.append(len(pixels.shapes)) or prepare(self, pixels))
+    dataset = MadeDataset(20, size=30)
+    by_pil = as_backbone(tiny_vit())
+    asked = {"sample": 7, "seed": 3, "batch_size": 4}
+    norms = sampled_norms(by_pil, dataset, **asked)
+    by_workers = sampled_norms(by_pil, dataset, num_workers=1, **asked)
+    on_device = sampled_norms(dataclasses.replace(by_pil, resize="device"), dataset, **asked)
+    for place, values in norms.items():
+        assert np.array_equal(values, by_workers[place])
+        assert np.allclose(values, on_device[place], rtol=0.05)
+    assert prepared == [4, 3]
 
 
 def test_sample_is_seeded_sorted_and_whole_when_large():
