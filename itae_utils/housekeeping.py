@@ -132,9 +132,7 @@ def _day(seconds: float) -> str:
 
 def _files(store: Store) -> Iterator[tuple[str, int, float]]:
     """Path in the store, size and time of change of every file."""
-    import fsspec
-
-    system, root = fsspec.core.url_to_fs(store.place)
+    system, root = store.files
     if not system.exists(root):
         return
     for path, about in system.find(root, detail=True).items():
@@ -144,9 +142,7 @@ def _files(store: Store) -> Iterator[tuple[str, int, float]]:
 
 
 def _attributes(store: Store, path: str) -> dict[str, object]:
-    import fsspec
-
-    system, root = fsspec.core.url_to_fs(store.place)
+    system, root = store.files
     try:
         attributes = json.loads(system.cat_file(f"{root}/{path}/zarr.json"))["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -155,9 +151,7 @@ def _attributes(store: Store, path: str) -> dict[str, object]:
 
 
 def _remove_half_written(store: Store, now: float) -> None:
-    import fsspec
-
-    system, root = fsspec.core.url_to_fs(store.place)
+    system, root = store.files
     for path, _, changed in list(_files(store)):
         if path.endswith(".partial") and now - changed > STALE:
             system.rm_file(f"{root}/{path}")

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -27,8 +27,10 @@ from itae_utils.errors import ItaeError
 from itae_utils.fingerprint import cache_folder
 
 if TYPE_CHECKING:
+    import fsspec
     import zarr
 
+T = TypeVar("T")
 log = logging.getLogger("itae_utils")
 REMEDY = "free space there, or name another place with --store or ITAE_STORE ('none' keeps features in memory)"
 
@@ -64,6 +66,9 @@ class Store:
 
     place: str
 
+    def __reduce__(self) -> tuple:
+        return Store, (self.place,)  # whatever is open stays here
+
     @property
     def is_folder(self) -> bool:
         """Whether it is a folder of this machine's."""
@@ -78,10 +83,18 @@ class Store:
         """
         from zarr.storage import FsspecStore, LocalStore
 
-        if self.is_folder:
-            return LocalStore(self.place)
+        return LocalStore(self.place) if self.is_folder else self._opened(FsspecStore.from_url)
+
+    @cached_property
+    def files(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """As fsspec takes it: a file system, and the store's path in it; raises as `zarr`."""
+        import fsspec
+
+        return self._opened(fsspec.core.url_to_fs)
+
+    def _opened(self, opener: Callable[[str], T]) -> T:
         try:
-            return FsspecStore.from_url(self.place)
+            return opener(self.place)
         except (ImportError, ValueError) as error:
             raise ItaeError(f"feature store {self.place!r} can't be opened ({in_one_line(error)}): install the fsspec "
                             "package for that kind of URL, or name a folder") from error

@@ -111,6 +111,9 @@ class InStore:
     setting: Mapping[str, object]
     about: Mapping[str, object] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple:
+        return InStore, (self.store, self.entry, self.setting, self.about)  # without its open arrays
+
     @property
     def folder(self) -> str:
         """Of the entry in the store."""
