@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from itae_utils.errors import ItaeError
+
+if TYPE_CHECKING:
+    from itae_utils.store import Store
 
 FEATURE_FORMATS = (".npz", ".parquet")
 
@@ -44,6 +50,22 @@ def _threshold(_context: click.Context, _option: click.Parameter, value: str | N
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from error
 
 
+def _use_store(_context: click.Context, _option: click.Parameter, place: str | None) -> None:
+    """Notebooks run in processes of their own: what is chosen reaches them by the environment."""
+    if place is not None:
+        from itae_utils.store import open_store
+
+        store = open_store(place)
+        os.environ["ITAE_STORE"] = "none" if store is None else store.place
+
+
+store_option = click.option(
+    "--store", metavar="PLACE", expose_value=False, callback=_use_store,
+    help="Where features are kept: a folder, an fsspec URL such as s3://bucket/name, or none.  "
+         "[default: ITAE_STORE, else a folder in the user's cache]")
+dask_option = click.option(
+    "--dask", metavar="WHERE",
+    help="Extract on Dask workers: tcp://… is a cluster's address, local:N makes N processes here.")
 backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
 source_option = click.option(
     "--source", type=click.Choice(["query", "key", "value"]), default="key", show_default=True,
@@ -65,13 +87,16 @@ def main() -> None:
               help="Set a parameter of the notebooks; may be repeated.")
 @click.option("--output", type=click.Path(path_type=Path),
               help="Folder; default reports/<profile>-<backbone>-<dataset>.")
+@store_option
+@dask_option
 @click.option("--from", "repeated", type=click.Path(path_type=Path), metavar="REPORT",
               help="Run again what this report ran, and compare weights and images; default output REPORT-repeated.")
 @click.option("--dry-run", is_flag=True, help="Say what would be run and downloaded, with its disk and time.")
 @click.pass_context
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
-    parameters: tuple[tuple[str, str], ...], output: Path | None, repeated: Path | None, dry_run: bool,
+    parameters: tuple[tuple[str, str], ...], output: Path | None, dask: str | None, repeated: Path | None,
+    dry_run: bool,
 ) -> None:
     """Run the notebooks and write a report.
 
@@ -85,7 +110,8 @@ def report(
                  if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
             raise ItaeError("--from runs a report again as it was: give nothing beside it but --output")
-        written = repeat_report(repeated, output=output, say=click.echo)
+        with _cluster(dask):
+            written = repeat_report(repeated, output=output, say=click.echo)
     else:
         asked = {
             "profile": profile,
@@ -99,23 +125,36 @@ def report(
 
             click.echo("\n".join(describe(plan_report(**asked))))
             return
-        written = run_report(**asked, output=output, say=click.echo)
+        with _cluster(dask):
+            written = run_report(**asked, output=output, say=click.echo)
     for run in written.failed:
         click.echo(f"{run.folder}: {run.error}", err=True)
     click.echo(written.index)
     sys.exit(1 if written.failed else 0)
 
 
+def _cluster(dask: str | None) -> AbstractContextManager:
+    """While open, notebooks find the Dask cluster that was asked for, if any."""
+    if dask is None:
+        return nullcontext()
+    from itae_utils.distributed import in_environment
+
+    return in_environment(dask)
+
+
 @main.command()
+@store_option
+@dask_option
 @backbone_option
 @click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
 @click.option("--limit", type=click.IntRange(min=1), help="A stratified sample of so many images.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time; default: chosen by the device.")
 @click.option("--threshold", default="auto", show_default=True, callback=_threshold, help="A number, or auto.")
 @source_option
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A .npz or .parquet file.")
 def extract(
-    backbone: str, dataset: str, limit: int | None, batch_size: int, threshold: float | str, source: str, output: Path,
+    dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None, threshold: float | str,
+    source: str, output: Path,
 ) -> None:
     """Write a data set's features to a file.
 
@@ -130,7 +169,8 @@ def extract(
 
     variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
     images, model = itae.load_dataset(dataset, limit=limit), itae.load_backbone(backbone)
-    features = itae.extract_features(model, images, variants, batch_size=batch_size)
+    with _cluster(dask):
+        features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto")
     about = {
         **features.settings, "weights_sha256": model.weights_sha256, "dataset": images.name, "split": images.split,
         "classes": images.classes and list(images.classes), "source": source, "thresholds": {**features.thresholds},
@@ -174,6 +214,52 @@ def inspect(images: tuple[Path, ...], backbone: str, threshold: float | str | No
 
     for line in inspect_images(images, backbone=backbone, source=source, threshold=threshold, output=output):
         click.echo(line)
+
+
+@main.group()
+def store() -> None:
+    """See what features are kept, and make room."""
+
+
+@store.command("list")
+@store_option
+def list_store() -> None:
+    """List what the feature store holds and its size, the longest unused first."""
+    from itae_utils.housekeeping import format_size, holdings, table
+    from itae_utils.store import open_store
+
+    place = _store_in_use(open_store())
+    found = holdings(place)
+    if found:
+        _echo_table(*table(found))
+    click.echo(f"{place.place}: {format_size(sum(holding.size for holding in found))}")
+
+
+@store.command()
+@store_option
+@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Remove what wasn't used for so long.")
+@click.option("--max-size", metavar="SIZE", help="Remove the longest unused until the rest fits, such as 20GB.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def prune(older_than: float | None, max_size: str | None, dry_run: bool) -> None:
+    """Remove kept features by age or size; they are computed again when needed. Not while a run uses the store."""
+    from itae_utils.housekeeping import format_size, holdings, parse_size, prune, table
+    from itae_utils.store import open_store
+
+    if older_than is None and max_size is None:
+        raise ItaeError("say what to remove: --older-than DAYS, --max-size SIZE, or both")
+    most, place = None if max_size is None else parse_size(max_size), _store_in_use(open_store())
+    gone = prune(place, older_than=None if older_than is None else 86400 * older_than, max_size=most, dry_run=dry_run)
+    if gone:
+        _echo_table(*table(gone))
+    verb = "would be removed from" if dry_run else "removed from"
+    click.echo(f"{format_size(sum(holding.size for holding in gone))} {verb} {place.place}, "
+               f"{format_size(sum(holding.size for holding in holdings(place)))} {'are there' if dry_run else 'stay'}")
+
+
+def _store_in_use(place: Store | None) -> Store:
+    if place is None:
+        raise ItaeError("no feature store is in use (ITAE_STORE or --store is 'none'): name one with --store")
+    return place
 
 
 @main.command()

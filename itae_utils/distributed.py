@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from itae_utils.attention import ITAE
 from itae_utils.errors import ItaeError
 from itae_utils.extraction import Work, compute, missing_work
+from itae_utils.store import open_store
 from itae_utils.stored_variant import InStore, KeptVariant
 
 if TYPE_CHECKING:
@@ -106,8 +107,11 @@ def in_environment(where: str) -> Iterator[None]:
     """While open, ITAE_DASK names the cluster at `where` to this process and those it starts, such as notebooks.
 
     Raises:
-        ItaeError: as `connect`.
+        ItaeError: as `connect`; and there is no store that workers reach.
     """
+    store = open_store()
+    if store is None or store.place.startswith("memory:"):
+        raise _no_common_store()
     with connect(where) as client:
         before = os.environ.get("ITAE_DASK")
         os.environ["ITAE_DASK"] = client.scheduler.address
@@ -199,8 +203,7 @@ def compute_on(
 
     if not all(isinstance(variant, InStore) and not variant.store.place.startswith("memory:")
                for variant in kept.values()):
-        raise ItaeError("Dask workers meet in the feature store: name a folder they all reach, or a URL, with --store "
-                        "or ITAE_STORE")
+        raise _no_common_store()
     receipts: list[Receipt] = []
     lost = 0
     while work:
@@ -221,6 +224,11 @@ def compute_on(
         _check_arrived(kept, work)
         break
     return receipts
+
+
+def _no_common_store() -> ItaeError:
+    return ItaeError("Dask workers meet in the feature store: name a folder they all reach, or a URL, with --store or "
+                     "ITAE_STORE")
 
 
 def _round(client: Client, backbone: Backbone, dataset: Dataset, kept: Mapping[str, KeptVariant],

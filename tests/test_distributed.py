@@ -8,10 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from itae_utils import distributed as ours
 from itae_utils import extraction
 from itae_utils.attention import ITAE
+from itae_utils.cli import main
 from itae_utils.datasets import ImageDataset
 from itae_utils.errors import ItaeError
 from itae_utils.extraction import missing_work
@@ -75,6 +77,23 @@ def test_the_same_bytes_and_every_image_once(client, tmp_path, receipts):
     assert set(together.computed.values()) == {COUNT}
 
 
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("ITAE_STORE", str(tmp_path))  # and set back, for --store sets it
+    monkeypatch.setattr(ours.os, "cpu_count", lambda: 2)  # a thread each
+    done = {}
+    for name, more in {"alone": [], "together": ["--dask", "local:2"]}.items():
+        output, store = tmp_path / f"{name}.npz", tmp_path / name
+        done[name] = CliRunner().invoke(main, ["extract", "--limit", "50", "--batch-size", "4", "--output", str(output),
+                                               "--store", str(store), *more])
+        assert done[name].exit_code == 0, done[name].output
+    alone, together = (np.load(tmp_path / f"{name}.npz") for name in done)
+    assert all(np.array_equal(alone[name], together[name]) for name in ("baseline", "itae"))
+    assert "ITAE_DASK" not in os.environ
+    refused = CliRunner().invoke(main, ["report", "--dask", "local:1", "--store", "none"])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("Error: Dask workers meet in the feature store")
+
+
 def test_what_is_stored_is_not_sent_out(client, tmp_path, receipts):
     extract(tmp_path)
     assert set(extract(tmp_path, client).computed.values()) == {0}
@@ -91,7 +110,10 @@ def test_an_address_and_the_environment_name_a_cluster(cluster, tmp_path, receip
     assert [receipt.images for receipt in receipts] == [4, 4, 4, 4]
 
 
-def test_processes_that_are_started_learn_of_the_cluster(cluster, monkeypatch):
+def test_processes_that_are_started_learn_of_the_cluster(cluster, tmp_path, monkeypatch):
+    with pytest.raises(ItaeError, match="meet in the feature store"), ours.in_environment(cluster.scheduler_address):
+        pass
+    monkeypatch.setenv("ITAE_STORE", str(tmp_path))
     monkeypatch.delenv("ITAE_DASK", raising=False)
     with ours.in_environment(cluster.scheduler_address):
         assert os.environ["ITAE_DASK"] == cluster.scheduler_address
