@@ -230,6 +230,29 @@ def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+def stock_model(name: str) -> nn.Module:
+    """The timm model behind a backbone's name, without weights.
+
+    Raises:
+        ItaeError: a name or tag that timm doesn't know, a model the method can't handle.
+    """
+    import timm
+    import torch
+    from timm.models import get_pretrained_cfg
+
+    timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
+    try:
+        known = timm.is_model(timm_name) and get_pretrained_cfg(timm_name)
+    except RuntimeError:  # the tag behind the name is none
+        known = None
+    if not known:
+        raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
+    with torch.device("meta"):
+        model = timm.create_model(timm_name, num_classes=0)
+    check_supported(model)
+    return model
+
+
 def _build_timm(name: str, checkpoint: str | Path | None, pretrained: bool):
     import timm
     import torch
@@ -239,12 +262,8 @@ def _build_timm(name: str, checkpoint: str | Path | None, pretrained: bool):
     from itae_utils.hub import published_weights
 
     timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
-    if not timm.is_model(timm_name):
-        raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
     options = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
-    with torch.device("meta"):  # its class is known without weights: refuse it before a download
-        stock = timm.create_model(timm_name, num_classes=0)
-        check_supported(stock)
+    stock = stock_model(name)  # its class is known without weights: refused before a download
     if isinstance(stock, Eva) and isinstance(stock.norm, torch.nn.Identity):
         options["use_fc_norm"] = True  # where EVA's weights have the final norm: pooling by token would move it
     if checkpoint is not None:

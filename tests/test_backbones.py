@@ -183,6 +183,7 @@ def test_checkpoints_that_can_not_be_used(tmp_path):
     ({"name": "demo", "image_size": 0}, "use 4 or 8"),
     ({"name": "demo", "precision": "fp8"}, "precision='fp8'"),
     ({"name": "vit_tiny_patch16_18x2_224"}, "unknown backbone"),
+    ({"name": "vit_base_patch16_224.dyno"}, "unknown backbone .vit_base_patch16_224.dyno.: did you mean"),
     ({"name": "vit_small_patch16_18x2_224"}, "ParallelThingsBlock"),
 ])
 def test_bad_names_and_options(options, message):
