@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,32 +15,12 @@ import click
 from click.core import ParameterSource
 
 from itae_utils.errors import ItaeError
+from itae_utils.one_line import Group
 
 if TYPE_CHECKING:
     from itae_utils.store import Store
 
 FEATURE_FORMATS = (".npz", ".parquet")
-
-
-class _Failure(click.ClickException):
-    """One line on stderr, and an exit status."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class _Group(click.Group):
-    """Turns bad input into one line and exit status 2, Ctrl-C into one line and 130."""
-
-    def invoke(self, context: click.Context) -> object:
-        """Run a command."""
-        try:
-            return super().invoke(context)
-        except ItaeError as error:
-            raise _Failure(" ".join(str(error).split()), 2) from error
-        except KeyboardInterrupt as interrupt:
-            raise _Failure("interrupted", 130) from interrupt
 
 
 def _threshold(_context: click.Context, _option: click.Parameter, value: str | None) -> float | str | None:
@@ -48,6 +30,12 @@ def _threshold(_context: click.Context, _option: click.Parameter, value: str | N
         return float(value)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from error
+
+
+def _folder(_context: click.Context, _option: click.Parameter, value: str | None) -> Path | None:
+    if value is not None and (not value or "\0" in value):
+        raise click.BadParameter(f"{value!r} is no folder")
+    return None if value is None else Path(value)
 
 
 def _use_store(_context: click.Context, _option: click.Parameter, place: str | None) -> None:
@@ -72,7 +60,7 @@ source_option = click.option(
     help="Whose norms tell the artifacts.")
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="itae-utils", prog_name="itae")
 def main() -> None:
     """See, attenuate and measure attention artifacts of Vision Transformers."""
@@ -85,8 +73,10 @@ def main() -> None:
 @click.option("--only", help="Numbers of the notebooks to run, such as 01,03.")
 @click.option("-p", "--parameter", "parameters", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="Set a parameter of the notebooks; may be repeated.")
-@click.option("--output", type=click.Path(path_type=Path),
-              help="Folder; default reports/<profile>-<backbone>-<dataset>.")
+@click.option("--output", callback=_folder, metavar="FOLDER",
+              help="Where to write; default reports/<profile>-<backbone>-<dataset>.")
+@click.option("--force", is_flag=True,
+              help="Run all notebooks, those too that ran before in this folder and would not come out otherwise now.")
 @store_option
 @dask_option
 @click.option("--from", "repeated", type=click.Path(path_type=Path), metavar="REPORT",
@@ -95,18 +85,21 @@ def main() -> None:
 @click.pass_context
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
-    parameters: tuple[tuple[str, str], ...], output: Path | None, dask: str | None, repeated: Path | None,
+    parameters: tuple[tuple[str, str], ...], output: Path | None, force: bool, dask: str | None, repeated: Path | None,
     dry_run: bool,
 ) -> None:
     """Run the notebooks and write a report.
 
+    Notebooks whose parameters, inputs and code are what they were when they last ran through are kept as they are.
     Exit status 1 when a notebook failed; the report is written all the same and says so.
     """
     from itae_utils.parameters import parse_value
     from itae_utils.report import plan_report, repeat_report, run_report
 
+    by_option = {"backbone": backbone, "dataset": dataset}
+    _refuse_twice([*(name for name in by_option if by_option[name] is not None), *(name for name, _ in parameters)])
     if repeated:
-        given = [name for name in ("profile", "backbone", "dataset", "only", "parameters", "dry_run")
+        given = [name for name in ("profile", "backbone", "dataset", "only", "parameters", "force", "dry_run")
                  if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
             raise ItaeError("--from runs a report again as it was: give nothing beside it but --output")
@@ -117,7 +110,7 @@ def report(
             "profile": profile,
             "backbone": backbone,
             "dataset": dataset,
-            "only": [number.strip().zfill(2) for number in only.split(",")] if only else None,
+            "only": [number.strip().zfill(2) for number in only.split(",")] if only is not None else None,
             "parameters": {name: parse_value(text) for name, text in parameters},
         }
         if dry_run:
@@ -126,11 +119,17 @@ def report(
             click.echo("\n".join(describe(plan_report(**asked))))
             return
         with _cluster(dask):
-            written = run_report(**asked, output=output, say=click.echo)
+            written = run_report(**asked, output=output, force=force, say=click.echo)
     for run in written.failed:
         click.echo(f"{run.folder}: {run.error}", err=True)
     click.echo(written.index)
     sys.exit(1 if written.failed else 0)
+
+
+def _refuse_twice(names: Iterable[str]) -> None:
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ItaeError(f"{name} is given {times} times: give it once")
 
 
 def _cluster(dask: str | None) -> AbstractContextManager:
@@ -160,15 +159,14 @@ def extract(
 
     Both as the model gives them (baseline) and with ITAE (itae), and the labels (targets) where there are any.
     """
+    import itae_utils as itae
     from itae_utils.results import make_folder
 
-    if output.suffix not in FEATURE_FORMATS:
-        raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FEATURE_FORMATS)}")
-    make_folder(output.parent)
-    import itae_utils as itae
-
+    if output.suffix not in FEATURE_FORMATS or output.is_dir():
+        raise ItaeError(f"--output {str(output)!r} must be a file that ends in {' or '.join(FEATURE_FORMATS)}")
     variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
     images, model = itae.load_dataset(dataset, limit=limit), itae.load_backbone(backbone)
+    make_folder(output.parent)
     with _cluster(dask):
         features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto")
     about = {

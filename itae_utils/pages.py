@@ -107,6 +107,7 @@ def index_page(report: Report) -> Path:
         parameter_keys=list(dict.fromkeys(run.notebook.key for run in report.runs)),
         covers={run.label: run.results["figures"][0] for run in report.runs if run.results and run.results["figures"]},
         seconds=sum(run.seconds for run in report.runs),
+        kept=sum(run.kept for run in report.runs),
     )
     with replacing(report.index) as part:
         part.write_text(page, encoding="utf-8")

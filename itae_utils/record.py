@@ -33,6 +33,7 @@ def make_record(report: Report) -> dict[str, object]:
                 "page": run.page,
                 "results": f"{run.folder}/results.json" if run.results else None,
                 "seconds": round(run.seconds, 1),
+                "kept": run.kept,
                 "error": run.error,
                 "parameters": {name: value for name, value in run.parameters.items()
                                if name != "output_dir" and (name, value) != ("results_dir", str(report.folder))},

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from itae_utils.errors import ItaeError
+from itae_utils.freshness import MARK, find_kept, leave_mark, look
+from itae_utils.kernel import execute, kernel_of_this_python
 from itae_utils.parameters import Notebook
 from itae_utils.plan import Plan, Step, make_plan
 from itae_utils.record import differences, make_record, plan_again, read_record
-from itae_utils.results import add_seconds, make_folder, write_json
+from itae_utils.results import add_seconds, make_folder, read_results, write_json
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Run:
         error: what stopped it, in one line; None where it ran through.
         results: what it measured; None where it didn't get there.
         cell: the part of the grid it belongs to; empty without a grid and for what runs once over all of it.
+        kept: whether it is an earlier run, of which nothing has changed since.
     """
 
     notebook: Notebook
@@ -38,6 +38,7 @@ class Run:
     error: str | None
     results: dict | None
     cell: str = ""
+    kept: bool = False
 
     @property
     def folder(self) -> str:
@@ -84,13 +85,15 @@ def run_report(
     only: Sequence[str] | None = None,
     parameters: Mapping[str, object] | None = None,
     output: str | Path | None = None,
+    force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Run the notebooks with papermill and write `output/index.html`, last of all and in one step.
 
-    A notebook that fails leaves what it had done, the others still run, and the index says so. Where the profile has a
-    grid, the notebooks run for each of its cells into `output/<backbone>-<dataset>`, and those that collect results
-    once over everything in `output`, what earlier runs left in other cells included.
+    A notebook that ran through in `output` before is not run again where its parameters, its inputs and the code are
+    what they were. One that fails leaves what it had done, the others still run, and the index says so. Where the
+    profile has a grid, the notebooks run for each of its cells into `output/<backbone>-<dataset>`, and those that
+    collect results once over everything in `output`, what earlier runs left in other cells included.
 
     Args:
         profile: a name among `notebooks/profiles`, or a YAML file of that kind.
@@ -101,14 +104,15 @@ def run_report(
         parameters: instead of the notebooks' and the profile's, by name.
         output: folder to write; default `reports/<profile>-<backbone>-<dataset>` below the working directory, of a grid
             `reports/<profile>` and what was given instead of its lists. A report that is there already is replaced.
-        say: gets a line when a notebook starts and ends.
+        force: run what is unchanged too.
+        say: gets a line when a notebook starts and ends, or is kept.
 
     Raises:
-        ItaeError: unknown names or mistyped values, before anything is run or written; an output folder that can't be
+        ItaeError: unknown names or illegal values, before anything is run or written; an output folder that can't be
             made.
     """
     plan = plan_report(profile=profile, backbone=backbone, dataset=dataset, only=only, parameters=parameters)
-    return _write_report(plan, output or Path("reports") / plan.name, say)
+    return _write_report(plan, output or Path("reports") / plan.name, force, say)
 
 
 def plan_report(
@@ -140,7 +144,7 @@ def repeat_report(
     folder = Path(folder).resolve()
     record = read_record(folder)
     report = _write_report(
-        plan_again(record, notebooks_folder()), output or folder.with_name(f"{folder.name}-repeated"), say)
+        plan_again(record, notebooks_folder()), output or folder.with_name(f"{folder.name}-repeated"), True, say)
     for line in differences(record, make_record(report)):
         say(line)
     return report
@@ -153,22 +157,22 @@ def notebooks_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "notebooks"
 
 
-def _write_report(plan: Plan, output: str | Path, say: Callable[[str], None]) -> Report:
+def _write_report(plan: Plan, output: str | Path, force: bool, say: Callable[[str], None]) -> Report:
     output = Path(output).resolve()
     if any(step.told.get("results_dir") == str(output) for step in plan.steps):
         raise ItaeError(f"the report in {output} would be replaced by the one that collects it: name another --output")
     make_folder(output)
-    _remove_old(output, plan.steps)
+    steps = [_placed(step, output) for step in plan.steps]
+    kept = {} if force else find_kept(steps)
+    _remove_old(output, [step for step in steps if step.folder not in kept])
 
     from itae_utils.pages import index_page, notebook_page
 
     runs = []
-    with _kernel_of_this_python():
-        for step in plan.steps:
-            say(f"{step.folder} …")
-            run = _run(step, output)
-            notebook_page(run, [other.notebook for other in plan.steps if other.cell == step.cell], output)
-            say(f"{step.folder} {'failed after' if run.error else 'took'} {run.seconds:.1f} s")
+    with kernel_of_this_python() if len(kept) < len(steps) else nullcontext():
+        for step in steps:
+            run = _keep(step, kept[step.folder]["seconds"], say) if step.folder in kept else _run(step, say)
+            notebook_page(run, [other.notebook for other in steps if other.cell == step.cell], output)
             runs.append(run)
     report = Report(output, plan.profile, plan.description, tuple(runs), plan.grid)
     write_json(output / "report.json", make_record(report))
@@ -176,69 +180,44 @@ def _write_report(plan: Plan, output: str | Path, say: Callable[[str], None]) ->
     return report
 
 
+def _placed(step: Step, output: Path) -> Step:
+    """The step, told which folder to write to, and to collect from where nothing else was told."""
+    source = {"results_dir": str(output)} if step.notebook.collects else {}
+    return replace(step, told=source | step.told | {"output_dir": str(output / step.folder)})
+
+
 def _remove_old(output: Path, steps: Sequence[Step]) -> None:
-    """Nothing of an earlier report may be taken for a part of this one."""
-    for name in ("index.html", "report.json"):
-        (output / name).unlink(missing_ok=True)
+    """Nothing of an earlier report may be taken for a part of this one, but for the runs that are kept."""
+    marks = [f"{step.folder}/{MARK}" for step in steps]
+    try:
+        for name in ("index.html", "report.json", *marks):
+            (output / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ItaeError(f"{output / name} can't be removed ({error.strerror}): name another --output") from error
     for step in steps:
         shutil.rmtree(output / step.folder, ignore_errors=True)
 
 
-def _run(step: Step, output: Path) -> Run:
-    """Execute one notebook into its folder below `output`, which is also what it collects where nothing else was told.
+def _keep(step: Step, seconds: float, say: Callable[[str], None]) -> Run:
+    say(f"{step.folder} unchanged, kept (took {seconds:.1f} s)")
+    results = read_results(Path(step.told["output_dir"]) / "results.json")
+    return Run(step.notebook, step.parameters, seconds, None, results, step.cell, kept=True)
 
-    The kernel works in the notebooks' folder, so that what is relative in a notebook means here what it means in
-    JupyterLab; all that the notebook writes goes to `output_dir`.
-    """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
 
-    notebook, folder = step.notebook, make_folder(output / step.folder)
-    told = ({"results_dir": str(output)} if notebook.collects else {}) | step.told | {"output_dir": str(folder)}
-    start, error, results = time.perf_counter(), None, None
-    try:
-        papermill.execute_notebook(
-            notebook.path, folder / notebook.path.name, told,
-            kernel_name="python3", cwd=notebook.path.parent, progress_bar=False, log_output=False,
-        )
-    except papermill.PapermillExecutionError as failure:
-        error = f"{_one_line(f'{failure.ename}: {failure.evalue}')} (cell [{failure.exec_count}])"
-    except DeadKernelError as failure:
-        error = f"the kernel died: {_one_line(str(failure))}"
+def _run(step: Step, say: Callable[[str], None]) -> Run:
+    """Execute one notebook; all that it writes goes to its folder."""
+    say(f"{step.folder} …")
+    notebook, folder = step.notebook, make_folder(step.told["output_dir"])
+    (before,) = look([step])
+    start, results = time.perf_counter(), None
+    error = execute(notebook.path, folder / notebook.path.name, step.told)
     seconds = time.perf_counter() - start
     if (folder / "results.json").exists() or error is None:
         try:
             results = add_seconds(folder / "results.json", seconds)
         except ItaeError as failure:
             error = error or str(failure)
-    return Run(notebook, notebook.defaults | told, seconds, error, results, step.cell)
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else line[:299] + "…"
-
-
-@contextmanager
-def _kernel_of_this_python() -> Iterator[None]:
-    """While open, the kernel `python3` is this interpreter, whatever kernels are installed for the user or the system.
-
-    It imports this very package, even where another copy of it is installed. Its progress bars are off, and figures
-    are drawn inline even where the environment asks for another backend.
-    """
-    from ipykernel.kernelspec import write_kernel_spec
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters it fails to see; ours are checked
-    before = os.environ.get("JUPYTER_PATH")
-    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {"ITAE_PROGRESS": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": paths}
-    with tempfile.TemporaryDirectory() as folder:
-        write_kernel_spec(
-            Path(folder, "kernels", "python3"), {"env": environment}, extra_arguments=["--log-level=CRITICAL"])
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
-        try:
-            yield
-        finally:
-            os.environ.pop("JUPYTER_PATH")
-            if before is not None:
-                os.environ["JUPYTER_PATH"] = before
+    say(f"{step.folder} {'failed after' if error else 'took'} {seconds:.1f} s")
+    if error is None:
+        leave_mark(step, before, seconds)
+    return Run(notebook, step.parameters, seconds, error, results, step.cell)

@@ -93,12 +93,14 @@ def test_report_passes_its_options_on(monkeypatch):
 
     monkeypatch.setattr(report, "run_report", run_report)
     result = run("report", "--profile", "p.yaml", "--backbone", "b", "--dataset", "d", "--only", "1, 03",
-                 "-p", "seed", "3", "-p", "alpha", "1e-3", "--output", "o")
+                 "-p", "seed", "3", "-p", "alpha", "1e-3", "--output", "o", "--force")
     assert result.exit_code == 0
     assert result.output == "/somewhere/index.html\n"
     assert asked.pop("say")
     assert asked == {"profile": "p.yaml", "backbone": "b", "dataset": "d", "only": ["01", "03"],
-                     "parameters": {"seed": 3, "alpha": 0.001}, "output": Path("o")}
+                     "parameters": {"seed": 3, "alpha": 0.001}, "output": Path("o"), "force": True}
+    run("report")
+    assert (asked["force"], asked["only"], asked["output"]) == (False, None, None)
 
 
 def test_report_is_repeated(monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def written(tmp_path_factory):
         patch.setenv("MPLBACKEND", "agg")
         patch.chdir(folder)
         made = report.run_report(parameters={"seed": 5}, say=lines.append)
-        assert report.os.environ["JUPYTER_PATH"] == str(folder / "jupyter")
+        assert os.environ["JUPYTER_PATH"] == str(folder / "jupyter")
     return made, lines
 
 
