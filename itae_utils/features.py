@@ -151,7 +151,7 @@ def extract_features(
         raise ItaeError("no variants were given: name at least one, as in {'baseline': None}")
     needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
                     for itae in variants.values())
-    batch_size, fit_seconds = resolve_batch_size(batch_size, backbone), 0.0
+    batch_size, fit_seconds = _batch_size(batch_size, backbone, dataset, store), 0.0
     if needs_fit and thresholds is None:
         thresholds = fit_thresholds(backbone, dataset, batch_size=batch_size, store=store)
         fit_seconds = thresholds.seconds
@@ -176,6 +176,22 @@ def extract_features(
         fit_seconds=fit_seconds,
         seconds=time.perf_counter() - start,
     )
+
+
+def _batch_size(batch_size: int | str, backbone: Backbone, dataset: Dataset, store: str | Path | Store | None) -> int:
+    """A number for "auto": on a GPU the one that these features were begun with, whatever would fit by now."""
+    place = open_store(store)
+    if batch_size == "auto" and backbone.device.type != "cpu" and place is not None:
+        earlier = earlier_batch_size(place, entry_key(backbone, dataset, 0))
+        batch_size = earlier or batch_size
+    return resolve_batch_size(batch_size, backbone)
+
+
+def earlier_batch_size(store: Store, entry: Mapping[str, object] | None) -> int | None:
+    """The largest batch size with which the store holds an entry that is else the same; None where it holds none."""
+    wanted = {name: value for name, value in (entry or {}).items() if name != "batch_size"}
+    return max((found["batch_size"] for found in store.groups("features")
+                if wanted and wanted.items() <= found.items()), default=None)
 
 
 def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thresholds | None) -> ITAE | None:

@@ -156,6 +156,20 @@ class Store:
                 sync(self.zarr.delete(f"{path}/zarr.json"))
                 zarr.create_group(self.zarr, path=path, attributes=dict(about))
 
+    def groups(self, path: str) -> list[dict[str, object]]:
+        """What the groups right below `path` say of themselves; those that are damaged are left out."""
+        import zarr
+
+        with self.reading():
+            try:
+                return [dict(group.attrs) for _, group in zarr.open_group(self.zarr, path=path, mode="r").groups()]
+            except OSError as error:
+                if isinstance(error, FileNotFoundError):
+                    return []
+                raise
+            except Exception:  # as in `remembered`
+                return []
+
     def remembered(self, kind: str, key: Mapping[str, object],
                    compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays that `compute` gives, from the store where it was asked for the same before.

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from itae_utils import extraction
+from itae_utils import features as features_module
 from itae_utils.attention import ITAE
 from itae_utils.datasets import ImageDataset, load_dataset
 from itae_utils.errors import ItaeError
-from itae_utils.features import extract_features
+from itae_utils.features import earlier_batch_size, extract_features
 from itae_utils.housekeeping import holdings
+from itae_utils.identity import entry_key
 from itae_utils.store import open_store
 from tests.conftest import MadeDataset, as_backbone, tiny_vit
 
@@ -249,6 +251,26 @@ def test_memory_is_bounded_by_a_shard(backbone, tmp_path):
 
     few, many = peak(40), peak(400)
     assert many - few < 360 * 9 * backbone.dim * 4 / 4  # a quarter of what the further features take
+
+
+def test_an_automatic_batch_size_stays_what_it_was(backbone, dataset, tmp_path):
+    store = open_store(tmp_path)
+    assert earlier_batch_size(store, entry_key(backbone, dataset, 0)) is None
+    for size in (2, 4):
+        extract_features(backbone, dataset, {"it": None}, batch_size=size, store=store)
+    extract_features(backbone, arrays(3), {"it": None}, batch_size=8, store=store)
+    assert earlier_batch_size(store, entry_key(backbone, dataset, 0)) == 4
+    assert earlier_batch_size(store, entry_key(dataclasses.replace(backbone, name="other"), dataset, 0)) is None
+    assert earlier_batch_size(store, None) is None
+
+
+def test_a_gpu_is_asked_what_fits_only_where_nothing_was_begun(backbone, dataset, tmp_path, monkeypatch):
+    on_gpu, asked = dataclasses.replace(backbone, device=torch.device("cuda")), []
+    monkeypatch.setattr(features_module, "resolve_batch_size", lambda size, _: asked.append(size) or 6)
+    monkeypatch.setattr(features_module, "compute", lambda *_arguments, **_options: None)
+    for _ in range(2):
+        extract_features(on_gpu, dataset, {"it": None}, store=tmp_path)
+    assert asked == ["auto", 6]
 
 
 class TestShardSize:
