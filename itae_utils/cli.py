@@ -162,12 +162,14 @@ def extract(
     import itae_utils as itae
     from itae_utils.results import make_folder
 
-    if output.suffix not in FEATURE_FORMATS or output.is_dir():
-        raise ItaeError(f"--output {str(output)!r} must be a file that ends in {' or '.join(FEATURE_FORMATS)}")
+    if output.suffix not in FEATURE_FORMATS:
+        raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FEATURE_FORMATS)}")
+    if output.is_dir():
+        raise ItaeError(f"--output {str(output)!r} is a folder: name a file")
     variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
     images, model = itae.load_dataset(dataset, limit=limit), itae.load_backbone(backbone)
-    make_folder(output.parent)
     with _cluster(dask):
+        make_folder(output.parent)
         features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto")
     about = {
         **features.settings, "weights_sha256": model.weights_sha256, "dataset": images.name, "split": images.split,

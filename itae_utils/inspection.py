@@ -103,6 +103,8 @@ def inspect_images(
 def _check(paths: Sequence[str | Path], output: Path) -> None:
     if output.suffix[1:].lower() not in FORMATS:
         raise ItaeError(f"output {str(output)!r} must end in {', '.join(f'.{name}' for name in FORMATS)}")
+    if output.is_dir():
+        raise ItaeError(f"output {str(output)!r} is a folder: name a file")
     if not 1 <= len(paths) <= MOST_IMAGES:
         raise ItaeError(f"{len(paths)} images don't make a figure: give 1 to {MOST_IMAGES}")
     for path in paths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ def parse_value(text: str) -> object:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-01 is a ValueError, [[[[… a RecursionError
         raise ItaeError(f"{text!r} can't be read as a value: quote it as YAML text") from error
 
 
@@ -151,7 +152,7 @@ def read_profile(profile: str, folder: Path) -> Profile:
         blocks = {str(key).zfill(2): dict(block or {}) for key, block in content.items()}  # 01 is the number 1 in YAML
     except OSError as error:
         raise ItaeError(f"profile {profile!r} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ItaeError(f"profile {profile!r} must be YAML: description, common, and a block a notebook") from error
     grid = blocks.pop("grid", {})
     if not all(name in AXES and isinstance(values, list) and values for name, values in grid.items()):
@@ -214,8 +215,15 @@ def fits(value: object, default: object) -> bool:
 def _absolute(name: str, value: object) -> object:
     if not isinstance(value, str):
         return value
-    if name.endswith(("_dir", "_path")):
-        return str(Path(value).expanduser().resolve())
+    if name == "checkpoint" or name.endswith(("_dir", "_path")):
+        return _resolved(name, value)
     if value.startswith("imagefolder:"):
-        return f"imagefolder:{Path(value.removeprefix('imagefolder:')).expanduser().resolve()}"
+        return f"imagefolder:{_resolved(name, value.removeprefix('imagefolder:'))}"
     return value
+
+
+def _resolved(name: str, path: str) -> str:
+    try:
+        return str(Path(os.path.expanduser(path)).resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links
+        raise ItaeError(f"{name}={path!r} is no path: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from itae_utils.errors import ItaeError, unknown_name
+from itae_utils.errors import ItaeError
 from itae_utils.parameters import AXES, Notebook, Profile, find_notebooks, read_profile, resolve, select
 
 
@@ -104,30 +105,20 @@ def _selected(
 
 
 def check_steps(steps: Iterable[Step]) -> None:
-    """Refuse what no notebook could load or find, before several of them fail on it."""
-    from itae_utils.backbones import BACKBONES
-    from itae_utils.datasets import DATASETS
+    """Refuse what no notebook could load, find or use, before several of them fail on it."""
+    from itae_utils.checks import check_backbone, check_dataset, check_values
 
     steps = list(steps)
-
-    def values(name: str) -> set:
-        return {step.parameters[name] for step in steps if name in step.parameters}
-
-    for dataset in values("dataset"):
-        kind, _, path = dataset.partition(":")
-        if kind == "imagefolder" and path:
-            if not Path(path).is_dir():
-                raise ItaeError(f"data set {dataset!r}: there is no such folder")
-        elif dataset not in DATASETS:
-            raise unknown_name("data set", dataset, DATASETS, "`itae datasets`")
-    for backbone in values("backbone"):
-        if backbone not in BACKBONES:
-            import timm
-
-            if not timm.is_model(backbone):
-                raise unknown_name("backbone", backbone, [*BACKBONES, *timm.list_models("vit*")], "`itae backbones`")
+    parameters = [step.parameters for step in steps]
+    for told in parameters:
+        check_values(told)
+    for dataset in dict.fromkeys(told["dataset"] for told in parameters if "dataset" in told):
+        check_dataset(dataset)
+    for about in dict.fromkeys((told["backbone"], told.get("checkpoint"), told.get("image_size"))
+                               for told in parameters if "backbone" in told):
+        check_backbone(*about)
     for folder in (step.told["results_dir"] for step in steps if "results_dir" in step.told):
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise ItaeError(f"results_dir {folder!r}: there is no such folder")
     folder, times = Counter(step.folder for step in steps).most_common(1)[0]
     if times > 1:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from itae_utils.errors import ItaeError
 from itae_utils.parameters import Profile, find_notebooks, resolve
-from itae_utils.plan import Plan, Step, check_steps
+from itae_utils.plan import Plan, Step, check_steps, safe_name
 from itae_utils.results import is_collection
 
 if TYPE_CHECKING:
@@ -67,7 +67,23 @@ def read_record(folder: Path) -> dict[str, object]:
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != RECORD_SCHEMA:
         raise ItaeError(f"{path} is of schema {schema!r}, but {RECORD_SCHEMA} is needed: run the report anew")
+    if not _is_whole(record):
+        raise ItaeError(f"{path} is damaged: run the report anew")
     return record
+
+
+def _is_whole(record: dict[str, object]) -> bool:
+    """Whether a record has what running it again takes; a cell's name is that of one folder."""
+    def typed(thing: object, types: Mapping[str, type]) -> bool:
+        return isinstance(thing, dict) and all(isinstance(thing.get(name), kind) for name, kind in types.items())
+
+    return (
+        typed(record, {"profile": str, "description": str, "grid": dict, "notebooks": list})
+        and bool(record["notebooks"])
+        and all(isinstance(values, list) for values in record["grid"].values())
+        and all(typed(entry, {"notebook": str, "cell": str, "parameters": dict})
+                and entry["cell"] == safe_name(entry["cell"]).strip(".") for entry in record["notebooks"])
+    )
 
 
 def plan_again(record: Mapping[str, object], folder: Path) -> Plan:
@@ -93,10 +109,10 @@ def differences(before: Mapping[str, object], after: Mapping[str, object]) -> li
     lines, known = {}, 0
     for old, new in zip(before["notebooks"], after["notebooks"], strict=True):
         for kind, parameter in (("weights", "backbone"), ("images", "dataset")):
-            told = old[kind], new[kind]
+            told = old.get(kind), new[kind]
             known += None not in told
             if None not in told and told[0] != told[1]:
-                name = old["parameters"][parameter]
+                name = new["parameters"][parameter]
                 lines[f"{name}: its {kind} differ from the record's ({told[0][:12]} then, {told[1][:12]} now)"] = None
     same = "weights and images are those of the record" if known else "the record names no weights or images to compare"
     return list(lines) or [same]

@@ -158,7 +158,10 @@ def notebooks_folder() -> Path:
 
 
 def _write_report(plan: Plan, output: str | Path, force: bool, say: Callable[[str], None]) -> Report:
+    from itae_utils.checks import check_text
+
     output = Path(output).resolve()
+    check_text("output", str(output))
     if any(step.told.get("results_dir") == str(output) for step in plan.steps):
         raise ItaeError(f"the report in {output} would be replaced by the one that collects it: name another --output")
     make_folder(output)

@@ -66,22 +66,30 @@ def notebooks(tmp_path, monkeypatch):
     ("report", "-p", "sed", "1"),
     ("report", "-p", "seed", "1.5"),
     ("report", "-p", "seed", "[1"),
+    ("report", "-p", "seed", "1", "-p", "seed", "2"),
+    ("report", "--backbone", "demo", "-p", "backbone", "demo"),
     ("report", "--only", "7"),
+    ("report", "--only", ""),
     ("report", "--profile", "papier"),
     ("report", "--dataset", "digit"),
     ("report", "--output", "file/out"),
+    ("report", "--output", ""),
+    ("report", "--nonsense"),
     ("extract", "--output", "features.csv"),
+    ("extract", "--output", "folder.npz"),
     ("extract", "--output", "file/features.npz"),
-    ("extract", "--dataset", "digit", "--output", "features.npz"),
+    ("extract", "--dataset", "digit", "--output", "new/features.npz"),
 ])
 def test_bad_input_is_one_line_and_status_2(notebooks, tmp_path, arguments):
     (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "folder.npz").mkdir()
+    before = sorted(tmp_path.rglob("*"))
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
-    assert not list(tmp_path.glob("*.npz"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_report_passes_its_options_on(monkeypatch):
@@ -118,7 +126,7 @@ def test_report_is_repeated(monkeypatch):
 
 @pytest.mark.parametrize("more", [
     ("--profile", "demo"), ("--backbone", "demo"), ("--dataset", "digits"), ("--only", "01"), ("-p", "seed", "1"),
-    ("--dry-run",)])
+    ("--dry-run",), ("--force",)])
 def test_a_repeated_report_takes_nothing_else(more):
     result = run("report", "--from", "reports/x", *more)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -149,6 +157,10 @@ def test_report_tells_its_progress_and_its_place(notebooks, tmp_path):
     assert took.startswith("03_scores took ")
     assert index == str(tmp_path / "out" / "index.html")
     assert result.stderr == ""
+    kept, _ = run("report", "--only", "03", "--output", "out").stdout.splitlines()
+    assert kept == took.replace("took", "unchanged, kept (took") + ")"
+    again, _, _ = run("report", "--only", "03", "--output", "out", "--force").stdout.splitlines()
+    assert again == started
 
 
 def test_failed_notebook_is_status_1(notebooks, tmp_path):
@@ -158,26 +170,45 @@ def test_failed_notebook_is_status_1(notebooks, tmp_path):
     assert (tmp_path / "out" / "index.html").is_file()
 
 
+DEAF = """
+import os, pathlib, signal, threading, time
+def survive(*_):
+    threading.Timer(2, pathlib.Path("survived").touch).start()
+signal.signal(signal.SIGINT, survive)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path("started").write_text(str(os.getpid()))
+while True:
+    time.sleep(0.1)"""
+
+
 @pytest.mark.slow
-def test_interrupt_is_one_line_status_130_and_leaves_no_report_and_no_kernel(tmp_path):
-    folder, mark = write_notebooks(tmp_path / "nb"), tmp_path / "mark"
-    wait = f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
-    write_notebook(folder, "02_fails", wait)
+def test_interrupt_is_one_line_and_status_130_kills_the_kernel_at_once_and_keeps_what_was_finished(tmp_path):
+    folder = write_notebooks(tmp_path / "nb")
+    write_notebook(folder, "02_fails", DEAF)
     code = (f"import signal, pathlib; signal.signal(signal.SIGINT, signal.default_int_handler); "
             f"from itae_utils import cli, report; report.notebooks_folder = lambda: pathlib.Path({str(folder)!r}); "
-            f"cli.main(['report', '--only', '02', '--output', {str(tmp_path / 'out')!r}])")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+            f"cli.main(['report', '--only', '01,02', '--output', {str(tmp_path / 'out')!r}])")
+    command, started = [sys.executable, "-c", code], folder / "started"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.strip() == "Error: interrupted"
-    assert not (tmp_path / "out" / "index.html").exists()
+    assert stderr == "Error: interrupted\n"
+    assert stdout.splitlines()[-1] == "02_fails …"
     with pytest.raises(ProcessLookupError):
-        os.kill(int(mark.read_text()), 0)
+        os.kill(int(started.read_text()), 0)
+    time.sleep(3)
+    assert not (folder / "survived").exists(), "a kernel that is asked to end lives on for seconds"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"01_first", "02_fails"}
+    write_notebook(folder, "02_fails", "x = 1")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second, _, index = done.stdout.splitlines()
+    assert first.startswith("01_first unchanged, kept (took ")
+    assert second == "02_fails …"
+    assert index == str(tmp_path / "out" / "index.html")
 
 
 class TinyFeatures(dict):

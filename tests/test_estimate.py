@@ -49,11 +49,14 @@ def test_what_is_there_is_not_counted(tmp_path):
     assert "still to come: 587 MB" in text
 
 
-def test_a_local_checkpoint_is_no_download():
-    assert "nothing to download" in lines_of(backbone="dinov2_vits14", parameters={"checkpoint": "weights.pth"})
+def test_a_local_checkpoint_is_no_download(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    parameters = {"checkpoint": str(tmp_path / "weights.pth")}
+    assert "nothing to download" in lines_of(backbone="dinov2_vits14", parameters=parameters)
 
 
 def test_a_folder_of_unknown_size_is_named(tmp_path):
+    (tmp_path / "a.png").touch()
     text = lines_of(dataset=f"imagefolder:{tmp_path}")
     assert "not counted, number of images unknown: 01_artifact_discovery, 02_itae_ablation, 03_clustering" in text
 

@@ -119,6 +119,7 @@ def test_output_has_the_format_of_its_ending(files, tmp_path, suffix):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"output": "look.txt"}, r"look.txt' must end in .png, .pdf"),
+    ({"output": "folder.png"}, "'folder.png' is a folder"),
     ({"paths": []}, "0 images"),
     ({"paths": ["a.png"] * 51}, "51 images"),
     ({"paths": ["missing.png"]}, "'missing.png' is not a file"),
@@ -128,6 +129,7 @@ def test_output_has_the_format_of_its_ending(files, tmp_path, suffix):
 ])
 def test_bad_input_is_named_and_nothing_is_written(files, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     before = set(tmp_path.iterdir())
     with pytest.raises(ItaeError, match=message):
         inspect_images(**{"paths": files, "output": "look.png"} | change)

@@ -81,9 +81,18 @@ def test_values_are_yaml(text, value):
     assert type(got) is type(value)
 
 
-def test_value_that_is_no_yaml():
-    with pytest.raises(ItaeError, match="'\\[1'"):
-        parse_value("[1")
+@pytest.mark.parametrize("text", ["[1", "a: b: c", "2024-13-45", "9" * 5000, "[" * 5000, "!!python/name:os.system x"])
+def test_value_that_is_no_yaml(text):
+    with pytest.raises(ItaeError, match="can't be read as a value") as refused:
+        parse_value(text)
+    assert repr(text) in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "2024-13-45: 1"])
+def test_profile_that_is_no_yaml(tmp_path, text):
+    (tmp_path / "odd.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ItaeError, match="must be YAML"):
+        read_profile("odd", tmp_path)
 
 
 @pytest.mark.parametrize(("value", "default", "right"), [
@@ -193,3 +202,19 @@ def test_paths_are_taken_from_the_working_directory(notebooks, tmp_path, monkeyp
     told = resolve(notebooks, notebooks[:1], NONE, {"data_dir": "data/../d", "dataset": "imagefolder:../x"})
     assert told["01"] == {"data_dir": str(tmp_path / "d"), "dataset": f"imagefolder:{tmp_path.parent / 'x'}"}
     assert resolve(notebooks, notebooks[:1], NONE, {"dataset": "digits"})["01"] == {"dataset": "digits"}
+    assert resolve(notebooks, notebooks[:1], NONE, {"data_dir": "~nobody-of-this-name/x"})["01"] == {
+        "data_dir": str(tmp_path / "~nobody-of-this-name/x")}
+
+
+def test_a_checkpoint_is_taken_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_notebook(tmp_path, "01_first", parameters="checkpoint = None\n")
+    notebooks = find_notebooks(tmp_path)
+    assert resolve(notebooks, notebooks, NONE, {"checkpoint": "w.pth"})["01"] == {"checkpoint": str(tmp_path / "w.pth")}
+    assert resolve(notebooks, notebooks, NONE, {"checkpoint": None})["01"] == {"checkpoint": None}
+
+
+def test_what_is_no_path_is_refused(notebooks):
+    for given in ({"data_dir": "a\0b"}, {"dataset": "imagefolder:a\0b"}):
+        with pytest.raises(ItaeError, match="is no path"):
+            resolve(notebooks, notebooks[:1], NONE, given)

@@ -63,6 +63,7 @@ def test_a_profile_can_name_what_is_collected(folder, tmp_path):
 def test_runs_that_would_share_a_folder_are_refused(folder, tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent / "cats").mkdir(parents=True)
+        (tmp_path / parent / "cats" / "1.png").touch()
     sets = [f"imagefolder:{tmp_path / parent / 'cats'}" for parent in "ab"]
     with pytest.raises(ItaeError, match="2 runs would write to the same folder demo-imagefolder-cats"):
         make_plan(folder, "grid", None, {"dataset": sets})

@@ -50,6 +50,11 @@ def test_other_records_are_refused(tmp_path, text, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_record_says_what_was_kept(tmp_path):
+    kept = Run(NOTEBOOKS[0], {}, 1.0, None, None, kept=True)
+    assert [entry["kept"] for entry in record_of(tmp_path, run_of(None), kept)["notebooks"]] == [False, True]
+
+
 @pytest.fixture
 def recorded(tmp_path):
     folder = write_grid(tmp_path / "nb")
@@ -84,6 +89,30 @@ def test_what_is_no_more_is_refused(recorded, path, value, message):
         plan_again(record, folder)
 
 
+def test_a_whole_record_is_read(recorded, tmp_path):
+    record = json.loads(json.dumps({"schema": 2, **recorded[1]}))
+    (tmp_path / "report.json").write_text(json.dumps(record), encoding="utf-8")
+    assert read_record(tmp_path) == record
+    assert read_record(tmp_path)["notebooks"][0].pop("weights")
+
+
+@pytest.mark.parametrize(("path", "value"), [
+    (("profile",), None), (("description",), 3), (("grid",), []), (("grid", "backbone"), "demo"), (("notebooks",), {}),
+    (("notebooks",), []), (("notebooks", 0), "01_first"), (("notebooks", 0, "notebook"), None),
+    (("notebooks", 0, "parameters"), []), (("notebooks", 0, "cell"), 3), (("notebooks", 0, "cell"), ".."),
+    (("notebooks", 0, "cell"), "../elsewhere"), (("notebooks", 0, "cell"), "/etc"),
+])
+def test_a_damaged_record_is_refused(recorded, tmp_path, path, value):
+    record = json.loads(json.dumps({"schema": 2, **recorded[1]}))
+    place = record
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ItaeError, match=r"report\.json is damaged"):
+        read_record(tmp_path)
+
+
 def test_differences_are_told_once_each(tmp_path):
     before = record_of(tmp_path, run_of(results_with()), run_of(results_with()))
     assert differences(before, before) == ["weights and images are those of the record"]
@@ -96,3 +125,6 @@ def test_differences_are_told_once_each(tmp_path):
     ]
     nothing = record_of(tmp_path, run_of(None), run_of(None))
     assert differences(before, nothing) == ["the record names no weights or images to compare"]
+    for entry in before["notebooks"]:
+        del entry["weights"], entry["images"]
+    assert differences(before, after) == ["the record names no weights or images to compare"]

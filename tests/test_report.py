@@ -10,7 +10,7 @@ import pytest
 from itae_utils import report, results
 from itae_utils.errors import ItaeError
 from tests.test_pages import external_references
-from tests.tiny_notebooks import write_grid, write_notebook, write_notebooks
+from tests.tiny_notebooks import PARAMETERS, write_grid, write_notebook, write_notebooks
 
 
 @pytest.fixture
@@ -125,6 +125,31 @@ def test_a_new_report_takes_the_place_of_an_old_one(notebooks, tmp_path):
     assert (output / "mine.txt").read_text(encoding="utf-8") == "old"
 
 
+def test_a_kept_run_is_told_everywhere(notebooks, tmp_path):
+    lines = []
+    made = report.run_report(only=["01", "03"], output=tmp_path / "out", say=str)
+    assert "unchanged" not in made.index.read_text(encoding="utf-8")
+    write_notebook(notebooks, "03_scores", "x = 1", parameters=PARAMETERS + "k = None\n")
+    again = report.run_report(only=["01", "03"], output=tmp_path / "out", say=lines.append)
+    first, before = again.runs[0], made.runs[0]
+    assert [run.kept for run in again.runs] == [True, False]
+    assert (first.seconds, first.results, first.parameters) == (before.seconds, before.results, before.parameters)
+    assert lines[0] == f"01_first unchanged, kept (took {before.seconds:.1f} s)"
+    assert lines[1] == "03_scores …"
+    record = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert [entry["kept"] for entry in record["notebooks"]] == [True, False]
+    assert record["notebooks"][0]["seconds"] == round(before.seconds, 1)
+    index = again.index.read_text(encoding="utf-8")
+    assert index.count(" s, unchanged</span>") == 1
+    assert "for 2 notebooks, profile demo; 1 of them unchanged and kept from an earlier run" in index
+
+
+def test_what_can_t_be_removed_is_told(notebooks, tmp_path):
+    (tmp_path / "out" / "index.html").mkdir(parents=True)
+    with pytest.raises(ItaeError, match=r"index\.html can't be removed \(.+\): name another --output"):
+        report.run_report(only=["03"], output=tmp_path / "out")
+
+
 def test_a_dead_kernel_is_a_failure(notebooks, tmp_path):
     write_notebook(notebooks, "02_fails", "import os\nos._exit(1)")
     made = report.run_report(only=["02"], output=tmp_path / "out", say=str)
@@ -137,6 +162,9 @@ def test_a_dead_kernel_is_a_failure(notebooks, tmp_path):
     ({"profile": "papier"}, "unknown profile 'papier'"),
     ({"parameters": {"sed": 1}}, "no parameter 'sed'"),
     ({"parameters": {"seed": "x"}}, "seed='x'"),
+    ({"parameters": {"seed": -1}}, "seed=-1"),
+    ({"parameters": {"alpha": 2}}, "alpha=2"),
+    ({"output": "x\udcff"}, "is not UTF-8"),
     ({"parameters": {"output_dir": "x"}}, "use --output"),
     ({"backbone": "demmo"}, "unknown backbone 'demmo': did you mean demo"),
     ({"dataset": "cifar11"}, "unknown data set 'cifar11': did you mean cifar10"),
