@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 AGREE = 1e-3  # in fp32, where features are of size 1; in bf16 rounding moves a patch across θ now and then
+TURNS = 3  # of a repeat: passes that take a second are at the mercy of whatever else a machine does
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -29,7 +30,8 @@ def measure_passes(size: str, how: Conditions) -> dict[str, object]:
     with how.running():
         how.say("each once, to warm up and to compare what they give")
         agreement = check_agreement(size, {name: run(work.images) for name, run in contenders.items()}, how.precision)
-        seconds = interleaved({name: lambda run=run: run(work.images) for name, run in contenders.items()}, how)
+        calls = {name: lambda run=run: run(work.images) for name, run in contenders.items()}
+        seconds = interleaved(calls, how, turns=TURNS, once=[loop(SIZES[size].looped)])
     return {
         "model": SIZES[size].timm_name, "batch": len(work.images), "image_size": work.images.shape[-1],
         "seconds": seconds, "agreement": agreement, "flop_per_image": flop(work.model),

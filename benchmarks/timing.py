@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,12 +54,25 @@ class Conditions:
         return time.perf_counter() - start
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], how: Conditions) -> dict[str, list[float]]:
-    """Seconds of each call in each repeat; a repeat runs every call once, and starts one further on than the last."""
+def interleaved(calls: Mapping[str, Callable[[], object]], how: Conditions, *, turns: int = 1,
+                once: Collection[str] = ()) -> dict[str, list[float]]:
+    """Seconds of each call in each repeat, taken in turns; every turn starts one further on than the last.
+
+    Args:
+        calls: by name.
+        how: holds the number of repeats.
+        turns: of a repeat, whose time is the median of them: a busy moment then spoils a turn, not the repeat.
+        once: calls that are long enough to be run in the first turn alone.
+    """
     names, seconds = list(calls), {name: [] for name in calls}
     for repeat in range(how.repeats):
         how.say(f"repeat {repeat + 1} of {how.repeats}")
-        start = repeat % len(names)
-        for name in names[start:] + names[:start]:
-            seconds[name].append(how.seconds(calls[name]))
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(turns):
+            start = (repeat * turns + turn) % len(names)
+            for name in names[start:] + names[:start]:
+                if turn == 0 or name not in once:
+                    taken[name].append(how.seconds(calls[name]))
+        for name, values in taken.items():
+            seconds[name].append(statistics.median(values))
     return seconds

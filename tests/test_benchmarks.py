@@ -147,6 +147,14 @@ def test_each_repeat_runs_every_call_once_and_starts_one_further_on():
     assert min(min(times) for times in seconds.values()) >= 0
 
 
+def test_long_calls_run_in_the_first_turn_alone():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = interleaved(calls, Conditions(repeats=2), turns=2, once=["b"])
+    assert "".join(order) == "abc" "ca" "cab" "ac"
+    assert {len(times) for times in seconds.values()} == {2}
+
+
 def test_operations_are_those_that_torch_counts(work):
     for block in work.model.blocks:
         block.attn.fused_attn = False
