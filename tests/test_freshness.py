@@ -274,6 +274,10 @@ def test_a_grid_is_kept_by_cell_and_collected_again_where_a_cell_ran(pretended, 
     (tmp_path / "out" / GRID[2] / "results.json").unlink()
     run(profile="grid")
     assert pretended.take() == [GRID[2], "04_collects"]
+    run(profile="grid", parameters={"seed": 9})
+    assert pretended.take() == [*GRID, "04_collects"], "nothing was changed yet where it collects, but would be"
+    run(profile="grid")
+    pretended.take()
     run(profile="grid", backbone="demo-clean")
     assert pretended.take() == [], "the other cell's results lie there still"
     shutil.rmtree(tmp_path / "out" / "demo-digits")
@@ -316,6 +320,7 @@ def test_a_collection_of_another_report_is_kept_while_notebooks_run(pretended, t
     lambda folder: (folder / MARK).write_text("{}"),
     lambda folder: (folder / MARK).write_text((folder / MARK).read_text().replace('"schema": 1', '"schema": 0')),
     lambda folder: (folder / MARK).write_text((folder / MARK).read_text().replace('"seconds": ', '"seconds": -')),
+    lambda folder: (folder / MARK).write_text(json.dumps(json.loads((folder / MARK).read_text()) | {"files": {}})),
     lambda folder: (folder / "results.json").unlink(),
     lambda folder: (folder / "results.json").write_text("{}"),
     lambda folder: (folder / "figures" / "cover.png").unlink(),
