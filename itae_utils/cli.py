@@ -44,6 +44,8 @@ def _use_store(_context: click.Context, _option: click.Parameter, place: str | N
         from itae_utils.store import open_store
 
         store = open_store(place)
+        if store is not None:
+            _ = store.zarr  # a URL that nothing opens is told now
         os.environ["ITAE_STORE"] = "none" if store is None else store.place
 
 

@@ -209,7 +209,7 @@ def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thre
 
 def _planned(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE | None], batch_size: int,
              store: str | Path | Store | None) -> tuple[dict[str, KeptVariant], Work]:
-    """Where each variant is kept, and what is missing; a default store that can't be used is done without."""
+    """Where each variant is kept, and what is missing; without a store where nobody named the one that fails."""
     keys = {name: setting_key(itae, backbone.truth) for name, itae in settings.items()}
     images = {"size": len(dataset), "dim": backbone.dim, "shard_size": shard_size(backbone, batch_size)}
     place = open_store(store)
@@ -219,7 +219,7 @@ def _planned(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE |
         try:
             return _missing({name: InStore(place, entry | images, key, about) for name, key in keys.items()})
         except ItaeError as error:
-            if store != "auto":
+            if store != "auto" or os.environ.get("ITAE_STORE"):
                 raise
             log.warning("%s; they are kept in memory now", error)
     elif place is not None and store != "auto":

@@ -82,6 +82,15 @@ def test_a_store_is_named_absolutely_to_those_who_work_elsewhere(tmp_path, monke
     assert os.environ["ITAE_STORE"] == "none"
 
 
+@pytest.mark.parametrize("command", [("report",), ("extract", "--output", "x.npz")])
+def test_a_place_that_nothing_opens_is_told_before_anything_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*command, "--store", "nonsense://x")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: feature store 'nonsense://x' can't be opened")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_extract_finds_what_an_earlier_run_stored(tmp_path):
     for name in ("a", "b"):

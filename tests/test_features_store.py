@@ -222,7 +222,8 @@ def test_images_that_can_t_be_told_need_no_store_or_say_so(backbone, tmp_path, m
 
 def test_a_default_store_that_can_t_be_used_is_done_without(backbone, dataset, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ITAE_STORE", str(tmp_path / "file" / "store"))
+    monkeypatch.delenv("ITAE_STORE")
+    monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "file"))
     features = extract_features(backbone, dataset, {"it": None}, batch_size=BATCH)
     assert features.settings["store"] is None
     assert np.array_equal(features["it"], extract_features(backbone, dataset, {"it": None}, batch_size=BATCH,
@@ -231,6 +232,9 @@ def test_a_default_store_that_can_t_be_used_is_done_without(backbone, dataset, t
     assert "kept in memory" in caplog.text
     with pytest.raises(ItaeError, match=r"can't be \w+ \(Not a directory\)"):
         extract_features(backbone, dataset, {"it": None}, store=tmp_path / "file" / "store")
+    monkeypatch.setenv("ITAE_STORE", str(tmp_path / "file" / "store"))
+    with pytest.raises(ItaeError, match=r"can't be \w+ \(Not a directory\)"):
+        extract_features(backbone, dataset, {"it": None})
 
 
 def test_the_environment_names_the_store(backbone, dataset, tmp_path, monkeypatch):

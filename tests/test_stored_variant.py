@@ -91,15 +91,16 @@ def test_a_shard_with_a_number_that_is_not_finite_does_not_count(stored):
 def test_every_damaged_shard_is_found_named_and_mended(stored, name, caplog):
     """50 shards with a flipped bit; others cut short or empty."""
     rng = random.Random(0)
-    for trial in range(50):
+    for trial, kind in enumerate(["flipped"] * 50 + ["cut short"] * 10 + ["empty"] * 5):
         shard = trial % 3
         path = chunk(stored, shard, name)
         whole = path.read_bytes()
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-        path.write_bytes([bytes(damaged), whole[:rng.randrange(len(whole))], b""][trial % 5 % 3])
+        cut = whole[:rng.randrange(1, len(whole))]
+        path.write_bytes({"flipped": bytes(damaged), "cut short": cut, "empty": b""}[kind])
         caplog.clear()
-        assert again(stored).missing() == [shard], trial
+        assert again(stored).missing() == [shard], kind
         rows = stored.rows(shard)
         assert (f"shard {shard} (images {rows.start} to {rows.stop - 1}) of {stored.path} in the feature store "
                 f"{stored.store.place} is damaged") in caplog.text
