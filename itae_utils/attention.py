@@ -135,17 +135,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor, itae: ITAE) -> Te
     Returns:
         (B, H, Q, d).
     """
-    return attended(attenuated_logits(scaled_logits(q, k), artifacts, itae), v)
+    return attenuated_logits(scaled_logits(q, k), artifacts, itae).softmax(dim=-1).to(v.dtype) @ v
 
 
 def scaled_logits(q: Tensor, k: Tensor) -> Tensor:
     """QKᵀ/√d in float32: (B, H, Q, d), (B, H, T, d) -> (B, H, Q, T)."""
     return (q * q.shape[-1] ** -0.5 @ k.mT).float()
-
-
-def attended(logits: Tensor, v: Tensor) -> Tensor:
-    """softmax(logits) · V: (B, H, Q, T), (B, H, T, d) -> (B, H, Q, d)."""
-    return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
 def select_artifacts(

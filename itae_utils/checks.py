@@ -22,8 +22,8 @@ from itae_utils.vit import patches_along
 CHOICES = {"preprocess": PREPROCESSING, "precision": ("auto", *PRECISIONS), "pos_embed": POS_EMBEDS,
            "on_error": ("raise", "skip")}
 LISTS = {"sources": SOURCES, "attenuations": ATTENUATIONS}
-LOWEST = {"limit": 1, "fit_sample": 1, "sample": 1, "examples": 1, "clusters": 2, "seeds": 1, "n_init": 1, "draws": 1,
-          "tsne_points": 2, "batch_size": 1, "seed": 0}
+LOWEST = {"limit": 1, "sample": 1, "examples": 1, "clusters": 2, "seeds": 1, "n_init": 1,
+          "batch_size": 1, "seed": 0}
 OPTIONAL = {"limit": (None,), "clusters": (None,), "batch_size": ("auto",)}  # what else they may be
 LARGEST = 2**31 - 1  # more is no seed, and no number of anything
 METHOD = ("source", "threshold", "attenuation", "alpha")  # parameters that are ITAE's own

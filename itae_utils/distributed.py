@@ -9,22 +9,20 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import multiprocessing
 import os
 import pickle
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from itae_utils.attention import ITAE
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import Work, compute, missing_work
+from itae_utils.extraction import Job, Work, compute, missing_work
 from itae_utils.store import open_store
-from itae_utils.stored_variant import InStore, KeptVariant
+from itae_utils.stored_variant import InStore
 
 if TYPE_CHECKING:
     import torch
@@ -181,18 +179,8 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def compute_on(
-    client: Client,
-    backbone: Backbone,
-    dataset: Dataset,
-    kept: Mapping[str, KeptVariant],
-    settings: Mapping[str, ITAE | None],
-    work: Work,
-    *,
-    batch_size: int,
-    num_workers: int | str = "auto",
-    advance: Callable[[int], None] = lambda images: None,
-) -> list[Receipt]:
+def compute_on(client: Client, job: Job, work: Work, advance: Callable[[int], None] = lambda images: None
+               ) -> list[Receipt]:
     """`itae_utils.extraction.compute` on the workers of a cluster; every worker gets the model once.
 
     Raises:
@@ -202,16 +190,16 @@ def compute_on(
     from distributed import CancelledError, KilledWorker
 
     if not all(isinstance(variant, InStore) and not variant.store.place.startswith("memory:")
-               for variant in kept.values()):
+               for variant in job.kept.values()):
         raise _no_common_store()
-    receipts: list[Receipt] = []
-    lost = 0
-    while work:
+    job, left, receipts, lost = job.of(work), work, [], 0
+    while left:
         done = len(receipts)
         try:
-            for receipt in _round(client, backbone, dataset, kept, settings, work, batch_size, num_workers):
+            for receipt in _round(client, job, left):
                 receipts.append(receipt)
                 advance(receipt.images)
+            left = {}
         except (KilledWorker, CancelledError, OSError, TimeoutError) as error:
             lost = lost + 1 if len(receipts) == done else 0
             if lost == ROUNDS:
@@ -219,10 +207,11 @@ def compute_on(
                                 "logs; out of memory is the usual reason") from error
             log.warning("Dask lost its workers (%s): what is missing is tried again", type(error).__name__)
             client.wait_for_workers(1, timeout=10 * CONNECT_SECONDS)
-            work = missing_work({name: kept[name] for name in {name for names in work.values() for name in names}})
-            continue
-        _check_arrived(kept, work)
-        break
+            left = missing_work(job.kept)
+    if astray := missing_work(job.kept):
+        place = next(iter(job.kept.values())).store.place
+        raise ItaeError(f"Dask workers stored {len(astray)} shards that are not in {place} as seen from here: name a "
+                        "folder on a file system that all machines share, or a URL")
     return receipts
 
 
@@ -231,23 +220,19 @@ def _no_common_store() -> ItaeError:
                      "ITAE_STORE")
 
 
-def _round(client: Client, backbone: Backbone, dataset: Dataset, kept: Mapping[str, KeptVariant],
-           settings: Mapping[str, ITAE | None], work: Work, batch_size: int, num_workers: int | str,
-           ) -> Iterator[Receipt]:
+def _round(client: Client, job: Job, work: Work) -> Iterator[Receipt]:
     """Hand out the work until it is done: first a shard a task, then as many as make `TASK_SECONDS`."""
     from distributed import as_completed
 
-    sent = client.scatter([Parcel.of(backbone), dataset], broadcast=True, hash=False)
+    sent = client.scatter([Parcel.of(job.backbone), job.dataset], broadcast=True, hash=False)
+    job = replace(job, backbone=None, dataset=None)  # which are there then
     waiting, a_task, under_way = list(work.items()), 1, as_completed()
     while waiting or under_way.count():
         workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
         a_task = min(a_task, math.ceil(len(waiting) / (TASKS_A_WORKER * workers)) or 1)  # the last ones end together
         while waiting and under_way.count() < TASKS_A_WORKER * workers:
             part, waiting = dict(waiting[:a_task]), waiting[a_task:]
-            needed = {name for names in part.values() for name in names}
-            under_way.add(client.submit(
-                _task, *sent, {name: kept[name] for name in needed}, {name: settings[name] for name in needed}, part,
-                batch_size, num_workers, pure=False))
+            under_way.add(client.submit(_task, *sent, job.of(part), part, pure=False))
         receipt: Receipt | ItaeError = next(under_way).result()
         if isinstance(receipt, ItaeError):
             raise receipt
@@ -255,8 +240,7 @@ def _round(client: Client, backbone: Backbone, dataset: Dataset, kept: Mapping[s
         yield receipt
 
 
-def _task(parcel: Parcel, dataset: Dataset, kept: Mapping[str, InStore], settings: Mapping[str, ITAE | None],
-          work: Work, batch_size: int, num_workers: int | str) -> Receipt | ItaeError:
+def _task(parcel: Parcel, dataset: Dataset, job: Job, work: Work) -> Receipt | ItaeError:
     """On a worker: compute some shards and store them; those that another worker stored meanwhile are left out.
 
     An error is returned: raised, Dask would print its traceback.
@@ -265,13 +249,10 @@ def _task(parcel: Parcel, dataset: Dataset, kept: Mapping[str, InStore], setting
     from distributed import get_worker
 
     worker = get_worker()
-    if num_workers == "auto" and multiprocessing.current_process().daemon:
-        num_workers = 0  # such a process may have no children
     with _one_at_a_time:
-        start = time.perf_counter()
-        missing = missing_work(kept)
-        work = {shard: [name for name in names if name in missing.get(shard, ())] for shard, names in work.items()}
-        work = {shard: names for shard, names in work.items() if names}
+        start, missing = time.perf_counter(), missing_work(job.kept)
+        work = {shard: left for shard, names in work.items()
+                if (left := [name for name in names if name in missing.get(shard, ())])}
         backbone = parcel.opened()
         device = _worker_device(backbone.device.type, worker.name)
         if device.type == "cpu":
@@ -279,12 +260,10 @@ def _task(parcel: Parcel, dataset: Dataset, kept: Mapping[str, InStore], setting
         backbone = replace(backbone, device=device, model=backbone.model.to(device))  # moved at the first task only
         try:
             if work:
-                compute(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers)
+                compute(replace(job, backbone=backbone, dataset=dataset), work)
         except ItaeError as error:
             return error
-        rows = [next(iter(kept.values())).rows(shard) for shard in work]
-        return Receipt(len(work), sum(each.stop - each.start for each in rows), time.perf_counter() - start,
-                       worker.address)
+        return Receipt(len(work), job.images(work), time.perf_counter() - start, worker.address)
 
 
 def _worker_device(kind: str, name: object) -> torch.device:
@@ -295,11 +274,3 @@ def _worker_device(kind: str, name: object) -> torch.device:
         return torch.device(kind)
     numbered = isinstance(name, int) and "CUDA_VISIBLE_DEVICES" not in os.environ
     return torch.device("cuda", name % torch.cuda.device_count() if numbered else 0)
-
-
-def _check_arrived(kept: Mapping[str, KeptVariant], work: Work) -> None:
-    missing = missing_work({name: kept[name] for name in {name for names in work.values() for name in names}})
-    if missing:
-        place = next(iter(kept.values())).store.place
-        raise ItaeError(f"Dask workers stored {len(missing)} shards that are not in {place} as seen from here: name a "
-                        "folder on a file system that all machines share, or a URL")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from itae_utils import datasets
 from itae_utils.backbones import BACKBONES
 from itae_utils.datasets import DATASETS
+from itae_utils.thresholds import SAMPLE
 
 if TYPE_CHECKING:
     from itae_utils.plan import Plan, Step
@@ -165,7 +166,7 @@ def work(key: str, parameters: Mapping[str, object], size: Size, images: int) ->
     def number(name: str, default: int) -> int:
         return int(parameters.get(name) or default)
 
-    fit = min(images, number("fit_sample", 512))
+    fit = min(images, SAMPLE)
     starts = number("seeds", 1) * number("n_init", 1)
     if key == "01":
         passes, clusterings = fit + min(images, number("sample", 2000)), 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SHARD_IMAGES = 2000
 SHARD_SECONDS = 120  # what a killed run may lose on a slow machine: then fewer images make a shard …
-CPU_RATE = 1e11      # … reckoned at this many multiply-adds a second, so that every run cuts the same shards
+CPU_RATE = 1e11      # … reckoned at this many operations a second, so that every run cuts the same shards
 
 Work = dict[int, list[str]]  # variants by shard
 
@@ -46,27 +47,47 @@ def missing_work(kept: Mapping[str, KeptVariant]) -> Work:
     return dict(sorted(work.items()))
 
 
-def compute(
-    backbone: Backbone,
-    dataset: Dataset,
-    kept: Mapping[str, KeptVariant],
-    settings: Mapping[str, ITAE | None],
-    work: Work,
-    *,
-    batch_size: int,
-    num_workers: int | str = 0,
-    advance: Callable[[int], None] = lambda images: None,
-) -> None:
+@dataclass(frozen=True)
+class Job:
+    """An extraction: of what, and where to.
+
+    Attributes:
+        backbone: from `load_backbone`.
+        dataset: from `load_dataset`.
+        kept: where each variant goes; prepared.
+        settings: the variants, with numeric thresholds.
+        batch_size: images at a time; shards are multiples of it, so any part of the work cuts its batches alike.
+        num_workers: processes that decode images.
+    """
+
+    backbone: Backbone
+    dataset: Dataset
+    kept: Mapping[str, KeptVariant]
+    settings: Mapping[str, ITAE | None]
+    batch_size: int
+    num_workers: int | Literal["auto"] = 0
+
+    def of(self, work: Work) -> Job:
+        """The same for the variants in `work` alone."""
+        names = dict.fromkeys(name for names in work.values() for name in names)
+        return replace(self, kept={name: self.kept[name] for name in names},
+                       settings={name: self.settings[name] for name in names})
+
+    def rows(self, shard: int) -> slice:
+        """The images of a shard, by their numbers in the data set."""
+        return next(iter(self.kept.values())).rows(shard)
+
+    def images(self, work: Work) -> int:
+        """How many images some work has."""
+        return sum(rows.stop - rows.start for rows in map(self.rows, work))
+
+
+def compute(job: Job, work: Work, advance: Callable[[int], None] = lambda images: None) -> None:
     """Compute the shards in `work` in one pass over their images, and keep each as soon as it is whole.
 
     Args:
-        backbone: from `load_backbone`.
-        dataset: from `load_dataset`.
-        kept: where to, by variant; prepared.
-        settings: the variants, with numeric thresholds.
+        job: what is extracted.
         work: from `missing_work`, or a part of it.
-        batch_size: images at a time; shards are multiples of it, so batches are cut as in a run over everything.
-        num_workers: processes that decode images.
         advance: is told the number of images after each batch.
 
     Raises:
@@ -74,19 +95,19 @@ def compute(
     """
     import torch
 
-    rows = {shard: next(kept[name].rows(shard) for name in names) for shard, names in work.items()}
-    indices = np.concatenate([np.arange(each.start, each.stop) for each in rows.values()])
-    batches = model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices)
+    backbone, indices = job.backbone, np.concatenate([np.r_[job.rows(shard)] for shard in work])
+    batches = model_batches(backbone, job.dataset, batch_size=job.batch_size, num_workers=job.num_workers,
+                            indices=indices)
     with torch.inference_mode(), backbone.autocast():
         try:
             for shard, names in work.items():
-                one_pass = OnePass(backbone.model, {name: settings[name] for name in names}, backbone.truth)
-                features, counts = _shard(one_pass, names, batches, rows[shard], backbone.dim, advance)
+                one_pass = OnePass(backbone.model, {name: job.settings[name] for name in names}, backbone.truth)
+                features, counts = _shard(one_pass, names, batches, job.rows(shard), backbone.dim, advance)
                 for place, name in enumerate(names):
-                    kept[name].save(shard, features[place], counts[place])
+                    job.kept[name].save(shard, features[place], counts[place])
         except torch.OutOfMemoryError as error:
-            raise ItaeError(f"batch_size={batch_size} doesn't fit the memory of {backbone.device}: use a smaller one, "
-                            "or 'auto'") from error
+            raise ItaeError(f"batch_size={job.batch_size} doesn't fit the memory of {backbone.device}: use a smaller "
+                            "one, or 'auto'") from error
 
 
 def _shard(one_pass: OnePass, names: Sequence[str], batches: Iterator[Tensor], rows: slice, dim: int,

@@ -17,7 +17,7 @@ import numpy as np
 from itae_utils.attention import ITAE, check_blocks
 from itae_utils.batch_size import resolve_batch_size
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import Work, compute, missing_work, shard_size
+from itae_utils.extraction import Job, Work, compute, missing_work, shard_size
 from itae_utils.identity import entry_key, setting_key
 from itae_utils.store import Store, digest, open_store
 from itae_utils.stored_variant import InMemory, InStore, KeptVariant
@@ -160,17 +160,17 @@ def extract_features(
     start = time.perf_counter()
     with _workers(client, backbone) as (run, backbone):
         kept, work = _planned(backbone, dataset, settings, batch_size, store)
+        job = Job(backbone, dataset, kept, settings, batch_size, num_workers)
         if work:
-            with _progress(_images(next(iter(kept.values())), work)) as advance:
-                run(backbone, dataset, kept, settings, work, batch_size=batch_size, num_workers=num_workers,
-                    advance=advance)
+            with _progress(job.images(work)) as advance:
+                run(job, work, advance)
     return Features(
         kept=kept,
         variants=settings,
         targets=getattr(dataset, "targets", None),
         settings={"backbone": backbone.name, "device": str(backbone.device), "precision": backbone.precision,
                   "batch_size": batch_size, "store": _place(kept)},
-        computed={name: _images(variant, [shard for shard, names in work.items() if _first(variant, kept) in names])
+        computed={name: job.images({shard: names for shard, names in work.items() if _first(variant, kept) in names})
                   for name, variant in kept.items()},
         num_patches=int(np.prod(backbone.patch_grid)),
         fit_seconds=fit_seconds,
@@ -246,10 +246,6 @@ def _place(kept: Mapping[str, KeptVariant]) -> str | None:
     """The place of the store that variants are kept in; None for memory."""
     variant = next(iter(kept.values()))
     return variant.store.place if isinstance(variant, InStore) else None
-
-
-def _images(variant: KeptVariant, shards: Iterable[int]) -> int:
-    return sum(rows.stop - rows.start for rows in map(variant.rows, shards))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from itae_utils.backbones import Backbone
     from itae_utils.layers import Projections
 
+SAMPLE = 512                # images that θ is fitted on
 MIN_PATCHES = 2000          # fewer are too few to tell a rare mode from a tail
 LOW_TAIL_STARTS = (0.001, 0.003, 0.01, 0.05)  # EM starts with this share of the patches as the low mode
 MIN_SEPARATION = 3.0        # Ashman's D = √2·Δμ/√(σ₁² + σ₂²)
@@ -185,7 +186,7 @@ def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(size)[:sample])
 
 
-def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = 512, seed: int = 0,
+def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = SAMPLE, seed: int = 0,
                    batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0,
                    store: str | Path | Store | None = "auto") -> Thresholds:
     """Fit θ for every block and source on a sample of images, without labels, on the unmodified model.

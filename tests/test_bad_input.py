@@ -17,8 +17,7 @@ from itae_utils.cli import main
 
 COUNT = 200
 LETTERS = "abcxyz0189 -_.,:;/\\'\"{}[]<>()*?!%&$#@~^|äßθ字\t\n\x1b\u2028"
-WHOLE = ["limit", "image_size", "fit_sample", "sample", "examples", "clusters", "seeds", "n_init", "draws",
-         "tsne_points", "batch_size", "seed"]
+WHOLE = ["limit", "image_size", "sample", "examples", "clusters", "seeds", "n_init", "batch_size", "seed"]
 CHOICES = ["source", "attenuation", "preprocess", "pos_embed", "precision", "on_error"]
 RECORD = {"schema": 2, "profile": "demo", "description": "", "grid": {}, "notebooks": [
     {"notebook": "01_artifact_discovery", "cell": "", "parameters": {"backbone": "demo"}}]}
@@ -82,7 +81,7 @@ def malformed_yaml(rng, folder):
 def out_of_range(rng, folder):
     name, value = rng.choice([
         *((name, value) for name in WHOLE for value in (-1, -(10**9), 2**31, 10**30, "1e3", ".inf")),
-        *((name, 0) for name in WHOLE if name != "seed"), ("clusters", 1), ("clusters", 1798), ("tsne_points", 1),
+        *((name, 0) for name in WHOLE if name != "seed"), ("clusters", 1), ("clusters", 1798),
         ("alpha", 0), ("alpha", 1), ("alpha", -0.5), ("alpha", 2), ("alpha", ".nan"), ("alpha", ".inf"),
         ("threshold", -1), ("threshold", ".nan"), ("threshold", ".inf"), ("percents", "[0]"), ("percents", "[100]"),
         ("percents", "[1, -2]"), ("percents", "[.nan]"), ("sources", "[]"), ("attenuations", "[]"),

@@ -8,7 +8,7 @@ from itae_utils.report import plan_report
 @pytest.mark.parametrize("parameters", [
     {}, {"unknown": "thing"},
     {"limit": None, "clusters": None, "batch_size": "auto", "threshold": "auto", "pos_embed": "auto"},
-    {"limit": 1, "seed": 0, "tsne_points": 2, "clusters": 2, "percents": [], "threshold": 0, "alpha": 0.5},
+    {"limit": 1, "seed": 0, "clusters": 2, "percents": [], "threshold": 0, "alpha": 0.5},
     {"sources": ["key", "key"], "attenuations": ["min"], "percents": [0.5, 99], "backbones": ["a"]},
     {"dataset": "digits", "clusters": 1797}, {"dataset": "imagefolder:x", "clusters": 10**6},
 ])
@@ -36,7 +36,7 @@ def test_the_shipped_notebooks_defaults_pass():
     ({"limit": 0}, "limit=0 is not possible: it must be a whole number from 1 to 2,147,483,647"),
     ({"limit": True}, "limit=True"), ({"limit": 2.5}, "limit=2.5"), ({"limit": "all"}, "limit='all'"),
     ({"seed": -1}, "seed=-1"), ({"seed": 2**31}, "seed=2147483648"), ({"seed": None}, "seed=None"),
-    ({"batch_size": 0}, "batch_size=0"), ({"clusters": 1}, "clusters=1 "), ({"tsne_points": 1}, "tsne_points=1 "),
+    ({"batch_size": 0}, "batch_size=0"), ({"clusters": 1}, "clusters=1 "),
     ({"percents": [1, 0]}, "numbers between 0 and 100"), ({"percents": ["1"]}, "numbers between 0 and 100"),
     ({"sources": []}, "it must be a list: query, key or value"), ({"sources": [["key"]]}, "it must be a list"),
     ({"attenuations": ["min", "max"]}, "it must be a list: min, mask, mean or scale"),

@@ -262,7 +262,7 @@ def test_notebook_04_over_nothing(tmp_path):
 def test_the_paper_profile_offline_at_reduced_size(tmp_path):
     made = report.run_report(
         profile="paper", backbone="demo", dataset="digits", output=tmp_path / "out", say=str,
-        parameters={"limit": 200, "seeds": 2, "n_init": 1, "draws": 20, "percents": [5.0], "tsne_points": 60,
+        parameters={"limit": 200, "seeds": 2, "n_init": 1, "percents": [5.0],
                     "attenuations": ["min"]})
     assert not made.failed, made.failed[0].error
     assert [run.label for run in made.runs] == ["demo-digits 01", "demo-digits 02", "demo-digits 03", "04"]
@@ -287,7 +287,7 @@ def test_the_paper_profile_on_a_stand_in_for_one_of_its_data_sets(tmp_path, monk
         Image.fromarray(noise.astype(np.uint8)).save(folder / "val" / "images" / f"val_{index}.JPEG")
     made = report.run_report(
         profile="paper", backbone="demo", dataset="tiny-imagenet", only=["03", "04"], output=tmp_path / "out", say=str,
-        parameters={"seeds": 2, "n_init": 1, "draws": 20, "tsne_points": 30})
+        parameters={"seeds": 2, "n_init": 1})
     assert not made.failed, made.failed[0].error
     page = (made.folder / made.runs[-1].page).read_text(encoding="utf-8")
     assert "<strong>tiny-imagenet</strong> is a stand-in: 60 images (validation (60)) instead of 10,000" in page

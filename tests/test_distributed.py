@@ -16,7 +16,7 @@ from itae_utils.attention import ITAE
 from itae_utils.cli import main
 from itae_utils.datasets import ImageDataset
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import missing_work
+from itae_utils.extraction import Job, missing_work
 from itae_utils.features import extract_features
 from itae_utils.store import open_store
 from itae_utils.stored_variant import InMemory, InStore
@@ -140,8 +140,8 @@ def test_a_worker_that_dies_is_made_up_for(client, tmp_path, times):
     for variant in variants.values():
         variant.prepare()
     dataset = faulty.dataset(200)
-    done = ours.compute_on(client, faulty.backbone(), dataset, variants, VARIANTS, missing_work(variants),
-                           batch_size=BATCH, advance=kill_one)
+    job = Job(faulty.backbone(), dataset, variants, VARIANTS, BATCH)
+    done = ours.compute_on(client, job, missing_work(variants), kill_one)
     assert len(killed) == times
     assert missing_work(variants) == {}
     alone = extract(None, count=200)
@@ -161,8 +161,8 @@ def test_all_workers_die_at_once(client, tmp_path):
 
     variant = InStore(open_store(tmp_path), {"size": 120, "dim": 24, "shard_size": 4}, {})
     variant.prepare()
-    ours.compute_on(client, faulty.backbone(), faulty.dataset(120), {"it": variant}, {"it": None},
-                    missing_work({"it": variant}), batch_size=BATCH, advance=kill_all)
+    job = Job(faulty.backbone(), faulty.dataset(120), {"it": variant}, {"it": None}, BATCH)
+    ours.compute_on(client, job, missing_work(job.kept), kill_all)
     assert np.array_equal(variant.features(), extract(None, variants={"it": None}, count=120)["it"])
 
 
@@ -236,5 +236,5 @@ def test_a_model_at_work_can_be_sent_on():
 def test_features_in_memory_can_t_be_computed_elsewhere(client):
     kept = {"it": InMemory(8, 24, 4)}
     with pytest.raises(ItaeError, match="meet in the feature store"):
-        ours.compute_on(client, faulty.backbone(), faulty.dataset(8), kept, {"it": None}, {0: ["it"]}, batch_size=2)
+        ours.compute_on(client, Job(faulty.backbone(), faulty.dataset(8), kept, {"it": None}, BATCH), {0: ["it"]})
     assert isinstance(faulty.dataset(8), ImageDataset)

@@ -78,7 +78,7 @@ def test_sizes_are_those_of_the_structure(name):
 
 def test_work_grows_with_what_it_should():
     size = Size(100, 8, 10)
-    base = {"dataset": "cifar10", "limit": None, "fit_sample": 512, "sample": 2000, "seeds": 2, "n_init": 3,
+    base = {"dataset": "cifar10", "limit": None, "sample": 2000, "seeds": 2, "n_init": 3,
             "sources": ["key"], "percents": [1, 2], "attenuations": ["min"]}
     assert work("01", base, size, 10_000) == estimate.Work(2 * 100 * 10 * 2512, 0)
     assert work("02", base, size, 10_000).kmeans == 2 * 10_000 * 8 * 10 * estimate.ITERATIONS * (1 * 3 * 2) * 6

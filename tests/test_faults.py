@@ -194,8 +194,8 @@ def test_a_command_that_is_interrupted_ends_at_once_and_goes_on_later(tmp_path):
 def test_a_report_that_is_killed_twice_and_started_again_at_once(tmp_path):
     """Its kernels are not killed with it: they write into the store beside the next run."""
     def run(name: str) -> subprocess.Popen:
-        return command("report", "--only", "03", "-p", "limit", 400, "-p", "seeds", 2, "-p", "n_init", 1, "-p", "draws",
-                       20, "-p", "tsne_points", 60, "-p", "batch_size", 8, "--output", tmp_path / f"{name}-report",
+        return command("report", "--only", "03", "-p", "limit", 400, "-p", "seeds", 2, "-p", "n_init", 1,
+                       "-p", "batch_size", 8, "--output", tmp_path / f"{name}-report",
                        store=tmp_path / name)
 
     for chunks in (1, 3):

@@ -24,7 +24,7 @@ from tests.test_download import Server
 COUNT, CLASSES = 24, 3
 TARGETS = [index % CLASSES for index in range(COUNT)]
 NAMES = ["ant", "bee", "cat"]
-SMALL = {"image_size": 56, "seeds": 2, "n_init": 1, "draws": 20, "tsne_points": 20, "examples": 3, "percents": "[5.0]",
+SMALL = {"image_size": 56, "seeds": 2, "n_init": 1, "examples": 3, "percents": "[5.0]",
          "attenuations": "[min]", "sources": "[key]"}
 SITE = """
 import json, os

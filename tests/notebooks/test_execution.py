@@ -12,7 +12,7 @@ from itae_utils.report import run_report
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"limit": 200, "seeds": 2, "n_init": 1, "draws": 20, "tsne_points": 60, "examples": 3, "percents": [1.0, 10.0]}
+SMALL = {"limit": 200, "seeds": 2, "n_init": 1, "examples": 3, "percents": [1.0, 10.0]}
 NAMES = ["01_artifact_discovery", "02_itae_ablation", "03_clustering"]
 
 
