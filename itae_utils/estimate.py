@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from itae_utils import datasets
-from itae_utils.backbones import BACKBONES
+from itae_utils.backbones import BACKBONES, stock_model
 from itae_utils.datasets import DATASETS
+from itae_utils.hub import cached_weights
 from itae_utils.thresholds import SAMPLE
 
 if TYPE_CHECKING:
@@ -78,21 +79,11 @@ def _downloads(steps: list[Step]) -> list[tuple[str, int, bool]]:
         entry = BACKBONES.get(backbone)
         if backbone and not parameters.get("checkpoint") and not (entry and entry.timm_name is None):
             name = entry.timm_name if entry else backbone
-            found[f"weights {backbone}"] = (entry.size_mb if entry else 0, _weights_are_there(name))
+            found[f"weights {backbone}"] = (entry.size_mb if entry else 0, cached_weights(name) is not None)
         if dataset in UNPACKED:
             folder = datasets._data_root(None) / UNPACKED[dataset]
             found[f"images {dataset}"] = (DATASETS[dataset].megabytes, folder.is_dir())
     return [(name, *about) for name, about in found.items()]
-
-
-def _weights_are_there(timm_name: str) -> bool:
-    import huggingface_hub
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(timm_name)
-    return bool(config and config.hf_hub_id) and any(
-        isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str)
-        for file in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"))
 
 
 def _disk(plan: Plan, downloads: list[tuple[str, int, bool]]) -> str:
@@ -146,15 +137,10 @@ def image_count(parameters: Mapping[str, object]) -> int | None:
 
 def backbone_size(name: str, image_size: int | None) -> Size:
     """The size of a backbone, from its structure without weights."""
-    import timm
-    import torch
-
     from itae_utils import demo
 
     entry = BACKBONES.get(name)
-    with torch.device("meta"):
-        model = (demo.build_model() if entry and entry.timm_name is None
-                 else timm.create_model(entry.timm_name if entry else name, num_classes=0))
+    model = demo.build_model() if entry and entry.timm_name is None else stock_model(name)
     side = image_size or (entry.image_size if entry else model.pretrained_cfg["input_size"][-1])
     patches = (side // model.patch_embed.patch_size[0]) ** 2
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from itae_utils.attention import ITAE
+from itae_utils.batch_size import is_out_of_memory
 from itae_utils.batches import model_batches
 from itae_utils.errors import ItaeError
 from itae_utils.one_pass import OnePass
@@ -105,7 +106,9 @@ def compute(job: Job, work: Work, advance: Callable[[int], None] = lambda images
                 features, counts = _shard(one_pass, names, batches, job.rows(shard), backbone.dim, advance)
                 for place, name in enumerate(names):
                     job.kept[name].save(shard, features[place], counts[place])
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise ItaeError(f"batch_size={job.batch_size} doesn't fit the memory of {backbone.device}: use a smaller "
                             "one, or 'auto'") from error
 

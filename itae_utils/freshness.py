@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from itae_utils.fingerprint import fingerprint
+from itae_utils.hub import cached_weights
 from itae_utils.parameters import Notebook
 from itae_utils.plan import Step
 from itae_utils.results import PACKAGES, _version, read_results, write_json
@@ -191,25 +192,12 @@ def _weights(backbone: str, checkpoint: str | None) -> str | list | None:
     entry = BACKBONES.get(backbone)
     if entry and entry.timm_name is None:
         return "embedded"
-    path = _cached(entry.timm_name if entry else backbone)
+    path = cached_weights(entry.timm_name if entry else backbone)
     if path is None:
         return None
+    path = path.resolve()  # named by its SHA-256
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns]
-
-
-def _cached(timm_name: str) -> Path | None:
-    """The file of published weights in the hub's cache, links resolved: it is named by its SHA-256."""
-    import huggingface_hub
-    from timm.models import get_pretrained_cfg
-
-    from itae_utils.hub import _file_names
-
-    config = get_pretrained_cfg(timm_name)
-    repository, _, revision = config.hf_hub_id.partition("@")
-    found = (huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None)
-             for name in _file_names(config.hf_hub_filename))
-    return next((Path(path).resolve() for path in found if isinstance(path, str)), None)
 
 
 def _collected(results_dir: Path, own: Path) -> str | None:

@@ -27,11 +27,9 @@ def published_weights(timm_name: str) -> Path:
         raise ItaeError(f"timm has no weights for {timm_name!r}: add a tag (timm.list_pretrained lists them), "
                         "give checkpoint=FILE, or pretrained=False for random ones")
     repository, _, revision = config.hf_hub_id.partition("@")
+    if cached := cached_weights(timm_name):
+        return _checked(cached)
     names = _file_names(config.hf_hub_filename)
-    for name in names:
-        cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None)
-        if isinstance(cached, str):
-            return _checked(Path(cached))
     page = huggingface_hub.hf_hub_url(repository, "").partition("/resolve")[0]
     try:
         return _checked(_download(repository, revision or None, names))
@@ -41,6 +39,20 @@ def published_weights(timm_name: str) -> Path:
         told = (str(error).strip().splitlines() or [""])[0]
         raise ItaeError(f"can't get the weights of {timm_name} from {page} ({type(error).__name__}: {told[:120]}): "
                         f"download {names[0]} there, give checkpoint=FILE") from error
+
+
+def cached_weights(timm_name: str) -> Path | None:
+    """The file of weights that timm names for `timm_name`, where it was downloaded before; not checked."""
+    import huggingface_hub
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(timm_name)
+    if config is None or not config.hf_hub_id:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    found = (huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None)
+             for name in _file_names(config.hf_hub_filename))
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def _file_names(hub_filename: str | None) -> list[str]:

@@ -301,9 +301,11 @@ def test_odd_batch_sizes_are_refused(backbone, dataset, size):
         extract_features(backbone, dataset, {"it": None}, batch_size=size)
 
 
-def test_a_batch_that_does_not_fit_is_one_line(backbone, dataset):
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_batch_that_does_not_fit_is_one_line(backbone, dataset, error):
     def full(*_arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     handle = backbone.model.blocks[1].register_forward_pre_hook(full)
     with pytest.raises(ItaeError, match="batch_size=2 doesn't fit the memory of cpu"):
