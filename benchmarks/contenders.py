@@ -174,7 +174,7 @@ def make_contenders(work: Workload, how: Conditions) -> dict[str, Contender]:
 def looped_once(model: nn.Module, images: Tensor, itae: ITAE) -> Tensor:
     """One variant, one full forward pass."""
     with attenuate(model, itae):
-        return model.forward_features(images)[:, 0]
+        return model.forward_features(images)[:, 0].clone()  # a view would hold all tokens of every variant
 
 
 def hooked_once(model: nn.Module, images: Tensor, itae: ITAE) -> Tensor:
