@@ -100,26 +100,29 @@ def attenuated_logits(logits: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
 
     Args:
         logits: (B, H, Q, T), scaled, after any q/k norm.
-        artifacts: (B, N) bool; the last N of the T tokens are the patches.
+        artifacts: (B, N) bool, the same for all rows, or (B, Q, N), each row's own; the last N of the T tokens are the
+            patches. Where one row of logits meets several of artifacts, it is edited in each of these ways.
         itae: only `attenuation` and `alpha` are read.
     """
     import torch
 
     num_prefix_tokens = logits.shape[-1] - artifacts.shape[-1]
-    prefix, patches = logits[..., :num_prefix_tokens], logits[..., num_prefix_tokens:]
-    hit = artifacts[:, None, None, :]
+    patches = logits[..., num_prefix_tokens:]
+    rows = artifacts if artifacts.ndim == 3 else artifacts[:, None]
+    hit = torch.nn.functional.pad(rows[:, None], (num_prefix_tokens, 0))  # (B, 1, Q, T)
     match itae.attenuation:
         case "min":
             replaced = patches.amin(dim=-1, keepdim=True)
         case "mask":
-            replaced = patches.new_tensor(-math.inf)
+            replaced = logits.new_tensor(-math.inf)
         case "mean":
-            normal = (~hit).sum(dim=-1, keepdim=True)
-            replaced = patches.masked_fill(hit, 0).sum(dim=-1, keepdim=True) / normal.clamp(min=1)
+            is_normal = ~hit[..., num_prefix_tokens:]
+            normal = is_normal.sum(dim=-1, keepdim=True)
+            replaced = torch.where(is_normal, patches, 0).sum(dim=-1, keepdim=True) / normal.clamp(min=1)
             hit = hit & (normal > 0)  # no normal patch, no mean: such an image is left as it is
         case "scale":
-            replaced = patches + math.log(itae.alpha)
-    return torch.cat([prefix, torch.where(hit, replaced, patches)], dim=-1)
+            replaced = logits + math.log(itae.alpha)
+    return torch.where(hit, replaced, logits)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:

@@ -149,9 +149,12 @@ class VitLayer(Layer):
         Returns:
             (B, H, Q, d).
         """
+        import torch
+
         weight, bias = self._weight_and_bias("value")
         averages = (weights.flatten(1, 2) @ normed).unflatten(1, weights.shape[1:3])
-        sums = averages @ weight.unflatten(0, (self.num_heads, self.head_dim)).mT
+        by_head = weight.unflatten(0, (self.num_heads, self.head_dim))
+        sums = torch.einsum("bhqc,hdc->bhqd", averages, by_head)  # a matmul would copy the weights for every image
         return sums if bias is None else sums + bias.view(self.num_heads, 1, self.head_dim)
 
     def _thirds(self, projected: Tensor, sources: Sequence[str] = SOURCES) -> Projections:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from itae_utils.artifacts import patch_norms
@@ -37,7 +38,8 @@ class OnePass:
         self.model, self.truth, self.settings = model, truth, settings
         self.last = len(model.blocks) - 1
         self.deep = [name for name, itae in settings.items() if itae is not None and itae.blocks > 1]
-        self.shallow = [name for name, itae in settings.items() if itae is not None and itae.blocks == 1]
+        shallow = [name for name, itae in settings.items() if itae is not None and itae.blocks == 1]
+        self.shallow = sorted(shallow, key=lambda name: _edit(settings[name]))  # those edited alike are edited at once
         self.doors = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
         self.needs_truth = any(itae is not None and itae.select == "oracle" for itae in settings.values())
 
@@ -94,6 +96,10 @@ class _Row:
         return torch.where(self.changed[:, None], self.cls_output, baseline.cls_output)
 
 
+def _edit(itae: ITAE) -> tuple[str, float]:
+    return itae.attenuation, itae.alpha
+
+
 class _LastBlock:
     """The last block, computed for `[CLS]` alone; keys and logits are shared by all variants."""
 
@@ -111,24 +117,25 @@ class _LastBlock:
         """The baseline, and each of `settings` after it."""
         rows, size = [], GROUP - 1
         for start in range(0, max(1, len(settings)), size):
-            rows += self._group([None, *settings[start:start + size]])[bool(start):]  # one baseline is enough
+            rows += self._group(settings[start:start + size])[bool(start):]  # one baseline is enough
         return rows
 
-    def _group(self, settings: Sequence[ITAE | None]) -> list[_Row]:
+    def _group(self, settings: Sequence[ITAE]) -> list[_Row]:
         import torch
 
-        artifacts = [self._artifacts(itae) for itae in settings]
-        rows = [self.logits if itae is None else attenuated_logits(self.logits, found, itae)
-                for itae, found in zip(settings, artifacts, strict=True)]
-        padded = torch.cat(rows + [self.logits] * (GROUP - len(rows)), dim=2)
+        num_patches = self.logits.shape[-1] - self.model.num_prefix_tokens
+        artifacts, rows = [self.logits.new_zeros((len(self.logits), num_patches), dtype=bool)], [self.logits]
+        for _, alike in groupby(settings, key=_edit):
+            alike = list(alike)
+            found = [self._artifacts(itae) for itae in alike]
+            rows.append(attenuated_logits(self.logits, torch.stack(found, dim=1), alike[0]))
+            artifacts += found
+        padded = torch.cat(rows + [self.logits] * (GROUP - len(artifacts)), dim=2)
         outputs = self._after_attention(self.layer.value_sums(padded.softmax(dim=-1), self.normed))
         changed = (padded != self.logits).any(dim=-1).any(dim=1)
         return [_Row(outputs[place], found, changed[:, place]) for place, found in enumerate(artifacts)]
 
-    def _artifacts(self, itae: ITAE | None) -> Tensor:
-        if itae is None:
-            num_patches = self.logits.shape[-1] - self.model.num_prefix_tokens
-            return self.logits.new_zeros((len(self.logits), num_patches), dtype=bool)
+    def _artifacts(self, itae: ITAE) -> Tensor:
         if itae.source not in self.norms:
             projected = (self.keys if itae.source == "key"
                          else self.layer.project(self.normed, self.rope, [itae.source]))

@@ -113,6 +113,17 @@ def test_mean_leaves_an_image_without_normal_patches_as_it_is():
     assert not torch.equal(edited[1], logits[1])
 
 
+@pytest.mark.parametrize("attenuation", ATTENUATIONS)
+def test_one_row_edited_in_several_ways_is_each_of_them_alone(attenuation):
+    logits, artifacts = torch.randn(2, 3, 1, 9), torch.rand(2, 4, 7) < 0.4
+    artifacts[0, 1] = True
+    together = attenuated_logits(logits, artifacts, ITAE(attenuation=attenuation))
+    assert together.shape == (2, 3, 4, 9)
+    for way in range(4):
+        alone = attenuated_logits(logits, artifacts[:, way], ITAE(attenuation=attenuation))
+        assert torch.equal(together[:, :, way], alone[:, :, 0])
+
+
 def test_mask_is_not_nan_when_every_patch_is_an_artifact():
     q, k, v = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
     mixed = attend(q, k, v, torch.ones(1, 4, dtype=torch.bool), ITAE(attenuation="mask"))

@@ -3,6 +3,7 @@ import sys
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from itae_utils.artifacts import qkv_norms, token_norms
 from itae_utils.attention import ITAE, attention_map, attenuate
@@ -38,6 +39,34 @@ def test_parts_are_the_same_alone_together_and_as_the_model_has_them(structure):
     assert torch.allclose(query.heads("query"), whole.heads("query")[:, :, :1], atol=1e-5)
     model.forward_features(batch)
     assert len(seen) == 1  # closed
+
+
+@torch.inference_mode(False)  # where products are one operation, and what they copy isn't seen
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_value_sums_are_sums_of_values_and_copy_no_weights(structure):
+    model = tiny_vit(structure)
+    layer = anatomy(model).layers[-1]
+    width = layer.num_heads * layer.head_dim
+    normed, weights = torch.randn(20, 5, width), torch.rand(20, layer.num_heads, 1, 5).softmax(dim=-1)
+    with Sizes() as seen:
+        sums = layer.value_sums(weights, normed)
+    expected = weights @ layer.project(normed, sources=["value"]).heads("value")
+    assert torch.allclose(sums, expected, atol=1e-5)
+    assert max(seen.sizes) < 20 * width * width / 4  # the value weights once an image would be four times as much
+
+
+class Sizes(TorchDispatchMode):
+    """While open, how many numbers each operation's result holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        parts = [result] if isinstance(result, torch.Tensor) else result
+        self.sizes += [part.untyped_storage().nbytes() // part.element_size() for part in parts]
+        return result
 
 
 @pytest.mark.parametrize("structure", ["dinov3", "eva02_split", "rope_mixed"])
