@@ -83,7 +83,7 @@ def main() -> None:
 @dask_option
 @click.option("--from", "repeated", type=click.Path(path_type=Path), metavar="REPORT",
               help="Run again what this report ran, and compare weights and images; default output REPORT-repeated.")
-@click.option("--dry-run", is_flag=True, help="Say what would be run and downloaded, with its disk and time.")
+@click.option("--dry-run", is_flag=True, help="Say what would be run, kept and downloaded, with its disk and time.")
 @click.pass_context
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
@@ -96,7 +96,7 @@ def report(
     Exit status 1 when a notebook failed; the report is written all the same and says so.
     """
     from itae_utils.parameters import parse_value
-    from itae_utils.report import plan_report, repeat_report, run_report
+    from itae_utils.report import kept_runs, plan_report, repeat_report, run_report
 
     by_option = {"backbone": backbone, "dataset": dataset}
     _refuse_twice([*(name for name in by_option if by_option[name] is not None), *(name for name, _ in parameters)])
@@ -118,7 +118,8 @@ def report(
         if dry_run:
             from itae_utils.estimate import dry_run as describe
 
-            click.echo("\n".join(describe(plan_report(**asked))))
+            plan = plan_report(**asked)
+            click.echo("\n".join(describe(plan, () if force else kept_runs(plan, output))))
             return
         with _cluster(dask):
             written = run_report(**asked, output=output, force=force, say=click.echo)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,32 +42,38 @@ class Work:
     kmeans: float
 
 
-def dry_run(plan: Plan) -> list[str]:
-    """The plan in lines of text, with downloads, disk and time; nothing is run, downloaded or written."""
-    measuring = [step for step in plan.steps if not step.notebook.collects]
-    downloads = _downloads(measuring)
+def dry_run(plan: Plan, kept: Collection[str] = ()) -> list[str]:
+    """The plan in lines of text, with downloads, disk and time; nothing is run or downloaded, no report is written.
+
+    Args:
+        plan: of a report.
+        kept: folders of the steps that will not be run again; they need nothing.
+    """
+    to_run = tuple(step for step in plan.steps if step.folder not in kept)
+    downloads = _downloads([step for step in to_run if not step.notebook.collects])
     missing = sum(megabytes for _, megabytes, there in downloads if not there)
     return [
         f"profile {plan.profile}: {len(plan.steps)} run{'s' if len(plan.steps) > 1 else ''} of notebooks",
-        *_runs(plan),
+        *_runs(plan, kept),
         "",
         "to download:" if downloads else "nothing to download",
         *(f"  {name:<34} {f'{megabytes:,} MB' if megabytes else 'size unknown':>12}  "
           f"{'already there' if there else 'not there yet'}" for name, megabytes, there in downloads),
         *[f"  still to come: {missing:,.0f} MB"] * bool(downloads),
         "",
-        _disk(plan, downloads),
-        *_time(plan.steps),
+        _disk(to_run, downloads),
+        *(_time(to_run) if to_run else ["time: none, all is unchanged"]),
         "",
-        "nothing was run, downloaded or written",
+        "nothing was run or downloaded, no report written",
     ]
 
 
-def _runs(plan: Plan) -> list[str]:
+def _runs(plan: Plan, kept: Collection[str]) -> list[str]:
     """The notebooks, those of equal cells together."""
     cells: dict[str, list[str]] = {}
     for step in plan.steps:
-        cells.setdefault(step.cell, []).append(step.notebook.name)
+        unchanged = " (unchanged, kept)" if step.folder in kept else ""
+        cells.setdefault(step.cell, []).append(f"{step.notebook.name}{unchanged}")
     return [f"  {cell + ': ' if cell else ''}{', '.join(names)}" for cell, names in cells.items()]
 
 
@@ -86,10 +92,10 @@ def _downloads(steps: list[Step]) -> list[tuple[str, int, bool]]:
     return [(name, *about) for name, about in found.items()]
 
 
-def _disk(plan: Plan, downloads: list[tuple[str, int, bool]]) -> str:
+def _disk(steps: tuple[Step, ...], downloads: list[tuple[str, int, bool]]) -> str:
     images = sum(megabytes for name, megabytes, there in downloads if not there and name.startswith("images"))
     weights = sum(megabytes for name, megabytes, there in downloads if not there and name.startswith("weights"))
-    total = weights + 2 * images + RUN_MB * len(plan.steps)
+    total = weights + 2 * images + RUN_MB * len(steps)
     amount = f"{total / 1000:,.1f} GB" if total >= 1000 else f"{total:,.0f} MB"
     return (f"disk: about {amount} more (weights; archives, which stay, and as much again unpacked; "
             f"{RUN_MB} MB a run for the report)")

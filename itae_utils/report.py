@@ -112,7 +112,7 @@ def run_report(
             made.
     """
     plan = plan_report(profile=profile, backbone=backbone, dataset=dataset, only=only, parameters=parameters)
-    return _write_report(plan, output or Path("reports") / plan.name, force, say)
+    return _write_report(plan, _folder_of(plan, output), force, say)
 
 
 def plan_report(
@@ -126,6 +126,12 @@ def plan_report(
     """What `run_report` would run; nothing is run or written."""
     given = {name: value for name, value in (("backbone", backbone), ("dataset", dataset)) if value is not None}
     return make_plan(notebooks_folder(), profile, only, given | dict(parameters or {}))
+
+
+def kept_runs(plan: Plan, output: str | Path | None = None) -> set[str]:
+    """Folders of the steps that `run_report` would not run again, for an earlier run of theirs is in `output`."""
+    output = _folder_of(plan, output)
+    return set(find_kept([_placed(step, output) for step in plan.steps]))
 
 
 def repeat_report(
@@ -155,6 +161,10 @@ def notebooks_folder() -> Path:
     package = Path(__file__).parent
     installed = package / "_notebooks"
     return installed if installed.is_dir() else package.parent / "notebooks"
+
+
+def _folder_of(plan: Plan, output: str | Path | None) -> Path:
+    return Path(output or Path("reports") / plan.name).resolve()
 
 
 def _write_report(plan: Plan, output: str | Path, force: bool, say: Callable[[str], None]) -> Report:

@@ -163,6 +163,21 @@ def test_report_tells_its_progress_and_its_place(notebooks, tmp_path):
     assert again == started
 
 
+def test_dry_run_tells_what_will_be_kept(notebooks, tmp_path):
+    run("report", "--only", "03", "--output", "out")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    lines = run("report", "--dry-run", "--only", "01,03", "--output", "out").output.splitlines()
+    assert lines[1] == "  01_first, 03_scores (unchanged, kept)"
+    assert any(line.startswith("disk: about 5 MB") for line in lines)  # for one run of two
+    everything = run("report", "--dry-run", "--only", "03", "--output", "out").output
+    assert "time: none, all is unchanged" in everything
+    for other in (["--force"], ["--output", "elsewhere"], ["-p", "seed", "3"]):
+        output = run("report", "--dry-run", "--only", "03", "--output", "out", *other).output
+        assert "kept" not in output, other
+        assert "time: about" in output, other
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_failed_notebook_is_status_1(notebooks, tmp_path):
     result = run("report", "--only", "02", "--output", "out")
     assert result.exit_code == 1

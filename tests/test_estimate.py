@@ -31,7 +31,7 @@ def test_the_paper_profile_is_told_whole(tmp_path):
     assert text.count("not there yet") == 6
     assert "still to come: 3,919 MB" in text
     assert "rough" in text
-    assert text.endswith("nothing was run, downloaded or written")
+    assert text.endswith("nothing was run or downloaded, no report written")
     assert sorted(tmp_path.rglob("*")) == before
 
 
