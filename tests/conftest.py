@@ -86,6 +86,14 @@ class MadeDataset(torch.utils.data.Dataset):
         return self.pictures[index], int(self.targets[index])
 
 
+def array_dataset(count: int, seed: int = 0):
+    """Random pictures as an array, which has a fingerprint, labelled in turn."""
+    from itae_utils.datasets import ImageDataset
+
+    images = np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
+    return ImageDataset("made", "all", "made by the tests", images, np.arange(count) % 3, list("abc"))
+
+
 def as_backbone(model, image_size: int = 32, truth=None, precision: str = "fp32"):
     """A tiny ViT as `load_backbone` would give it."""
     from itae_utils.backbones import Backbone, make_transform, weights_sha256
@@ -97,6 +105,12 @@ def as_backbone(model, image_size: int = 32, truth=None, precision: str = "fp32"
 
 def dataset_tensor(backbone, dataset) -> torch.Tensor:
     return torch.stack([backbone.transform(dataset[index][0]) for index in range(len(dataset))])
+
+
+def setup(structure: str = "registers", count: int = 5, **options):
+    """A tiny ViT as a backbone, made pictures, and these as one batch."""
+    backbone, dataset = as_backbone(tiny_vit(structure)), MadeDataset(count, **options)
+    return backbone, dataset, dataset_tensor(backbone, dataset)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from itae_utils.backbones import BACKBONES
+from itae_utils.collection import Cell, collect
 from itae_utils.datasets import DATASETS
 from itae_utils.results import make_folder, write_json
 from tests.tiny_notebooks import PROVENANCE
@@ -67,3 +68,9 @@ def write_cell(
             Image.new("RGB", (2, 2)).save(folder / name / "figures" / f"{figure}.png")
         write_json(make_folder(folder / name) / "results.json", results)
     return folder
+
+
+def cell_of(tmp_path: Path, backbone: str, dataset: str, **options) -> Cell:
+    write_cell(tmp_path / "cell", backbone, dataset, **options)
+    ((cell,), _) = collect(tmp_path / "cell")
+    return cell

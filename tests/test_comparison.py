@@ -10,21 +10,14 @@ import pytest
 from PIL import Image
 
 from itae_utils import comparison, report, results
-from itae_utils.collection import Cell, collect
+from itae_utils.collection import collect
 from itae_utils.comparison import comparison_table, difference_rows, save_table
-from itae_utils.figures_comparison import published_and_measured
 from itae_utils.published import UNKNOWN_SETTINGS
 from itae_utils.results import check_results
-from tests.made_results import SCORES, score_rows, write_cell
+from tests.made_results import SCORES, cell_of, score_rows, write_cell
 from tests.tiny_notebooks import RESULTS
 
 EXPECTED = ["dinov2_vitb14", "dinov2_vitb14_reg"]
-
-
-def cell_of(tmp_path: Path, backbone: str, dataset: str, **options) -> Cell:
-    write_cell(tmp_path / "cell", backbone, dataset, **options)
-    ((cell,), _) = collect(tmp_path / "cell")
-    return cell
 
 
 def lines_of(cells, expected=EXPECTED) -> dict[tuple, list[str]]:
@@ -174,22 +167,6 @@ def test_headline(tmp_path):
     assert [fact["value"] for fact in facts] == ["1 of 8", "0.700 → 0.800", "0.700 → 0.800"]
     assert facts[1]["note"] == "baseline → ITAE on dinov2_vitb14; published 0.8449"
     assert "demo (stand-in)" in facts[2]["note"]
-
-
-@pytest.mark.parametrize(("cells", "title"), [
-    ([], "No published number can be compared"), (["demo"], "No published number can be compared"),
-    (["demo", "dinov2_vitb14"], "Measured minus published ACC of ITAE: -0.045 over 1 run with"),
-])
-def test_figure(tmp_path, cells, title):
-    made = [cell_of(tmp_path / name, name, "cifar10") for name in cells]
-    figure = published_and_measured(made)
-    assert figure.get_suptitle().replace("\n", " ").startswith(title)
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert len(labels) == 4 + max(len(made) - 1, 0)
-    assert labels[-1] == "Tiny-ImageNet\nnot run"
-    assert ("CIFAR-10\ndemo (stand-in)" in labels) == bool(cells)
-    drawn = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_label() == "published ITAE"]
-    assert drawn[0] == 0.8449
 
 
 def collected(folder: Path) -> report.Report:

@@ -12,13 +12,13 @@ from PIL import Image
 from itae_utils import extraction
 from itae_utils import features as features_module
 from itae_utils.attention import ITAE
-from itae_utils.datasets import ImageDataset, load_dataset
+from itae_utils.datasets import load_dataset
 from itae_utils.errors import ItaeError
 from itae_utils.features import earlier_batch_size, extract_features
 from itae_utils.housekeeping import holdings
 from itae_utils.identity import entry_key
 from itae_utils.store import open_store
-from tests.conftest import MadeDataset, as_backbone, tiny_vit
+from tests.conftest import MadeDataset, array_dataset, as_backbone, tiny_vit
 
 BATCH = 2
 
@@ -35,12 +35,7 @@ def backbone():
 
 @pytest.fixture
 def dataset():
-    return arrays(11)
-
-
-def arrays(count: int, seed: int = 0) -> ImageDataset:
-    images = np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
-    return ImageDataset("made", "all", "made by the tests", images, np.arange(count) % 3, list("abc"))
+    return array_dataset(11)
 
 
 def grid(count: int) -> dict[str, ITAE | None]:
@@ -129,47 +124,6 @@ def test_shards_that_lack_different_variants_share_a_pass(backbone, dataset, tmp
                                                            store=None)["v1"])
 
 
-def test_whatever_decides_features_is_in_their_key(backbone, dataset, tmp_path):
-    def computed(backbone=backbone, dataset=dataset, batch_size=BATCH, itae=None):
-        return extract_features(backbone, dataset, {"it": itae}, batch_size=batch_size, store=tmp_path).computed["it"]
-
-    assert computed() == 11
-    assert computed() == 0
-    others = {
-        "weights": {"backbone": as_backbone(tiny_vit("registers", reg_tokens=3))},
-        "name": {"backbone": dataclasses.replace(backbone, name="other")},
-        "precision": {"backbone": as_backbone(backbone.model, precision="bf16")},
-        "preprocessing": {"backbone": as_backbone(backbone.model, image_size=64)},
-        "pos_embed": {"backbone": dataclasses.replace(backbone, pos_embed="meta")},
-        "resize": {"backbone": dataclasses.replace(backbone, resize="device")},
-        "compiled": {"backbone": dataclasses.replace(backbone, compiled=True)},
-        "images": {"dataset": arrays(11, seed=1)},
-        "batch": {"batch_size": 4},
-        "order": {"dataset": dataclasses.replace(dataset, images=dataset.images[::-1])},
-        "variant": {"itae": ITAE("key", 9.0)},
-        "threshold": {"itae": ITAE("key", np.nextafter(9.0, 10))},
-        "source": {"itae": ITAE("value", 9.0)},
-        "random": {"itae": ITAE("key", 9.0, select="random", seed=1)},
-        "seed": {"itae": ITAE("key", 9.0, select="random", seed=2)},
-        "alpha": {"itae": ITAE("key", 9.0, "scale", alpha=0.2)},
-        "another alpha": {"itae": ITAE("key", 9.0, "scale", alpha=0.3)},
-        "blocks": {"itae": ITAE("key", [9.0, 9.0], blocks=2)},
-        "a block's own": {"itae": ITAE("key", [9.0, None], blocks=2)},
-        "rows": {"itae": ITAE("key", [9.0, 9.0], blocks=2, rows="all")},
-    }
-    for what, given in others.items():
-        assert computed(**given) == 11, what
-        assert computed(**given) == 0, what
-
-
-def test_heads_are_in_the_key_though_no_weight_tells_them(dataset, tmp_path):
-    one, other = (as_backbone(tiny_vit(num_heads=heads)) for heads in (3, 2))
-    assert one.weights_sha256 == other.weights_sha256
-    for backbone in (one, other):
-        features = extract_features(backbone, dataset, {"it": None}, batch_size=BATCH, store=tmp_path)
-        assert features.computed["it"] == 11
-
-
 def write(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
@@ -245,7 +199,7 @@ def test_the_environment_names_the_store(backbone, dataset, tmp_path, monkeypatc
 def test_memory_is_bounded_by_a_shard(backbone, tmp_path):
     """However many images: what NumPy holds beside the data set itself."""
     def peak(count: int) -> int:
-        dataset = arrays(count)
+        dataset = array_dataset(count)
         extract_features(backbone, dataset, grid(9), batch_size=BATCH, store=tmp_path / "warm-up")
         tracemalloc.start()
         extract_features(backbone, dataset, grid(9), batch_size=BATCH, store=tmp_path / str(count))
@@ -262,7 +216,7 @@ def test_an_automatic_batch_size_stays_what_it_was(backbone, dataset, tmp_path):
     assert earlier_batch_size(store, entry_key(backbone, dataset, 0)) is None
     for size in (2, 4):
         extract_features(backbone, dataset, {"it": None}, batch_size=size, store=store)
-    extract_features(backbone, arrays(3), {"it": None}, batch_size=8, store=store)
+    extract_features(backbone, array_dataset(3), {"it": None}, batch_size=8, store=store)
     assert earlier_batch_size(store, entry_key(backbone, dataset, 0)) == 4
     assert earlier_batch_size(store, entry_key(dataclasses.replace(backbone, name="other"), dataset, 0)) is None
     assert earlier_batch_size(store, None) is None
@@ -277,37 +231,7 @@ def test_a_gpu_is_asked_what_fits_only_where_nothing_was_begun(backbone, dataset
     assert asked == ["auto", 6]
 
 
-class TestShardSize:
-    @pytest.fixture(autouse=True)
-    def _real(self, monkeypatch):
-        monkeypatch.setattr(extraction, "SHARD_IMAGES", 2000)
-
-    def test_multiples_of_the_batch_near_2000(self, backbone):
-        assert [extraction.shard_size(backbone, size) for size in (1, 64, 300, 5000)] == [2000, 1984, 2100, 5000]
-
-    def test_a_slow_model_on_a_cpu_gets_smaller_ones(self, backbone, monkeypatch):
-        monkeypatch.setattr(extraction, "CPU_RATE", 5e5)
-        small = extraction.shard_size(backbone, 4)
-        assert small % 4 == 0
-        assert 4 <= small < 200
-        assert extraction.shard_size(backbone, 512) == 512
-        on_gpu = dataclasses.replace(backbone, device=torch.device("cuda"))
-        assert extraction.shard_size(on_gpu, 4) == 2000
-
-
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "big", None])
 def test_odd_batch_sizes_are_refused(backbone, dataset, size):
     with pytest.raises(ItaeError, match=r"batch_size=.* is not a number of images"):
         extract_features(backbone, dataset, {"it": None}, batch_size=size)
-
-
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_batch_that_does_not_fit_is_one_line(backbone, dataset, error):
-    def full(*_arguments):
-        raise error
-
-    handle = backbone.model.blocks[1].register_forward_pre_hook(full)
-    with pytest.raises(ItaeError, match="batch_size=2 doesn't fit the memory of cpu"):
-        extract_features(backbone, dataset, {"it": None}, batch_size=2)
-    handle.remove()

@@ -40,6 +40,11 @@ def test_the_lock_pins_every_direct_dependency_within_its_bound():
         assert as_numbers(lock[name]) >= as_numbers(bound), name
 
 
+def test_every_module_has_its_tests():
+    modules = {path.stem for path in (ROOT / "itae_utils").glob("*.py")} - {"__init__"}
+    assert modules <= {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+
+
 def test_versions_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert itae_utils.__version__ == project()["version"] == citation["version"]
