@@ -74,7 +74,7 @@ def test_a_variant_s_bytes_do_not_depend_on_the_others():
 
 
 def test_variants_of_one_attenuation_are_edited_at_once_in_whatever_order_they_come(monkeypatch):
-    backbone, dataset, batch = setup(count=3)
+    backbone, _, batch = setup(count=3)
     shares = [number / 10 for number in range(1, GROUP)]
     settings = {f"{name} {share}": ITAE("key", threshold_at(backbone.model, batch, "key", share), name)
                 for share in shares for name in ATTENUATIONS}
