@@ -216,6 +216,8 @@ def attenuate(
         ItaeError: unsupported model, threshold "auto", more blocks than there are, "oracle" without `truth`.
     """
     body = anatomy(model)
+    if not isinstance(itae, ITAE):
+        raise ItaeError(f"itae={itae!r} is no setting: give an ITAE(…); without one the model is as it is")
     check_blocks(model, itae, truth)
     if itae.select == "oracle" and truth is None:
         raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth)")

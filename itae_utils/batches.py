@@ -193,11 +193,18 @@ class _Prepared:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | ItaeError:
+        from PIL.Image import Image
+
         try:
-            image, label = self.dataset[index]
+            item = self.dataset[index]
         except ItaeError as error:
             return error
-        return self.transform(image), label
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Image)):
+            parts = item if isinstance(item, tuple) else (item,)
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            return ItaeError(f"item {index} of the data set is ({kinds}): it must be (PIL image, label), the image as "
+                             "it was before any transform")
+        return self.transform(item[0]), item[1]
 
 
 def _collate(join: Callable, items: list[tuple[Tensor, int] | ItaeError]) -> tuple[object, Tensor] | ItaeError:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 HEADS = ("head.", "head_dist.", "visual.proj")  # classifiers and projections: the method needs none
+DATA_PARALLEL = "module."  # what torch's DataParallel puts before every name
 REGISTERS = ("reg_token", "register_tokens", "storage_tokens")  # timm's name, DINOv2's, DINOv3's
 CHUNKED = re.compile(r"\bblocks\.\d+\.\d+\.")
 TRANSFORMERS_TYPES = ("dinov2", "dinov2_with_registers")
@@ -119,14 +120,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         try:
             read = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ItaeError(f"checkpoint {str(file)!r} is not readable as plain tensors: {why}") from error
+            raise ItaeError(f"checkpoint {str(file)!r} is not readable as plain tensors ({type(error).__name__}): save "
+                            "a model's state_dict() in it, and no code, which is never run") from error
         for wrapper in ("state_dict", "model", "teacher"):
             if isinstance(read, dict) and isinstance(read.get(wrapper), dict):
                 read = read[wrapper]
         if not isinstance(read, dict) or not read or not all(isinstance(each, torch.Tensor) for each in read.values()):
             raise ItaeError(f"checkpoint {str(file)!r} holds no state dict of tensors")
         weights |= read
+    if all(name.startswith(DATA_PARALLEL) for name in weights):
+        weights = {name.removeprefix(DATA_PARALLEL): tensor for name, tensor in weights.items()}
     return weights
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from itae_utils.attention import ATTENUATIONS, ITAE
 from itae_utils.backbones import BACKBONES, PRECISIONS, PREPROCESSING, stock_model
-from itae_utils.datasets import DATASETS
+from itae_utils.datasets import DATASETS, check_header
 from itae_utils.errors import ItaeError, unknown_name
 from itae_utils.estimate import image_count
 from itae_utils.layers import SOURCES
@@ -24,7 +24,10 @@ CHOICES = {"preprocess": PREPROCESSING, "precision": ("auto", *PRECISIONS), "pos
 LISTS = {"sources": SOURCES, "attenuations": ATTENUATIONS}
 LOWEST = {"limit": 1, "sample": 1, "examples": 1, "clusters": 2, "seeds": 1, "n_init": 1,
           "batch_size": 1, "seed": 0}
+HIGHEST = {"examples": 24}  # more pictures in a row can't be seen
 OPTIONAL = {"limit": (None,), "clusters": (None,), "batch_size": ("auto",)}  # what else they may be
+NULL = "null"  # how the command line writes None
+HEADERS = 1000  # of files that are looked at: less than a second
 LARGEST = 2**31 - 1  # more is no seed, and no number of anything
 METHOD = ("source", "threshold", "attenuation", "alpha")  # parameters that are ITAE's own
 
@@ -43,9 +46,10 @@ def check_values(parameters: Mapping[str, object]) -> None:
         values = parameters.get(name, allowed)
         _require(values and all(value in allowed for value in values), name, parameters, f"a list: {_one_of(allowed)}")
     for name, lowest in LOWEST.items():
-        value = parameters.get(name, lowest)
-        _require(value in OPTIONAL.get(name, ()) or _is_whole(value, lowest), name, parameters,
-                 f"a whole number from {lowest} to {LARGEST:,}")
+        value, highest = parameters.get(name, lowest), HIGHEST.get(name, LARGEST)
+        others = OPTIONAL.get(name, ())
+        _require(value in others or _is_whole(value, lowest, highest), name, parameters,
+                 f"a whole number from {lowest} to {highest:,}{''.join(f', or {other or NULL}' for other in others)}")
     for value in parameters.get("percents", ()):
         _require(_is_number(value) and 0 < value < 100, "percents", parameters, "numbers between 0 and 100")
     for value in parameters.get("backbones", ()):
@@ -63,13 +67,18 @@ def check_text(name: str, value: object) -> None:
         raise ItaeError(f"{name}={value!r} is not UTF-8: give such a file or folder another name") from error
 
 
-def check_dataset(name: str) -> None:
-    """Refuse an unknown data set, and a folder without images or with images on two levels."""
+def check_dataset(name: str, on_error: str = "raise") -> None:
+    """Refuse an unknown data set, and a folder without images, with images on two levels, or with damaged ones.
+
+    Damage is seen where a header tells, among the first thousand files, and doesn't matter with on_error="skip".
+    """
     kind, _, folder = name.partition(":")
     if kind == "imagefolder" and folder:
         if not os.path.isdir(folder):  # unlike pathlib's, it takes any text
             raise ItaeError(f"data set {name!r}: there is no such folder")
-        DATASETS["imagefolder:PATH"].read(Path(folder))
+        paths, _, _ = DATASETS["imagefolder:PATH"].read(Path(folder))
+        for path in paths[:HEADERS] if on_error == "raise" else ():
+            check_header(path)
     elif name not in DATASETS:
         raise unknown_name("data set", name, DATASETS, "`itae datasets`")
 
@@ -89,8 +98,9 @@ def check_backbone(name: str, checkpoint: str | None, image_size: int | None) ->
 
 
 def _check_clusters(parameters: Mapping[str, object]) -> None:
-    clusters, images = parameters.get("clusters"), "dataset" in parameters and image_count(parameters)
-    if clusters and images and clusters > images:
+    clusters = parameters.get("clusters")
+    images = image_count(parameters) if clusters and "dataset" in parameters else None
+    if images and clusters > images:
         raise ItaeError(f"clusters={clusters} is more than there are images, {images:,}: use fewer, or more images")
 
 
@@ -103,8 +113,8 @@ def _one_of(allowed: tuple[str, ...]) -> str:
     return f"{', '.join(allowed[:-1])} or {allowed[-1]}"
 
 
-def _is_whole(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= LARGEST
+def _is_whole(value: object, lowest: int, highest: int = LARGEST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
 
 
 def _is_number(value: object) -> bool:

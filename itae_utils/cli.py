@@ -123,8 +123,10 @@ def report(
             return
         with _cluster(dask):
             written = run_report(**asked, output=output, force=force, say=click.echo)
-    for run in written.failed:
-        click.echo(f"{run.folder}: {run.error}", err=True)
+    for error in dict.fromkeys(run.error for run in written.failed):
+        first, *others = [run.folder for run in written.failed if run.error == error]
+        more = f" and {len(others)} more" if others else ""
+        click.echo(f"{first}{more}: {error}", err=True)
     click.echo(written.index)
     sys.exit(1 if written.failed else 0)
 

@@ -130,11 +130,19 @@ def collect(folder: str | Path) -> tuple[list[Cell], list[str]]:
         other = cells.get((cell.dataset, cell.backbone))
         if other:
             older, cell = sorted([other, cell], key=lambda each: each.scores["provenance"]["date"])
+            other_settings = _differing(older.scores["parameters"], cell.scores["parameters"])
             left_out.append(f"{os.path.relpath(older.folder, folder)} is an earlier run of {cell.backbone} on "
-                            f"{cell.dataset} than {os.path.relpath(cell.folder, folder)}")
+                            f"{cell.dataset} than {os.path.relpath(cell.folder, folder)}{other_settings}")
         cells[cell.dataset, cell.backbone] = cell
     order = {row.dataset: place for place, row in enumerate(PUBLISHED)}
     return sorted(cells.values(), key=lambda cell: order.get(cell.dataset, len(order))), left_out
+
+
+def _differing(older: Mapping[str, object], newer: Mapping[str, object]) -> str:
+    """In words, the parameters that two runs were told differently."""
+    names = [name for name in newer if name != "output_dir" and older.get(name) != newer[name]]
+    return f", with {', '.join(f'{name}={older.get(name)!r}' for name in names)} instead of " \
+           f"{', '.join(repr(newer[name]) for name in names)}" if names else ""
 
 
 def sources(cells: Sequence[Cell], folder: str | Path) -> dict[str, dict]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from itae_utils.clustering import METRICS, describe_difference
-from itae_utils.collection import Cell
+from itae_utils.collection import STAND_IN, Cell
 from itae_utils.layers import SOURCES
 from itae_utils.published import NOT_IN_SOURCES, PUBLISHED, UNKNOWN_SETTINGS, PublishedRow
 from itae_utils.results import make_folder, replacing
@@ -110,10 +110,10 @@ def comparison_table(cells: Sequence[Cell], expected: Sequence[str]) -> pd.DataF
 
 
 def _who(cell: Cell) -> str:
-    """The backbone, and on what, where its images are not those that the published numbers are of."""
+    """The backbone, and on how many images, where these are not those that the published numbers are of."""
     marks = cell.marks()
-    images = f", {marks['dataset'][0]} images" if "dataset" in marks and cell.dataset in BY_DATASET else ""
-    return marked(cell.backbone, marks.get("backbone")) + images
+    size, kind = cell.scores["provenance"]["dataset"]["size"], f" {STAND_IN}" * (cell.dataset in BY_DATASET)
+    return marked(cell.backbone, marks.get("backbone")) + (f", {size:,}{kind} images" if "dataset" in marks else "")
 
 
 def _lines(cell: Cell, published: PublishedRow | None) -> list[tuple[str, ...]]:

@@ -64,7 +64,8 @@ def load_dataset(
     """The data set called `name`, one of `DATASETS`; its test split, downloaded on first use where it must be.
 
     Args:
-        name: `imagefolder:PATH` is a folder of class folders, or a flat folder of images without labels.
+        name: `imagefolder:PATH` is a folder of class folders, or a flat folder of images without labels, as is one with
+            a single class folder.
         root: the folder for downloads; by default the environment's ITAE_DATA, else ~/.cache/itae/data.
         limit: at most so many images, every class by its share (exact to one image), in their usual order.
         seed: of the draw that `limit` makes.
@@ -90,7 +91,8 @@ def load_dataset(
     skipped = []
     if isinstance(images[0], Path):
         images, targets, skipped = _readable(images, targets, on_error)
-    split = f"{info.split} ({len(images):,})"
+    left_out = f" of {len(images) + len(skipped):,} files, the others unreadable" if skipped else ""
+    split = f"{info.split} ({len(images):,}{left_out})"
     if limit is not None and limit < len(images):
         chosen = _choose(len(images), targets, limit, seed)
         images = images[chosen] if isinstance(images, np.ndarray) else [images[index] for index in chosen]
@@ -134,10 +136,12 @@ def open_image(path: Path) -> Image.Image:
 
 def _unreadable(path: Path, error: Exception) -> ItaeError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ItaeError(f"can't read the image {path} ({reason}): mend it, or leave such files out with on_error='skip'")
+    return ItaeError(f"can't read the image {path} ({reason}): mend or remove it, or leave such files out by "
+                     "on_error='skip' (in a report: -p on_error skip)")
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Refuse an image whose header tells that it can't be read; the path is named."""
     try:
         with Image.open(path) as image:
             image.verify()
@@ -151,7 +155,7 @@ def _readable(
     """The `paths` and `targets` that can be used, and the paths that can't: by header, with "skip" by decoding."""
     if on_error == "raise":
         for path in paths:
-            _check_header(path)
+            check_header(path)
         return paths, targets, []
 
     def decodes(path: Path) -> bool:
@@ -189,6 +193,8 @@ def _read_folder(folder: Path) -> Contents:
                         "move them into a class folder or out of it")
     labels = [path.relative_to(folder).parts[0] for path in paths]
     classes, targets = np.unique(labels, return_inverse=True)
+    if len(classes) == 1:
+        return paths, None, None  # tells nothing apart
     return paths, targets.astype(np.int64), classes.tolist()
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itae_utils import datasets
 from itae_utils.backbones import BACKBONES, stock_model
 from itae_utils.datasets import DATASETS
+from itae_utils.errors import ItaeError
 from itae_utils.hub import cached_weights
 from itae_utils.thresholds import SAMPLE
 
@@ -109,12 +112,13 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
     rates = {name: matmul_rate(name) for name in {device, "cpu"}}
     sizes: dict[tuple, Size] = {}
     seconds, unknown = 0.0, []
+    count = cache(lambda dataset, limit: image_count({"dataset": dataset, "limit": limit}))  # a folder is read once
     for step in steps:
         seconds += START
         parameters = step.parameters
         if step.notebook.collects or not {"backbone", "dataset"} <= set(parameters):
             continue
-        images = image_count(parameters)
+        images = count(parameters["dataset"], parameters.get("limit"))
         if images is None:
             unknown.append(step.folder)
             continue
@@ -135,10 +139,15 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
 
 
 def image_count(parameters: Mapping[str, object]) -> int | None:
-    """Number of images a notebook works on; None where that depends on a folder."""
-    info = DATASETS.get(str(parameters["dataset"]))
-    known = [number for number in (info and info.images, parameters.get("limit")) if number]
-    return min(known) if info else None
+    """Number of images a notebook works on; None where the data set can't be read."""
+    name = str(parameters["dataset"])
+    kind, _, folder = name.partition(":")
+    try:
+        images = DATASETS[name].images if name in DATASETS else len(
+            DATASETS[f"{kind}:PATH"].read(Path(folder).expanduser())[0])
+    except (KeyError, ItaeError):
+        return None
+    return min(number for number in (images, parameters.get("limit")) if number)
 
 
 def backbone_size(name: str, image_size: int | None) -> Size:
@@ -168,7 +177,8 @@ def work(key: str, parameters: Mapping[str, object], size: Size, images: int) ->
         passes, clusterings = fit + 1.6 * images, settings * starts
     else:  # the model, and the same with random weights; raw pixels and the variants are clustered
         passes, clusterings = fit + 2 * images, 6 * starts
-    classes = DATASETS[str(parameters["dataset"])].classes or 10
+    known = DATASETS.get(str(parameters["dataset"]))
+    classes = number("clusters", (known and known.classes) or 10)
     return Work(2.0 * size.parameters * size.tokens * passes,
                 2.0 * images * size.dim * classes * ITERATIONS * clusterings)
 

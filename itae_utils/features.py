@@ -132,7 +132,8 @@ def extract_features(
 
     Args:
         backbone: from `load_backbone`.
-        dataset: from `load_dataset`, or any torch data set of (PIL image, label).
+        dataset: from `load_dataset`, or any torch data set of (PIL image, label). Its `.targets`, where it has them,
+            become the features' labels; by its `.images`, paths or arrays, the features are found again in a store.
         variants: `ITAE` settings by name; None is the model as it is.
         thresholds: fits to take "auto" from; made here where they are needed and not given.
         batch_size: images at a time. It can change the last bits of the features. "auto" is 64 on a CPU, and on a GPU
@@ -147,6 +148,8 @@ def extract_features(
         ItaeError: bad variants, an oracle without ground truth, features that are not finite, a store that can't be
             read or written.
     """
+    if not isinstance(variants, Mapping):
+        raise ItaeError(f"variants={variants!r} are no settings by name: write them as in {{'baseline': None}}")
     if not variants:
         raise ItaeError("no variants were given: name at least one, as in {'baseline': None}")
     needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
@@ -215,7 +218,7 @@ def _planned(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE |
     place = open_store(store)
     entry = None if place is None else entry_key(backbone, dataset, batch_size)
     if entry is not None:
-        about = {"dataset": dataset.name, "device": str(backbone.device)}
+        about = {"dataset": getattr(dataset, "name", type(dataset).__name__), "device": str(backbone.device)}
         try:
             return _missing({name: InStore(place, entry | images, key, about) for name, key in keys.items()})
         except ItaeError as error:

@@ -131,10 +131,7 @@ def _hidden_norms_title(seen: Observation) -> str:
 @styled
 def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> Figure:
     """Distribution of ‖P_i‖ for every source, with θ where there is one; patches on a log scale, so rare ones show."""
-    with_theta = [source for source in fits if thresholds[source] is not None]
-    title = (f"The norm of the {' and the '.join(with_theta)} tells artifacts from other patches" if with_theta
-             else "No norm has a low mode of its own: nothing tells some patches from the others")
-    figure = ReportFigure(title, height=3.4)
+    figure = ReportFigure(_norms_title(fits, thresholds), height=3.4)
     for axes, (source, fit) in zip(figure.subplots(1, len(fits), sharey=True), fits.items(), strict=True):
         theta, norms = thresholds[source], fit.norms.ravel()
         edges = np.histogram_bin_edges(norms, bins=100)
@@ -142,12 +139,27 @@ def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str
         axes.set(xlabel=f"‖{source}‖₂ in the last block", yscale="log", title=f"{source}: no θ")
         if theta is not None:
             axes.hist(norms[norms <= theta], edges, color=ARTIFACT)
-            axes.axvline(theta, color="black", linestyle="--", linewidth=1)
-            axes.set_title(f"{source}: θ = {theta:.3g}, {percent((norms <= theta).mean())} at or below")
+            if edges[0] <= theta <= edges[-1]:  # else its line would squeeze the norms
+                axes.axvline(theta, color="black", linestyle="--", linewidth=1)
+            axes.set_title(f"{source}: θ = {theta:.4g}, {percent((norms <= theta).mean())} at or below")
         axes.ticklabel_format(axis="x", useOffset=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
     figure.axes[0].set_ylabel("patches (log scale)")
     return figure
+
+
+def _norms_title(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> str:
+    found = [source for source in fits if thresholds[source] is not None
+             and thresholds[source] == fits[source].threshold]
+    given = [f"{percent((fits[source].norms <= theta).mean())} of the patches lie up to the θ given for the {source}"
+             for source, theta in thresholds.items() if theta is not None and source not in found]
+    if found:
+        told = [f"The norm of the {' and the '.join(found)} tells artifacts from other patches"]
+    elif all(fit.is_tested for fit in fits.values()):
+        told = ["No norm has a low mode of its own"] + ["nothing tells some patches from the others"] * (not given)
+    else:
+        told = ["Too few patches to tell whether a norm has a low mode of its own"]
+    return ": ".join(told) + "".join(f"; {words}" for words in given)
 
 
 @styled
@@ -165,7 +177,7 @@ def attention_examples(
     maps = {"before": before, "after": after} if artifacts.any() else {"attention": before}
     shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
     title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
-             if artifacts.any() else "Where [CLS] looks in these images; none of their patches is an artifact")
+             if artifacts.any() else "Where [CLS] looks in these images; no patch is taken for an artifact")
     figure = ReportFigure(title, height=1.1 + (1 + len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
     grid = figure.subplots(1 + len(maps), len(pictures), squeeze=False)
     extent = (0, before.shape[2], before.shape[1], 0)
@@ -221,17 +233,22 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
 
 @styled
 def attention_shares(seen: Observation) -> Figure:
-    """Share of the `[CLS]` attention on an image's artifacts, before and after, beside their share of the patches."""
-    patches, have_any = seen.artifacts.mean(), seen.artifacts.any(axis=1)
-    shares = {name: (weights * seen.artifacts).sum(axis=1)
+    """Share of the `[CLS]` attention on an image's artifacts, before and after, beside their share of the patches.
+
+    Of the images that have any.
+    """
+    have_any = seen.artifacts.any(axis=1)
+    patches = seen.artifacts[have_any].mean()
+    shares = {name: (weights * seen.artifacts)[have_any].sum(axis=1)
               for name, weights in [("before", seen.attention), ("after", seen.attention_after)]}
     before, after = (percent(share.mean()) for share in shares.values())
-    title = (f"Artifacts hold {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
-             f"after ITAE {after}")
-    figure = ReportFigure(title, height=3.4)
+    some = f"In the {have_any.sum():,} of {len(have_any):,} images with artifacts these"
+    those = "Artifacts" if have_any.all() else some
+    figure = ReportFigure(f"{those} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
+                          f"after ITAE {after}", height=3.4)
     axes = figure.subplots()
     for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
-        axes.hist(share[have_any], np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
+        axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
     axes.axvline(patches, color="black", linestyle="--", linewidth=1, label="their share of the patches")
     axes.set(xlabel="share of an image's [CLS] attention that lies on its artifacts", xlim=(0, 1),
              ylabel=f"images, of {have_any.sum():,} with artifacts")

@@ -12,13 +12,15 @@ from matplotlib.ticker import NullLocator
 
 from itae_utils.ablation import AUTO
 from itae_utils.figures import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, percent_ticks, styled
-from itae_utils.scoring import AGREEMENT, CHANGE, neighbour_agreement
+from itae_utils.scoring import AGREEMENT, CHANGE, NEIGHBOURS, neighbour_agreement
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline",
             AGREEMENT: "ARI between runs"}
+SMALL_GAIN = 0.01  # of a class's accuracy: no more than that is no change
+LONGEST_NAME = 24  # letters of a class beside an axis
 NAMED_CLASSES = 20  # more names than these don't fit beside an axis
 
 
@@ -40,6 +42,8 @@ def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
     panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
     unit, fmt, suffix = (1000, ".1f", " × 1000") if measure == CHANGE else (1, ".2f", "")
     low, high = min(means.min(), baseline) * unit, max(means.max(), baseline) * unit
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5  # all the same: one colour, in the middle of the scale
     for axes, source in zip(panels, sources, strict=True):
         table = means[source].unstack("theta").reindex(index=rows, columns=columns)
         sns.heatmap(table * unit, vmin=low, vmax=high, cmap=MAP, annot=True, fmt=fmt, linewidths=1, cbar=False, ax=axes)
@@ -142,7 +146,9 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
 def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: Sequence[str]) -> Figure:
     """Two-dimensional embeddings (n, 2) by variant, side by side, coloured by class."""
     shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
-    title = f"How many of the 10 nearest neighbours share the class: {', '.join(shares)}"
+    chance = np.square(np.bincount(targets) / len(targets)).sum()
+    title = (f"How many of the {min(NEIGHBOURS, len(targets) - 1)} nearest neighbours share the class: "
+             f"{', '.join(shares)} (by chance {100 * chance:.0f} %)")
     figure = ReportFigure(title, height=4.6)
     palette = np.array(sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes)))
     for axes, (name, places) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
@@ -165,13 +171,15 @@ def confusions(tables: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Fi
     """
     shares = {name: table.div(table.sum(axis=1), axis=0) for name, table in tables.items()}
     figure = ReportFigure(_confusions_title(shares, classes), height=5.5)
-    panels = figure.subplots(1, len(tables), squeeze=False)[0]
-    for axes, (name, table) in zip(panels, shares.items(), strict=True):
+    panels = figure.subplots(1, max(2, len(tables)), squeeze=False)[0]  # one alone is drawn as large as one of two
+    for axes in panels[len(tables):]:
+        axes.set_axis_off()
+    for axes, (name, table) in zip(panels, shares.items(), strict=False):
         drawn = axes.imshow(table, cmap=MAP, vmin=0, vmax=1)
         matched = min(table.shape)
         axes.set(title=name, xlabel="cluster, by the class it is matched to", ylabel="class")
         if len(table) <= NAMED_CLASSES:
-            names = [classes[label] for label in table.index]
+            names = [_short(classes[label]) for label in table.index]
             axes.set_yticks(range(len(table)), names)
             rotation = 60 if max(map(len, names)) > 2 else 0
             axes.set_xticks(range(matched), names[:matched], rotation=rotation, ha="right" if rotation else "center")
@@ -200,8 +208,9 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
         classes: names by class number.
     """
     change = (after - before).agg(["mean", "std"]).fillna(0).T.sort_values("mean", ascending=False)
-    gained, lost = (change["mean"] > 0.01).sum(), (change["mean"] < -0.01).sum()
-    title = (f"Of {len(change)} classes {gained} gain more than 0.01 and {lost} lose as much: from "
+    clear = change[change["mean"].abs() > np.maximum(change["std"], SMALL_GAIN)]
+    gained, lost = (clear["mean"] > 0).sum(), (clear["mean"] < 0).sum()
+    title = (f"Of {len(change)} classes {gained} gain and {lost} lose more than one sd over seeds: from "
              f"{classes[change.index[0]]}, {change['mean'].iloc[0]:+.2f}, to "
              f"{classes[change.index[-1]]}, {change['mean'].iloc[-1]:+.2f}")
     half = NAMED_CLASSES // 2
@@ -210,12 +219,16 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
     axes = figure.subplots()
     colors = [NORMAL if mean > 0 else ARTIFACT for mean in shown["mean"]]
     axes.bar(range(len(shown)), shown["mean"], yerr=shown["std"], color=colors, capsize=3)
-    names = [classes[label] for label in shown.index]
+    names = [_short(classes[label]) for label in shown.index]
     rotation = 45 if max(map(len, names)) > 3 else 0
     axes.set_xticks(range(len(shown)), names, rotation=rotation, ha="right" if rotation else "center")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylabel="change of accuracy", xlabel="class")
     return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 1]}…"
 
 
 @styled

@@ -41,7 +41,7 @@ def percent(share: float) -> str:
 def describe_run(backbone: Backbone, dataset: Dataset) -> str:
     """Markdown: which model looks at which images, and whether its artifacts were planted."""
     rows, columns = backbone.patch_grid
-    labels = "without labels" if dataset.targets is None else f"{len(dataset.classes):,} classes"
+    labels = "without labels" if dataset.targets is None else _classes(dataset)
     lines = [
         f"**{backbone.name}**: {backbone.source}; {backbone.num_blocks} blocks, width {backbone.dim}, "
         f"{backbone.image_size} px ({backbone.preprocess}), {rows} × {columns} patches, "
@@ -55,11 +55,20 @@ def describe_run(backbone: Backbone, dataset: Dataset) -> str:
     return "\n\n".join(lines)
 
 
+def _classes(dataset: Dataset) -> str:
+    present, known = len(np.unique(dataset.targets)), len(dataset.classes)
+    return f"{known:,} classes" if present == known else f"{present:,} of {known:,} classes"
+
+
 def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None, given: bool) -> str:
     """Markdown: the θ that is used for `source` and where it comes from, or why there is none and what that means."""
     if given:
         return f"θ = {threshold:.4g} on the norm of the {source} was given; the fit would say: {fit.reason}."
     if threshold is None:
+        if not fit.is_tested:
+            return (f"**Artifacts could not be looked for** by the norm of the {source}: {fit.reason}. So nothing is "
+                    "attenuated: with ITAE every feature is the model's own. Take more images, or give `threshold` a "
+                    "number.")
         return (f"**No artifacts were found** by the norm of the {source} in the last block ({fit.reason}). So nothing "
                 "is attenuated: with ITAE every feature is the model's own.")
     return f"θ = {threshold:.4g} on the norm of the {source} in the last block: {fit.reason}."
@@ -98,21 +107,33 @@ def describe_concentration(seen: Observation) -> str:
     """Markdown: how unevenly `[CLS]` spreads its attention, where no artifacts were found."""
     busiest = max(1, round(0.1 * seen.attention.shape[1]))
     share = np.sort(seen.attention, axis=1)[:, -busiest:].sum(axis=1).mean()
-    return (f"No artifacts, no share to measure. For comparison: the {busiest} most attended of an image's "
-            f"{seen.attention.shape[1]:,} patches take {percent(share)} of the `[CLS]` attention, wherever they are.")
+    return (f"No patch was taken for an artifact: no share to measure. For comparison: the {busiest} most attended of "
+            f"an image's {seen.attention.shape[1]:,} patches take {percent(share)} of the `[CLS]` attention, wherever "
+            "they are.")
 
 
 def discovery_headline(
-    seen: Observation, source: str, threshold: float | None, reason: str, detection: pd.DataFrame | None
+    seen: Observation, source: str, threshold: float | None, fit: ThresholdFit, detection: pd.DataFrame | None
 ) -> list[dict[str, str]]:
-    """What to know first about artifacts: the attention they take, and how well they were found."""
+    """What to know first about artifacts: the attention they take, and how well they were found.
+
+    Args:
+        seen: what was observed.
+        source: whose norms told them.
+        threshold: θ that was used; None for none.
+        fit: of that source in the last block.
+        detection: from `detection_table`, where the truth is known.
+    """
+    given = threshold is not None and threshold != fit.threshold
     if not seen.artifacts.any():
-        return [{"label": "Artifacts", "value": "none found", "note": f"{source} norms, last block: {reason}"}]
+        why = f"no patch lies at or below the given θ = {threshold:.4g}" if given else fit.reason
+        return [{"label": "Artifacts", "value": "none found" if given or fit.is_tested else "not looked for",
+                 "note": f"{source} norms, last block: {why}"}]
     before, after = (percent((weights * seen.artifacts).sum(axis=1).mean())
                      for weights in (seen.attention, seen.attention_after))
-    planted = "planted " if seen.truth is not None else ""
+    by = f"the given ‖{source}‖ ≤ {threshold:.4g}" if given else f"‖{source}‖"
     facts = [{"label": "[CLS] attention on artifacts", "value": f"{before} → {after}",
-              "note": f"before → after ITAE; the {planted}artifacts are {percent(seen.artifacts.mean())} of patches"}]
+              "note": f"before → after ITAE; {percent(seen.artifacts.mean())} of the patches, told by {by}"}]
     if detection is not None:
         precision, recall = detection.loc[source, ["precision", "recall"]]
         facts.append({"label": "Detection", "value": f"{precision:.3f} / {recall:.3f}",

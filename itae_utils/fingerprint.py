@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from itae_utils.errors import ItaeError
 from itae_utils.results import replacing
 
 if TYPE_CHECKING:
@@ -29,12 +30,22 @@ def fingerprint(dataset: Dataset, *, in_order: bool = False) -> str | None:
     Files are named by their path below the data set's folder, images in memory by their place, shape and type. The
     hashes of files are kept in `cache_folder()` with size, time of change and inode, so an unchanged file is read
     once. A data set that says nothing of its `images` has no fingerprint.
+
+    Raises:
+        ItaeError: `images` that are neither paths nor arrays, or not as many as labels and items.
     """
-    images = getattr(dataset, "images", None)
+    images, labels = getattr(dataset, "images", None), getattr(dataset, "targets", None)
     if images is None or not len(images):
         return None
-    named = _of_files(dataset.name, images) if isinstance(images[0], Path) else _of_arrays(images)
-    labels = [-1] * len(images) if dataset.targets is None else dataset.targets
+    labels = [-1] * len(images) if labels is None else labels
+    if len(labels) != len(images):
+        raise ItaeError(f"a data set has {len(images):,} .images and {len(labels):,} .targets: give it as many")
+    if isinstance(images[0], (str, Path)):
+        named = _of_files(getattr(dataset, "name", ""), list(map(Path, images)))
+    elif all(isinstance(image, np.ndarray) for image in images):
+        named = _of_arrays(images)
+    else:
+        raise ItaeError(f"a data set's .images must be paths or arrays, not {type(images[0]).__name__}")
     lines = [f"{name}\t{int(label)}\t{digest}\n" for (name, digest), label in zip(named, labels, strict=True)]
     return hashlib.sha256("".join(lines if in_order else sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from itae_utils.errors import ItaeError
 from itae_utils.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int) -> dict[str
     """Everything beside the variant that decides features; None where the data set says nothing of its images.
 
     The number of threads, and which of two cards of one kind, are not in it: they can change the last bits.
+
+    Raises:
+        ItaeError: `.images` that can't be those of the data set.
     """
     images = fingerprint(dataset, in_order=True)
+    if images and len(dataset) != len(dataset.images):
+        raise ItaeError(f"a data set of {len(dataset):,} items has {len(dataset.images):,} .images: give it as many")
     return images and {
         "method": METHOD,
         "versions": {name: metadata.version(name) for name in DECIDING},

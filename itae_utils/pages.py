@@ -131,7 +131,7 @@ def score_table(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
     """Mean and standard deviation over seeds, variants down and metrics across, in the order of `rows`.
 
     Returns:
-        {"metrics": names, "unit": whether all values are in [0, 1],
+        {"metrics": names, "unit": whether all values are in [0, 1], "spread": whether there are several seeds,
         "rows": [{"variant", "backbone", "cells": [(mean, sd or None, number of seeds) or None]}]}; None without rows.
         `backbone` is None where there is one for all.
     """
@@ -147,7 +147,8 @@ def score_table(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
         for (variant, backbone), scores in values.items() if any(metric in scores for metric in metrics)
     ]
     unit = all(0 <= cell[0] <= 1 for row in table for cell in row["cells"] if cell)
-    return {"metrics": metrics, "unit": unit, "rows": table} if table else None
+    spread = any(cell[1] is not None for row in table for cell in row["cells"] if cell)
+    return {"metrics": metrics, "unit": unit, "spread": spread, "rows": table} if table else None
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float | None, int]:
@@ -169,7 +170,7 @@ def _facts(measured: Mapping[str, dict], named: bool) -> list[tuple[str, list[st
         "Backbone": lambda p: "{name} · {num_blocks} blocks · width {dim}".format(**p["backbone"]),
         "Weights SHA-256": lambda p: of(p["backbone"], p["backbone"]["weights_sha256"]),
         "Image size": lambda p: "{image_size} px, {preprocess}".format(**p["backbone"]),
-        "Position embedding": lambda p: "resized by {pos_embed}'s rule".format(**p["backbone"]),
+        "Position embedding": lambda p: "{pos_embed}'s rule, where it is resized".format(**p["backbone"]),
         "Data set": lambda p: "{name} · {size:,} images · {split}".format(**p["dataset"]),
         "Images SHA-256": lambda p: of(p["dataset"], p["dataset"].get("fingerprint")),
         "Device": lambda p: f"{p['device']} · {p['precision']}",

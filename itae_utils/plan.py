@@ -112,8 +112,9 @@ def check_steps(steps: Iterable[Step]) -> None:
     parameters = [step.parameters for step in steps]
     for told in parameters:
         check_values(told)
-    for dataset in dict.fromkeys(told["dataset"] for told in parameters if "dataset" in told):
-        check_dataset(dataset)
+    for about in dict.fromkeys((told["dataset"], told.get("on_error", "raise"))
+                               for told in parameters if "dataset" in told):
+        check_dataset(*about)
     for about in dict.fromkeys((told["backbone"], told.get("checkpoint"), told.get("image_size"))
                                for told in parameters if "backbone" in told):
         check_backbone(*about)

@@ -79,10 +79,12 @@ class Store:
         """As zarr takes it.
 
         Raises:
-            ItaeError: a URL of a kind that doesn't exist or isn't installed.
+            ItaeError: a URL of a kind that doesn't exist or isn't installed; a file.
         """
         from zarr.storage import FsspecStore, LocalStore
 
+        if self.is_folder and Path(self.place).is_file():
+            raise ItaeError(f"feature store {self.place!r} is a file: name a folder with --store or ITAE_STORE")
         return LocalStore(self.place) if self.is_folder else self._opened(FsspecStore.from_url)
 
     @cached_property
@@ -127,7 +129,7 @@ class Store:
                 return self.array(path, kind)
             except FileNotFoundError:
                 pass
-            except OSError:
+            except (OSError, ItaeError):
                 raise
             except Exception as error:
                 self.tell_damage(path, error)
@@ -149,7 +151,7 @@ class Store:
                 zarr.create_group(self.zarr, path=path, attributes=dict(about))
             except ContainsGroupError:
                 return
-            except OSError:
+            except (OSError, ItaeError):
                 raise
             except Exception as error:
                 self.tell_damage(path, error)
@@ -191,6 +193,8 @@ class Store:
                 return dict(arrays)
         except FileNotFoundError:
             pass
+        except ItaeError:
+            raise
         except Exception as error:  # zarr, its codecs and numpy raise whatever they stumble over
             self.tell_damage(path, error)
         arrays = {name: np.asarray(array) for name, array in compute().items()}

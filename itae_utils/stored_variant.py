@@ -146,7 +146,7 @@ class InStore:
                 arrays = self._arrays
             except FileNotFoundError:
                 return list(self.shards)
-            except OSError:
+            except (OSError, ItaeError):
                 raise
             except Exception as error:  # zarr and its codecs raise whatever they stumble over
                 self.store.tell_damage(self.path, error)

@@ -58,6 +58,11 @@ class ThresholdFit:
     reason: str
     norms: np.ndarray = field(repr=False, compare=False)
 
+    @property
+    def is_tested(self) -> bool:
+        """Whether there were enough patches to look for two modes."""
+        return self.norms.size >= MIN_PATCHES
+
     def quantile(self, share: float) -> float:
         """The threshold under which this share of the patches lies."""
         return float(np.quantile(self.norms, share))
@@ -116,12 +121,15 @@ def _judge(verdict: ThresholdFit, x: np.ndarray, counts: np.ndarray, size: int, 
     """Whether two fitted normals are two modes of the data: θ, or the first test they fail in words."""
     share, separation = float(shares[0]), float(np.sqrt(2) * (means[1] - means[0]) / np.hypot(*sigmas))
     verdict = replace(verdict, share=share, separation=separation)
+    if share < SHARE_RANGE[0]:  # first: where the fit found no low mode at all, its separation tells nothing
+        return replace(verdict, reason="no low mode: the lower of the two fitted ones holds less than "
+                                       f"{SHARE_RANGE[0]:.2%} of the patches")
     if separation < MIN_SEPARATION:
         return replace(verdict, reason=f"one mode: the two fitted ones overlap (separation {separation:.1f} < "
                                        f"{MIN_SEPARATION:.0f})")
-    if not SHARE_RANGE[0] <= share <= SHARE_RANGE[1]:
-        return replace(verdict, reason=f"the low mode holds {share:.2%} of the patches, outside "
-                                       f"{SHARE_RANGE[0]:.2%} to {SHARE_RANGE[1]:.0%}")
+    if share > SHARE_RANGE[1]:
+        return replace(verdict, reason=f"no minority: the low mode holds {share:.0%} of the patches (at most "
+                                       f"{SHARE_RANGE[1]:.0%})")
     if share * size < MIN_LOW_PATCHES:
         return replace(verdict, reason=f"the low mode holds about {share * size:.0f} patches: at least "
                                        f"{MIN_LOW_PATCHES} are needed")

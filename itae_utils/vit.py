@@ -76,6 +76,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     """
     name = type(model).__name__
     family = next((family for family in _families() if isinstance(model, family.model)), None)
+    if family is None and hasattr(model, "model"):
+        raise ItaeError(f"{name} is no model but has one: give its .model")
     if family is None:
         raise ItaeError(f"{name} is not handled: give a timm VisionTransformer (DINO, DINOv2, CLIP, DeiT-III, MAE …) "
                         "or Eva (DINOv3, EVA), or a transformers Dinov2Model")

@@ -136,6 +136,11 @@ def hook_count(model) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
+def test_what_is_no_setting_is_refused():
+    with pytest.raises(ItaeError, match="itae=None is no setting"), attenuate(tiny_vit(), None):
+        pass
+
+
 def test_model_is_as_before_on_exit():
     model, batch = tiny_vit(), images(2)
     before, weights = output(model, batch), {name: w.clone() for name, w in model.state_dict().items()}

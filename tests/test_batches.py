@@ -59,6 +59,13 @@ class TestBatches:
         with pytest.raises(ItaeError, match=r"shapes \[\(3, 4, 5\), \(3, 4, 6\)\]"):
             list(image_batches(load_dataset(f"imagefolder:{tmp_path}"), to_tensor))
 
+    @pytest.mark.parametrize(("item", "kinds"), [
+        ((torch.zeros(3, 8, 8), 1), r"\(Tensor, int\)"), ((np.zeros((8, 8, 3)), 1), r"\(ndarray, int\)"),
+        (picture(), r"\(Image\)"), ((picture(), 1, 2), r"\(Image, int, int\)"), (("a.png", 1), r"\(str, int\)")])
+    def test_items_of_another_kind_are_one_line(self, item, kinds):
+        with pytest.raises(ItaeError, match=rf"item 0 of the data set is {kinds}: it must be \(PIL image, label\)"):
+            list(image_batches([item], to_tensor))
+
     def test_bad_batch_size(self):
         with pytest.raises(ItaeError, match="batch_size=0"):
             list(image_batches(load_dataset("digits"), to_tensor, batch_size=0))

@@ -201,6 +201,19 @@ def test_reading_alone(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     with pytest.raises(ItaeError, match="not readable as plain tensors"):
         read_checkpoint(tmp_path / "empty.pth")
+    parallel = {f"module.{name}": tensor for name, tensor in weights.items()}
+    assert list(read_checkpoint(saved(tmp_path, parallel))) == ["a"]
+
+
+def test_code_and_text_are_no_checkpoints(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    (tmp_path / "text.pth").write_text("weights, to come")
+    (tmp_path / "text.safetensors").write_text("weights, to come")
+    for path in tmp_path.iterdir():
+        with pytest.raises(ItaeError, match=r"save a model's state_dict\(\) in it, and no code") as refused:
+            read_checkpoint(path)
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 250 + len(str(path))
 
 
 def test_long_reports_stay_readable():

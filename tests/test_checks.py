@@ -1,4 +1,5 @@
 import pytest
+from PIL import Image
 
 from itae_utils.checks import check_backbone, check_dataset, check_values
 from itae_utils.errors import ItaeError
@@ -22,6 +23,7 @@ def test_the_shipped_notebooks_defaults_pass():
 
 
 @pytest.mark.parametrize(("parameters", "message"), [
+    ({"examples": 25}, "examples=25 is not possible: it must be a whole number from 1 to 24"),
     ({"source": "nonsense"}, "source='nonsense' is not known: use one of query, key, value"),
     ({"attenuation": "max"}, "attenuation='max'"),
     ({"alpha": 2}, "alpha=2 must lie between 0 and 1"),
@@ -33,7 +35,7 @@ def test_the_shipped_notebooks_defaults_pass():
     ({"precision": None}, "it must be auto, fp32 or bf16"),
     ({"pos_embed": 3}, "it must be auto, meta or timm"),
     ({"on_error": "ignore"}, "it must be raise or skip"),
-    ({"limit": 0}, "limit=0 is not possible: it must be a whole number from 1 to 2,147,483,647"),
+    ({"limit": 0}, "limit=0 is not possible: it must be a whole number from 1 to 2,147,483,647, or null"),
     ({"limit": True}, "limit=True"), ({"limit": 2.5}, "limit=2.5"), ({"limit": "all"}, "limit='all'"),
     ({"seed": -1}, "seed=-1"), ({"seed": 2**31}, "seed=2147483648"), ({"seed": None}, "seed=None"),
     ({"batch_size": 0}, "batch_size=0"), ({"clusters": 1}, "clusters=1 "),
@@ -61,6 +63,10 @@ def test_data_sets(tmp_path):
     with pytest.raises(ItaeError, match="holds no image"):
         check_dataset(f"imagefolder:{tmp_path}")
     (tmp_path / "a.png").touch()
+    with pytest.raises(ItaeError, match=r"can't read the image .*a\.png"):
+        check_dataset(f"imagefolder:{tmp_path}")
+    check_dataset(f"imagefolder:{tmp_path}", "skip")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     check_dataset(f"imagefolder:{tmp_path}")
 
 

@@ -185,6 +185,15 @@ def test_failed_notebook_is_status_1(notebooks, tmp_path):
     assert (tmp_path / "out" / "index.html").is_file()
 
 
+def test_a_failure_of_several_notebooks_is_told_once(notebooks, tmp_path):
+    for name in ("04_fails", "05_fails", "06_fails"):
+        cause = "no" if name == "06_fails" else "of no use\\nat all"
+        write_notebook(tmp_path / "nb", name, "print()", f"raise ValueError('{cause}')", measure=False)
+    result = run("report", "--only", "02,04,05,06", "--output", "out")
+    assert result.stderr.splitlines() == [
+        "02_fails and 2 more: ValueError: of no use at all (cell [4])", "06_fails: ValueError: no (cell [4])"]
+
+
 DEAF = """
 import os, pathlib, signal, threading, time
 def survive(*_):

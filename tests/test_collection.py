@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -65,13 +66,17 @@ def test_what_is_left_out_is_said(tmp_path):
     write_cell(tmp_path / "old", "demo", "digits", date="2026-01-01T00:00:00+00:00")
     write_cell(tmp_path / "new", "demo", "digits", date="2026-02-01T00:00:00+00:00")
     write_cell(tmp_path / "half", "demo", "stl10", notebooks=("01",))
+    told = tmp_path / "old" / "03_clustering" / "results.json"
+    results = json.loads(told.read_text(encoding="utf-8"))
+    results["parameters"] |= {"seed": 7, "output_dir": "elsewhere"}
+    told.write_text(json.dumps(results), encoding="utf-8")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "results.json").write_text("{", encoding="utf-8")
     cells, left_out = collect(tmp_path)
     assert [cell.folder.name for cell in cells] == ["new"]
     assert len(left_out) == 3
-    for words in ("old is an earlier run of demo on digits than new", "half has no results of notebook 03",
-                  "can't be read as results"):
+    for words in ("old is an earlier run of demo on digits than new, with seed=7 instead of 0",
+                  "half has no results of notebook 03", "can't be read as results"):
         assert any(words in line for line in left_out), words
 
 

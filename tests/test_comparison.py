@@ -81,7 +81,7 @@ def test_trained_registers_and_nothing_found(tmp_path):
 def test_stand_ins_are_called_that(tmp_path):
     cell = cell_of(tmp_path, "demo", "cifar10", size=200)
     lines = lines_of([cell])
-    assert lines["CIFAR-10", "demo (stand-in), stand-in images", "ITAE − published"][0] == "-0.0449"
+    assert lines["CIFAR-10", "demo (stand-in), 200 stand-in images", "ITAE − published"][0] == "-0.0449"
     assert ("CIFAR-10", "dinov2_vitb14", "not run") in lines
     words = comparison.stand_in_lines([cell, cell])
     assert len(words) == 2
@@ -99,7 +99,7 @@ def test_other_data_sets_have_no_published_line(tmp_path):
 def test_images_without_labels(tmp_path):
     rows = [{**score_rows("demo", "imagefolder:/a/cats")[0], "metric": "agreement"}]
     cell = cell_of(tmp_path, "demo", "imagefolder:/a/cats", rows=rows)
-    assert lines_of([cell])["cats (stand-in)", "demo (stand-in)", "no labels"] == ["not measured"] * 3
+    assert lines_of([cell])["cats (stand-in)", "demo (stand-in), 30 images", "no labels"] == ["not measured"] * 3
     assert comparison.comparison_numbers([cell]).empty
     assert comparison.ablation_table(cell_of(tmp_path, "demo", "stl10", rows=[])) is None
 
@@ -195,7 +195,7 @@ def page(tmp_path_factory):
 def test_notebook_04_shows_every_kind_of_cell(page):
     _, text = page
     for words in (
-        "not run", "not in our sources", "CIFAR-10", "0.8449", "demo (stand-in), stand-in images", "cats (stand-in)",
+        "not run", "not in our sources", "CIFAR-10", "0.8449", "demo (stand-in), 30 stand-in images", "cats (stand-in)",
         "no difference can be told (interval holds 0)", "ITAE, no artifacts found", "baseline, with trained registers",
         "not measured", "ITAE − published", "k-means++, best of 10 starts", "Not drawn for demo on stl10",
         "tables/comparison.csv", "tables/settings.tex", "tables/ablation_real.csv", "2410.04801",
@@ -268,7 +268,7 @@ def test_the_paper_profile_on_a_stand_in_for_one_of_its_data_sets(tmp_path, monk
     assert not made.failed, made.failed[0].error
     page = (made.folder / made.runs[-1].page).read_text(encoding="utf-8")
     assert "<strong>tiny-imagenet</strong> is a stand-in: 60 images (validation (60)) instead of 10,000" in page
-    assert "demo (stand-in), stand-in images" in page
+    assert "demo (stand-in), 60 stand-in images" in page
     assert "ITAE − published" in page
     (row, *_) = made.runs[-1].results["rows"]
     assert (row["dataset"], row["metric"]) == ("tiny-imagenet", "acc_minus_published")

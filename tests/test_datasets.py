@@ -169,19 +169,20 @@ class TestImageFolder:
 
     def test_other_files_hidden_ones_and_empty_folders_do_not_count(self, tmp_path):
         save(tmp_path / "cat/1.png")
+        save(tmp_path / "dog/1.png")
         save(tmp_path / ".thumbnails/2.png")
         save(tmp_path / "cat/._1.png")
         (tmp_path / "notes.txt").write_text("not an image")
         (tmp_path / "empty").mkdir()
         dataset = load_dataset(f"imagefolder:{tmp_path}")
-        assert dataset.classes == ["cat"]
-        assert len(dataset) == 1
+        assert dataset.classes == ["cat", "dog"]
+        assert len(dataset) == 2
 
     def test_linked_folders_are_followed(self, tmp_path):
         save(tmp_path / "elsewhere/1.png")
-        (tmp_path / "data").mkdir()
+        save(tmp_path / "data/dog/1.png")
         (tmp_path / "data/cat").symlink_to(tmp_path / "elsewhere")
-        assert load_dataset(f"imagefolder:{tmp_path / 'data'}").classes == ["cat"]
+        assert load_dataset(f"imagefolder:{tmp_path / 'data'}").classes == ["cat", "dog"]
 
     def test_relative_paths_start_at_the_working_directory(self, tmp_path, monkeypatch):
         save(tmp_path / "data/1.png")
@@ -227,6 +228,13 @@ class TestImageFolder:
         assert {image.size for image, _ in dataset} == {(32, 32)}
 
 
+def test_a_single_class_is_no_label(tmp_path):
+    for number in range(2):
+        save(tmp_path / f"cats/{number}.png")
+    dataset = load_dataset(f"imagefolder:{tmp_path}")
+    assert (len(dataset), dataset.targets, dataset.classes) == (2, None, None)
+
+
 class TestDamagedFiles:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -260,6 +268,7 @@ class TestDamagedFiles:
         assert [path.relative_to(folder).as_posix() for path in dataset.images] == ["cat/1.png", "dog/1.png"]
         assert dataset.targets.tolist() == [0, 1]
         assert dataset.skipped == [folder / "cat/0.png", folder / "cat/2.jpg", folder / "cat/3.png"]
+        assert dataset.split == "all (2 of 5 files, the others unreadable)"
         assert len(list(dataset)) == 2
 
     def test_skip_without_labels(self, tmp_path):

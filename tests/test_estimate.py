@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from itae_utils import estimate, report
 from itae_utils.backbones import BACKBONES
@@ -55,10 +56,14 @@ def test_a_local_checkpoint_is_no_download(tmp_path):
     assert "nothing to download" in lines_of(backbone="dinov2_vits14", parameters=parameters)
 
 
-def test_a_folder_of_unknown_size_is_named(tmp_path):
-    (tmp_path / "a.png").touch()
-    text = lines_of(dataset=f"imagefolder:{tmp_path}")
-    assert "not counted, number of images unknown: 01_artifact_discovery, 02_itae_ablation, 03_clustering" in text
+def test_the_images_of_a_folder_are_counted(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    dataset = f"imagefolder:{tmp_path}"
+    assert [image_count({"dataset": dataset, "limit": limit}) for limit in (None, 2)] == [3, 2]
+    assert work("03", {"dataset": dataset, "clusters": 4}, Size(100, 8, 10), 3).kmeans == (
+        2 * 3 * 8 * 4 * estimate.ITERATIONS * 6)
+    assert "images unknown" not in lines_of(dataset=dataset)
 
 
 @pytest.mark.parametrize(("dataset", "limit", "images"), [

@@ -107,6 +107,13 @@ def test_bad_variants():
         extract_features(backbone, dataset, {"deep": ITAE(threshold=1.0, blocks=4)})
 
 
+@pytest.mark.parametrize("variants", [["baseline"], "baseline", ITAE(threshold=1.0)])
+def test_variants_without_names_are_refused(variants):
+    backbone, dataset, _ = setup()
+    with pytest.raises(ItaeError, match=r"are no settings by name: write them as in \{'baseline': None\}"):
+        extract_features(backbone, dataset, variants)
+
+
 def test_settings_are_recorded():
     backbone, dataset, _ = setup()
     features = extract_features(backbone, dataset, {"baseline": None}, batch_size=4)

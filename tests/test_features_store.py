@@ -222,6 +222,35 @@ def test_an_automatic_batch_size_stays_what_it_was(backbone, dataset, tmp_path):
     assert earlier_batch_size(store, None) is None
 
 
+def test_a_torch_data_set_of_one_s_own_can_be_kept(backbone, tmp_path):
+    class Own(torch.utils.data.Dataset):
+        images = array_dataset(5).images
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return Image.fromarray(self.images[index]), 0
+
+    dataset = Own()
+    first, again = (extract_features(backbone, dataset, grid(2), batch_size=BATCH, store=tmp_path) for _ in range(2))
+    assert first.computed == {"baseline": 5, "v1": 5}
+    assert again.computed == {"baseline": 0, "v1": 0}
+    assert first.targets is None
+
+
+def test_a_url_that_needs_another_package_is_no_damage(backbone, dataset, caplog):
+    with pytest.raises(ItaeError, match="can't be opened"):
+        extract_features(backbone, dataset, grid(2), batch_size=BATCH, store="nonsense://x")
+    assert not caplog.records
+
+
+def test_a_file_is_no_store(backbone, dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ItaeError, match=r"file' is a file: name a folder"):
+        extract_features(backbone, dataset, grid(2), batch_size=BATCH, store=tmp_path / "file")
+
+
 def test_a_gpu_is_asked_what_fits_only_where_nothing_was_begun(backbone, dataset, tmp_path, monkeypatch):
     on_gpu, asked = dataclasses.replace(backbone, device=torch.device("cuda")), []
     monkeypatch.setattr(features_module, "resolve_batch_size", lambda size, _: asked.append(size) or 6)

@@ -108,13 +108,24 @@ def test_norm_distributions_draws_theta_only_where_there_is_one(fits):
     assert "norm of the key tells" in title(figure)
     query, key = figure.axes
     assert query.get_title(loc="left") == "query: no θ"
-    assert f"θ = {theta:.3g}, 5.7 % at or below" in key.get_title(loc="left")
+    assert f"θ = {theta:.4g}, 5.7 % at or below" in key.get_title(loc="left")
     assert [line.get_xdata()[0] for line in key.lines] == [theta]
     assert not query.lines
 
 
 def test_norm_distributions_without_any_theta_says_so(fits):
     assert "No norm has a low mode" in title(figures.norm_distributions(fits, {"query": None, "key": None}))
+    few = dict.fromkeys(fits, fit_threshold(np.arange(1.0, 1000.0)))
+    assert "Too few patches to tell" in title(figures.norm_distributions(few, dict.fromkeys(fits)))
+
+
+@pytest.mark.parametrize(("theta", "share"), [(1000.0, "100 %"), (1e-4, "0 %")])
+def test_norm_distributions_with_a_given_theta_claims_nothing_and_keeps_to_the_norms(fits, theta, share):
+    fitted = figures.norm_distributions(fits, {"query": None, "key": None})
+    figure = figures.norm_distributions(fits, {"query": None, "key": theta})
+    told = f"No norm has a low mode of its own; {share} of the patches lie up to the θ given for the key"
+    assert title(figure) == told
+    assert figure.axes[1].get_xlim() == pytest.approx(fitted.axes[1].get_xlim())
 
 
 def test_attention_examples_share_colours_and_outline_artifacts(seen):
@@ -128,7 +139,7 @@ def test_attention_examples_share_colours_and_outline_artifacts(seen):
 
 def test_attention_examples_without_artifacts_has_no_after(nothing):
     figure = examples(nothing)
-    assert "none of their patches is an artifact" in title(figure)
+    assert "no patch is taken for an artifact" in title(figure)
     assert sum(bool(axes.get_images()) for axes in figure.axes) == 2 * 12
 
 
@@ -151,10 +162,12 @@ def test_artifact_positions_counts_places_and_artifacts():
     assert frequency[1, 2] == 0.5
 
 
-def test_attention_shares_tells_shares_of_all_images_and_draws_those_with_artifacts(seen):
+def test_attention_shares_are_of_the_images_with_artifacts(seen):
+    told = "are 5 % of the patches and draw 80 % of the [CLS] attention; after ITAE 0 %"
+    assert title(figures.attention_shares(seen)) == f"Artifacts {told}"
     seen.artifacts[6:] = False
     figure = figures.attention_shares(seen)
-    assert title(figure) == "Artifacts hold 2.5 % of the patches and draw 40 % of the [CLS] attention; after ITAE 0 %"
+    assert title(figure).replace("\n", " ") == f"In the 6 of 12 images with artifacts these {told}"
     assert figure.axes[0].get_ylabel() == "images, of 6 with artifacts"
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == 6
 

@@ -109,6 +109,9 @@ def test_embeddings_count_neighbours_of_the_same_class():
     mixed = np.random.default_rng(0).normal(size=(60, 2))
     figure = figures_scores.embeddings({"before": mixed, "after": apart}, targets, ["a", "b"])
     assert "after 100 %" in title(figure)
+    assert title(figure).replace("\n", " ").endswith("(by chance 50 %)")
+    few = figures_scores.embeddings({"it": apart[:4]}, np.array([0, 0, 1, 1]), ["a", "b"])
+    assert "How many of the 3 nearest neighbours" in title(few)
     assert "before 100 %" not in title(figure)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert_nothing_is_clipped(figure)
@@ -139,6 +142,9 @@ def test_confusions_of_long_names_and_more_clusters_than_classes():
     classes = ["a class of a long name", "another one"]
     figure = figures_scores.confusions({"baseline": confusion(targets, labels)}, classes)
     assert "45 % of a class of a long name in an unmatched cluster" in title(figure)
+    left, right = (axes.get_position() for axes in figure.axes[:2])
+    assert left.x0 < 0.3
+    assert right.width == pytest.approx(left.width, rel=0.01)  # an empty place: one matrix is drawn no larger than two
     assert_nothing_is_clipped(figure)
 
 
@@ -147,8 +153,10 @@ def test_class_gains_are_sorted_and_counted():
     after = before.copy()
     after[3] = [0.8, 0.9]
     after[4] = 0.2
+    after[5] = [0.9, 0.3]  # more by 0.1, with an sd of 0.42: k-means' own doing
     figure = figures_scores.class_gains(before, after, DIGITS)
-    assert title(figure) == "Of 10 classes 1 gain more than 0.01 and 1 lose as much: from 3, +0.35, to 4, -0.30"
+    assert title(figure) == (
+        "Of 10 classes 1 gain and 1 lose more than one sd over seeds: from 3, +0.35, to 4, -0.30")
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert (names[0], names[-1]) == ("3", "4")
     assert_nothing_is_clipped(figure)

@@ -8,7 +8,7 @@ from itae_utils import findings
 from itae_utils.backbones import load_backbone
 from itae_utils.datasets import load_dataset
 from itae_utils.observation import Observation
-from itae_utils.thresholds import fit_threshold
+from itae_utils.thresholds import ThresholdFit, fit_threshold
 
 
 @pytest.fixture
@@ -57,6 +57,11 @@ def test_run_without_labels_and_with_skipped_files_says_so():
     assert "2 unreadable files were left out, bad.png the first" in words
 
 
+def test_classes_that_are_there_are_counted():
+    words = findings.describe_run(load_backbone("demo"), load_dataset("digits", limit=3))
+    assert "3 images, 3 of 10 classes;" in words
+
+
 def test_threshold_is_told_with_its_origin(fits):
     fit = fits["key"]
     words = findings.describe_threshold("key", fit, fit.threshold, given=False)
@@ -65,6 +70,10 @@ def test_threshold_is_told_with_its_origin(fits):
     words = findings.describe_threshold("query", fits["query"], None, given=False)
     assert "No artifacts were found" in words
     assert fits["query"].reason in words
+    few = fit_threshold(np.arange(1.0, 1000.0))
+    words = findings.describe_threshold("key", few, None, given=False)
+    assert "could not be looked for" in words
+    assert "999 patches are too few" in words
 
 
 def test_threshold_table_has_words_for_what_was_not_found(fits):
@@ -88,21 +97,29 @@ def test_concentration_is_the_share_of_the_busiest_tenth(seen):
     assert "the 1 most attended of an image's 10 patches take 60 %" in words
 
 
+def fitted(threshold=None, reason="one mode", patches=5000):
+    return ThresholdFit(threshold, 0.1, 2.0, reason, np.ones(patches))
+
+
 def test_discovery_headline(seen):
     detection = findings.detection_table(seen, {"query": None, "key": 2.0, "value": None})
-    facts = findings.discovery_headline(seen, "key", 2.0, "reason", detection)
+    facts = findings.discovery_headline(seen, "key", 2.0, fitted(2.0), detection)
     assert facts[0]["value"] == "60 % → 10 %"
-    assert "planted artifacts are 10 % of patches" in facts[0]["note"]
+    assert facts[0]["note"].endswith("10 % of the patches, told by ‖key‖")
     assert facts[1]["value"] == "0.667 / 1.000"
-    natural = findings.discovery_headline(replace(seen, truth=None), "key", 2.0, "reason", None)
-    assert len(natural) == 1
-    assert "planted" not in natural[0]["note"]
+    (natural,) = findings.discovery_headline(replace(seen, truth=None), "key", 2.0, fitted(3.0), None)
+    assert natural["note"].endswith("told by the given ‖key‖ ≤ 2")
 
 
 def test_discovery_headline_where_nothing_was_found(seen):
     nothing = replace(seen, artifacts=np.zeros_like(seen.artifacts))
-    facts = findings.discovery_headline(nothing, "key", None, "one mode", None)
-    assert [(fact["value"], fact["note"]) for fact in facts] == [("none found", "key norms, last block: one mode")]
+    for fit, threshold, told in [
+        (fitted(), None, ("none found", "one mode")),
+        (fitted(reason="too few", patches=10), None, ("not looked for", "too few")),
+        (fitted(2.0, "two modes"), 1e-4, ("none found", "no patch lies at or below the given θ = 0.0001")),
+    ]:
+        (fact,) = findings.discovery_headline(nothing, "key", threshold, fit, None)
+        assert (fact["value"], fact["note"].partition(": ")[2]) == told
 
 
 def ablation(*autos):

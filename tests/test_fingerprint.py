@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from itae_utils import fingerprint as module
+from itae_utils.errors import ItaeError
 from itae_utils.fingerprint import fingerprint
 
 
@@ -105,6 +106,23 @@ def test_arrays():
     others = [of(images, None), of(images[::-1], [0, 1, 0]), of(images.reshape(3, 2, 8), [0, 1, 0]),
               of(images.view(np.int8), [0, 1, 0]), of(images[:2], [0, 1])]
     assert len({whole, *map(fingerprint, others)}) == 6
+
+
+def test_a_data_set_of_one_s_own_needs_nothing_but_images(tmp_path):
+    images = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
+    assert fingerprint(SimpleNamespace(images=images)) == fingerprint(of(images, None))
+    paths = [tmp_path / name for name in ("a.png", "b.png")]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    by_text = SimpleNamespace(images=list(map(str, paths)), targets=[0, 1])
+    assert fingerprint(by_text) == fingerprint(SimpleNamespace(images=paths, targets=[0, 1]))
+
+
+def test_images_that_cannot_be_told_or_counted():
+    with pytest.raises(ItaeError, match=r"\.images must be paths or arrays, not list"):
+        fingerprint(of([[1, 2]], None))
+    with pytest.raises(ItaeError, match=r"has 2 \.images and 3 \.targets"):
+        fingerprint(of(np.zeros((2, 4, 4)), [0, 1, 0]))
 
 
 def test_a_data_set_of_another_kind_has_none():

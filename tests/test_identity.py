@@ -1,10 +1,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from itae_utils.attention import ITAE
+from itae_utils.errors import ItaeError
 from itae_utils.features import extract_features
-from tests.conftest import array_dataset, as_backbone, tiny_vit
+from itae_utils.identity import entry_key
+from tests.conftest import MadeDataset, array_dataset, as_backbone, tiny_vit
 
 
 def test_whatever_decides_features_is_in_their_key(tmp_path):
@@ -40,6 +43,17 @@ def test_whatever_decides_features_is_in_their_key(tmp_path):
     for what, given in others.items():
         assert computed(**given) == 11, what
         assert computed(**given) == 0, what
+
+
+def test_images_of_another_number_than_items_are_refused():
+    class Half(MadeDataset):
+        def __len__(self):
+            return 5
+
+    dataset = Half(10)
+    dataset.images = array_dataset(10).images
+    with pytest.raises(ItaeError, match=r"a data set of 5 items has 10 \.images"):
+        entry_key(as_backbone(tiny_vit()), dataset, 2)
 
 
 def test_heads_are_in_the_key_though_no_weight_tells_them(tmp_path):

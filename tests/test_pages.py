@@ -171,6 +171,22 @@ def test_index_with_failures(tmp_path):
     assert "Clustering scores" not in page, "scores come from 03 alone"
 
 
+def test_index_tells_a_failure_of_several_notebooks_once(tmp_path):
+    page = index_of(tmp_path, *(run_of(notebook, "ValueError: no", None) for notebook in NOTEBOOKS))
+    assert page.count("<pre>ValueError: no</pre>") == 1
+    aside = page.partition("<pre>")[0].rpartition("<aside")[2]
+    assert all(f">{notebook.name}</a>" in aside for notebook in NOTEBOOKS)
+
+
+@pytest.mark.parametrize(("seeds", "metric", "told"), [
+    (2, "acc", "Mean ± standard deviation"), (1, "acc", "The line under a number"), (1, "agreement", "no labels")])
+def test_index_explains_the_scores_that_it_shows(tmp_path, seeds, metric, told):
+    rows = [{**ROWS[0], "metric": metric, "seed": seed, "value": 0.5 + seed / 10} for seed in range(seeds)]
+    page = index_of(tmp_path, run_of(NOTEBOOKS[-1], results={**RESULTS, "rows": rows}))
+    assert told in page
+    assert ("standard deviation" in page) == (seeds > 1)
+
+
 def test_index_where_nothing_ran_through(tmp_path):
     page = index_of(tmp_path, run_of(NOTEBOOKS[0], "ValueError: no", None))
     assert "1 of 1 notebooks failed." in page

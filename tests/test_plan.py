@@ -1,4 +1,5 @@
 import pytest
+from PIL import Image
 
 from itae_utils.errors import ItaeError
 from itae_utils.plan import make_plan, safe_name
@@ -63,7 +64,7 @@ def test_a_profile_can_name_what_is_collected(folder, tmp_path):
 def test_runs_that_would_share_a_folder_are_refused(folder, tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent / "cats").mkdir(parents=True)
-        (tmp_path / parent / "cats" / "1.png").touch()
+        Image.new("RGB", (4, 4)).save(tmp_path / parent / "cats" / "1.png")
     sets = [f"imagefolder:{tmp_path / parent / 'cats'}" for parent in "ab"]
     with pytest.raises(ItaeError, match="2 runs would write to the same folder demo-imagefolder-cats"):
         make_plan(folder, "grid", None, {"dataset": sets})

@@ -88,12 +88,13 @@ def test_neighbour_agreement_of_fewer_points_than_neighbours():
     assert scoring.neighbour_agreement(np.eye(3), np.zeros(3)) == 1
 
 
-def bench(acc=ACC, *, missed=0, wrong=0):
+def bench(acc=ACC, *, missed=0, wrong=0, found_any=True):
     truth = np.zeros(1000, dtype=bool)
     truth[:200] = True
     found = truth.copy()
     found[:missed] = False
     found[500:500 + wrong] = True
+    found &= found_any
     return scoring.bench_targets(acc, found, truth)
 
 
@@ -117,8 +118,20 @@ def test_bench_targets_not_met(changes, options, missed):
     assert np.flatnonzero(table.verdict == "not met").tolist() == missed
 
 
+def test_cosine_distance_is_never_negative():
+    rows = np.random.default_rng(0).normal(size=(500, 64)).astype(np.float32)
+    assert 0 <= scoring.cosine_distance(rows, rows) < 1e-6
+
+
+def test_what_cannot_be_measured_is_no_number():
+    table = bench(ACC | {"baseline": 0.95}, found_any=False)
+    assert table.measured.tolist()[2:] == ["–", "0.0000", "–", "–"]
+
+
 def test_describe_counts():
     assert scoring.describe_counts(np.array([4, 5, 4, 4]), 50) == "4.2 of 50 patches an image (8.5 %)"
+    assert scoring.describe_counts(np.arange(50) == 0, 50) == "0.02 of 50 patches an image (< 0.1 %)"
+    assert scoring.describe_counts(np.zeros(4), 50) == "0.0 of 50 patches an image (0 %)"
 
 
 def scores(metric, before, after):
@@ -143,5 +156,7 @@ def test_clustering_headline_counts_the_targets_met():
     facts = scoring.clustering_headline(scores("acc", 0.5, 0.75), "finding", bench(missed=3))
     assert [fact["value"] for fact in facts] == ["0.500 → 0.750", "5 of 6 targets met"]
     assert "90 %" in facts[1]["note"]
+    nothing_lost = scoring.clustering_headline(scores("acc", 0.9, 0.9), "x", bench(ACC | {"baseline": 0.95}))
+    assert nothing_lost[1]["note"] == "the planted artifacts cost no ACC on these images"
     unlabelled = scoring.clustering_headline(scores("agreement", 0.5, 0.75), "finding", None)
     assert [fact["label"] for fact in unlabelled] == ["Agreement of clusterings"]

@@ -155,7 +155,7 @@ def test_it_can_be_sent_to_another_process(stored):
 @pytest.mark.parametrize("call", [lambda variant: variant.prepare(), lambda variant: save(variant)])
 def test_a_store_that_can_t_be_made_is_told_before_any_work(tmp_path, call):
     (tmp_path / "file").write_text("")
-    variant = InStore(open_store(tmp_path / "file"), ENTRY, {})
+    variant = InStore(open_store(tmp_path / "file" / "store"), ENTRY, {})
     with pytest.raises(ItaeError, match="can't be written"):
         call(variant)
 

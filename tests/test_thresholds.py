@@ -87,9 +87,16 @@ def test_nothing_is_found_where_there_is_no_low_mode(name, size):
 def test_share_outside_the_range_is_no_artifact():
     rng = np.random.default_rng(4)
     half, _ = mixture(rng, 20_000, 0.5, gap=15)
-    assert "outside" in fit_threshold(half).reason
+    assert fit_threshold(half).reason == "no minority: the low mode holds 50% of the patches (at most 25%)"
     few = np.concatenate([rng.lognormal(2, 0.1, 100_000), rng.lognormal(-1, 0.05, 20)])
     assert fit_threshold(few).threshold is None
+
+
+def test_a_high_mode_apart_is_not_called_an_overlap():
+    norms = np.where(np.random.default_rng(8).random(25_000) < 0.05, 13, 5) + np.random.default_rng(9).random(25_000)
+    fit = fit_threshold(norms)
+    assert fit.threshold is None
+    assert fit.reason.startswith(("no low mode", "no minority"))
 
 
 def test_too_few_patches_and_equal_norms_are_said_so():

@@ -6,7 +6,7 @@ from torch import nn
 from itae_utils.errors import ItaeError
 from itae_utils.vit import block_index, block_inputs, check_images, check_supported, tokens_entering
 from tests import reference
-from tests.conftest import STRUCTURES, images, tiny_vit
+from tests.conftest import STRUCTURES, as_backbone, images, tiny_vit
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -37,6 +37,11 @@ def test_models_the_method_is_not_defined_for_are_named(name, message):
 def test_models_users_will_try_are_handled(name):
     with torch.device("meta"):
         check_supported(timm.create_model(name, num_classes=0))
+
+
+def test_a_backbone_is_no_model_but_has_one():
+    with pytest.raises(ItaeError, match=r"Backbone is no model but has one: give its \.model"):
+        check_supported(as_backbone(tiny_vit()))
 
 
 def test_other_attention_and_projection_classes_are_named():
