@@ -14,6 +14,7 @@ from PIL import Image
 
 from itae_utils import report
 from itae_utils.cli import main
+from tests.test_datasets import truncated_jpeg
 
 COUNT = 200
 LETTERS = "abcxyz0189 -_.,:;/\\'\"{}[]<>()*?!%&$#@~^|äßθ字\t\n\x1b\u2028"
@@ -246,7 +247,7 @@ def test_five_sets_in_a_process_of_their_own(place):
 ])
 def test_what_only_a_notebook_can_see_is_one_line_too(place, arguments, message):
     (place / "photos").mkdir()
-    (place / "photos" / "broken.png").write_bytes(b"no image")
+    truncated_jpeg(place / "photos" / "broken.jpg")  # its header is whole
     result = CliRunner().invoke(main, ["report", "--only", "01", "--output", "out", *arguments])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"01_artifact_discovery: {message}")
