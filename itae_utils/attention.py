@@ -1,7 +1,7 @@
 """The method on one transformer block: which patches, what becomes of their logits, what `[CLS]` then reads.
 
 Everything here works on stock models. `attend` holds the equations; `attenuate` brings them into a model's forward
-pass, and the one-pass extraction (`itae_utils.features`) calls the same function.
+pass. The one-pass extraction (`itae_utils.one_pass`) edits logits by the same `attenuated_logits`.
 """
 
 from __future__ import annotations

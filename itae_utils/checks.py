@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from itae_utils.attention import ATTENUATIONS, ITAE
 from itae_utils.backbones import BACKBONES, PRECISIONS, PREPROCESSING, stock_model
-from itae_utils.datasets import DATASETS, check_header
+from itae_utils.datasets import DATASETS, check_header, image_folder, read_folder
 from itae_utils.errors import ItaeError, unknown_name
 from itae_utils.estimate import image_count
 from itae_utils.layers import SOURCES
@@ -27,7 +26,7 @@ LOWEST = {"limit": 1, "sample": 1, "examples": 1, "clusters": 2, "seeds": 1, "n_
 HIGHEST = {"examples": 24}  # more pictures in a row can't be seen
 OPTIONAL = {"limit": (None,), "clusters": (None,), "batch_size": ("auto",)}  # what else they may be
 NULL = "null"  # how the command line writes None
-HEADERS = 1000  # of files that are looked at: less than a second
+HEADERS = 1000  # of files that are looked at; notebooks look at all
 LARGEST = 2**31 - 1  # more is no seed, and no number of anything
 METHOD = ("source", "threshold", "attenuation", "alpha")  # parameters that are ITAE's own
 
@@ -56,7 +55,6 @@ def check_values(parameters: Mapping[str, object]) -> None:
         _require(isinstance(value, str), "backbones", parameters, "a list of names")
     _require(parameters.get("threshold", "auto") is not None, "threshold", parameters, "a number or auto")
     ITAE(**{name: parameters[name] for name in METHOD if name in parameters})
-    _check_clusters(parameters)
 
 
 def check_text(name: str, value: object) -> None:
@@ -72,11 +70,10 @@ def check_dataset(name: str, on_error: str = "raise") -> None:
 
     Damage is seen where a header tells, among the first thousand files, and doesn't matter with on_error="skip".
     """
-    kind, _, folder = name.partition(":")
-    if kind == "imagefolder" and folder:
+    if folder := image_folder(name):
         if not os.path.isdir(folder):  # unlike pathlib's, it takes any text
             raise ItaeError(f"data set {name!r}: there is no such folder")
-        paths, _, _ = DATASETS["imagefolder:PATH"].read(Path(folder))
+        paths, _, _ = read_folder(folder)
         for path in paths[:HEADERS] if on_error == "raise" else ():
             check_header(path)
     elif name not in DATASETS:
@@ -97,10 +94,10 @@ def check_backbone(name: str, checkpoint: str | None, image_size: int | None) ->
         patches_along(image_size, patch)
 
 
-def _check_clusters(parameters: Mapping[str, object]) -> None:
+def check_clusters(parameters: Mapping[str, object]) -> None:
+    """Refuse more clusters than there are images in a data set that can be read."""
     clusters = parameters.get("clusters")
-    images = image_count(parameters) if clusters and "dataset" in parameters else None
-    if images and clusters > images:
+    if clusters and clusters > (images := image_count(parameters)):
         raise ItaeError(f"clusters={clusters} is more than there are images, {images:,}: use fewer, or more images")
 
 

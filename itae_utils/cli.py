@@ -123,10 +123,9 @@ def report(
             return
         with _cluster(dask):
             written = run_report(**asked, output=output, force=force, say=click.echo)
-    for error in dict.fromkeys(run.error for run in written.failed):
-        first, *others = [run.folder for run in written.failed if run.error == error]
+    for error, (first, *others) in written.failures.items():
         more = f" and {len(others)} more" if others else ""
-        click.echo(f"{first}{more}: {error}", err=True)
+        click.echo(f"{first.folder}{more}: {error}", err=True)
     click.echo(written.index)
     sys.exit(1 if written.failed else 0)
 

@@ -139,10 +139,10 @@ def collect(folder: str | Path) -> tuple[list[Cell], list[str]]:
 
 
 def _differing(older: Mapping[str, object], newer: Mapping[str, object]) -> str:
-    """In words, the parameters that two runs were told differently."""
-    names = [name for name in newer if name != "output_dir" and older.get(name) != newer[name]]
-    return f", with {', '.join(f'{name}={older.get(name)!r}' for name in names)} instead of " \
-           f"{', '.join(repr(newer[name]) for name in names)}" if names else ""
+    """In words, the parameters that two runs were told differently; nothing where there are none."""
+    told = [f"{name}={older.get(name)!r} instead of {value!r}" for name, value in newer.items()
+            if name != "output_dir" and older.get(name) != value]
+    return f", with {', '.join(told)}" if told else ""
 
 
 def sources(cells: Sequence[Cell], folder: str | Path) -> dict[str, dict]:

@@ -80,14 +80,13 @@ def load_dataset(
         raise ItaeError(f"on_error={on_error!r} is not known: use 'raise' or 'skip'")
     if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
         raise ItaeError(f"limit={limit!r} is not a number of images: use 1 or more, or None for all")
-    kind, _, folder = name.partition(":")
-    is_folder = kind == "imagefolder"
-    if is_folder and not folder:
+    if name == "imagefolder:":
         raise ItaeError(f"{name!r} names no folder: write imagefolder:PATH")
-    if not is_folder and name not in DATASETS:
+    folder = image_folder(name)
+    if folder is None and name not in DATASETS:
         raise unknown_name("data set", name, DATASETS, see="itae datasets")
-    info = DATASETS["imagefolder:PATH" if is_folder else name]
-    images, targets, classes = info.read(Path(folder).expanduser() if is_folder else _data_root(root))
+    info = DATASETS[name if folder is None else "imagefolder:PATH"]
+    images, targets, classes = info.read(folder or _data_root(root))
     skipped = []
     if isinstance(images[0], Path):
         images, targets, skipped = _readable(images, targets, on_error)
@@ -98,7 +97,7 @@ def load_dataset(
         images = images[chosen] if isinstance(images, np.ndarray) else [images[index] for index in chosen]
         targets = None if targets is None else targets[chosen]
         split = f"{limit:,} of {split}, drawn with seed {seed}"
-    source = f"the folder {folder}" if is_folder else info.origin
+    source = info.origin if folder is None else f"the folder {name.partition(':')[2]}"
     return ImageDataset(name, split, source, images, targets, classes, skipped)
 
 
@@ -173,7 +172,18 @@ def _readable(
     return kept, None if targets is None else targets[good], skipped
 
 
-def _read_folder(folder: Path) -> Contents:
+def image_folder(name: str) -> Path | None:
+    """The folder that a data set's name names, PATH of `imagefolder:PATH`; None for other names."""
+    kind, _, folder = name.partition(":")
+    return Path(folder).expanduser() if kind == "imagefolder" and folder else None
+
+
+def read_folder(folder: Path) -> Contents:
+    """The images below a folder as paths, with their classes where it has several class folders.
+
+    Raises:
+        ItaeError: it is missing, holds no image, or images on two levels.
+    """
     if not folder.is_dir():
         raise ItaeError(f"the image folder {folder} {'is a file' if folder.exists() else 'does not exist'}: "
                         "give a folder of class folders, or of images")
@@ -271,7 +281,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "tiny-imagenet": DatasetInfo(
         10_000, 200, "validation", 248, "Tiny-ImageNet (Stanford CS231n), 64 × 64", _read_tiny_imagenet),
     "imagefolder:PATH": DatasetInfo(
-        None, None, "all", 0, "a folder of yours: class folders, or images without labels", _read_folder),
+        None, None, "all", 0, "a folder of yours: class folders, or images without labels", read_folder),
 }
 
 

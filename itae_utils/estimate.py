@@ -6,13 +6,11 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itae_utils import datasets
 from itae_utils.backbones import BACKBONES, stock_model
 from itae_utils.datasets import DATASETS
-from itae_utils.errors import ItaeError
 from itae_utils.hub import cached_weights
 from itae_utils.thresholds import SAMPLE
 
@@ -105,13 +103,13 @@ def _disk(steps: tuple[Step, ...], downloads: list[tuple[str, int, bool]]) -> st
 
 
 def _time(steps: tuple[Step, ...]) -> list[str]:
-    """The time of all steps, with what it was reckoned from; steps whose size isn't known are named."""
+    """The time of all steps, with what it was reckoned from."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rates = {name: matmul_rate(name) for name in {device, "cpu"}}
     sizes: dict[tuple, Size] = {}
-    seconds, unknown = 0.0, []
+    seconds = 0.0
     count = cache(lambda dataset, limit: image_count({"dataset": dataset, "limit": limit}))  # a folder is read once
     for step in steps:
         seconds += START
@@ -119,15 +117,12 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
         if step.notebook.collects or not {"backbone", "dataset"} <= set(parameters):
             continue
         images = count(parameters["dataset"], parameters.get("limit"))
-        if images is None:
-            unknown.append(step.folder)
-            continue
         key = (parameters["backbone"], parameters.get("image_size"))
         sizes[key] = sizes.get(key) or backbone_size(*key)
         needed = work(step.notebook.key, parameters, sizes[key], images)
         seconds += needed.model / (MODEL_EFFICIENCY * rates[device])
         seconds += needed.kmeans / (KMEANS_EFFICIENCY * rates["cpu"])
-    lines = [
+    return [
         f"time: about {_duration(seconds)} on this machine's {device}, rough: {_duration(seconds / SPREAD)} to "
         f"{_duration(seconds * SPREAD)}, downloads not counted",
         f"  reckoned from 2 × parameters × tokens operations an image, 2 × images × width × clusters × {ITERATIONS} a "
@@ -135,19 +130,13 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
         "matrix product measured just now "
         f"({', '.join(f'{name} {rate / 1e9:,.0f} GFLOP/s' for name, rate in rates.items())}), {START} s a run to start",
     ]
-    return lines + [f"  not counted, number of images unknown: {', '.join(unknown)}"] * bool(unknown)
 
 
-def image_count(parameters: Mapping[str, object]) -> int | None:
-    """Number of images a notebook works on; None where the data set can't be read."""
-    name = str(parameters["dataset"])
-    kind, _, folder = name.partition(":")
-    try:
-        images = DATASETS[name].images if name in DATASETS else len(
-            DATASETS[f"{kind}:PATH"].read(Path(folder).expanduser())[0])
-    except (KeyError, ItaeError):
-        return None
-    return min(number for number in (images, parameters.get("limit")) if number)
+def image_count(parameters: Mapping[str, object]) -> int:
+    """Number of images a notebook works on."""
+    folder = datasets.image_folder(parameters["dataset"])
+    images = len(datasets.read_folder(folder)[0]) if folder else DATASETS[parameters["dataset"]].images
+    return min(images, parameters.get("limit") or images)
 
 
 def backbone_size(name: str, image_size: int | None) -> Size:

@@ -149,17 +149,18 @@ def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str
 
 
 def _norms_title(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> str:
-    found = [source for source in fits if thresholds[source] is not None
-             and thresholds[source] == fits[source].threshold]
+    """What the fits found, and what lies below a θ that none of them found."""
+    used = {source: theta for source, theta in thresholds.items() if theta is not None}
+    found = [source for source, theta in used.items() if not fits[source].is_given(theta)]
     given = [f"{percent((fits[source].norms <= theta).mean())} of the patches lie up to the θ given for the {source}"
-             for source, theta in thresholds.items() if theta is not None and source not in found]
+             for source, theta in used.items() if source not in found]
     if found:
-        told = [f"The norm of the {' and the '.join(found)} tells artifacts from other patches"]
-    elif all(fit.is_tested for fit in fits.values()):
-        told = ["No norm has a low mode of its own"] + ["nothing tells some patches from the others"] * (not given)
+        told = f"The norm of the {' and the '.join(found)} tells artifacts from other patches"
+    elif not all(fit.is_tested for fit in fits.values()):
+        told = "Too few patches to tell whether a norm has a low mode of its own"
     else:
-        told = ["Too few patches to tell whether a norm has a low mode of its own"]
-    return ": ".join(told) + "".join(f"; {words}" for words in given)
+        told = "No norm has a low mode of its own"
+    return "; ".join([told, *given])
 
 
 @styled

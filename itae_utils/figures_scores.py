@@ -146,8 +146,9 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
 def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: Sequence[str]) -> Figure:
     """Two-dimensional embeddings (n, 2) by variant, side by side, coloured by class."""
     shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
-    chance = np.square(np.bincount(targets) / len(targets)).sum()
-    title = (f"How many of the {min(NEIGHBOURS, len(targets) - 1)} nearest neighbours share the class: "
+    counts, n = np.bincount(targets), len(targets)
+    chance = (counts * (counts - 1)).sum() / (n * (n - 1))
+    title = (f"How many of the {min(NEIGHBOURS, n - 1)} nearest neighbours share the class: "
              f"{', '.join(shares)} (by chance {100 * chance:.0f} %)")
     figure = ReportFigure(title, height=4.6)
     palette = np.array(sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes)))

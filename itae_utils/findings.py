@@ -60,9 +60,9 @@ def _classes(dataset: Dataset) -> str:
     return f"{known:,} classes" if present == known else f"{present:,} of {known:,} classes"
 
 
-def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None, given: bool) -> str:
+def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None) -> str:
     """Markdown: the θ that is used for `source` and where it comes from, or why there is none and what that means."""
-    if given:
+    if fit.is_given(threshold):
         return f"θ = {threshold:.4g} on the norm of the {source} was given; the fit would say: {fit.reason}."
     if threshold is None:
         if not fit.is_tested:
@@ -124,7 +124,7 @@ def discovery_headline(
         fit: of that source in the last block.
         detection: from `detection_table`, where the truth is known.
     """
-    given = threshold is not None and threshold != fit.threshold
+    given = fit.is_given(threshold)
     if not seen.artifacts.any():
         why = f"no patch lies at or below the given θ = {threshold:.4g}" if given else fit.reason
         return [{"label": "Artifacts", "value": "none found" if given or fit.is_tested else "not looked for",

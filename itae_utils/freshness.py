@@ -169,13 +169,12 @@ def _cells(notebook: Notebook) -> list[object]:
 
 def _images(dataset: str) -> str | None:
     """What tells the images of a data set: the bytes of its files; those of the digits come with scikit-learn."""
-    from itae_utils.datasets import DATASETS, _data_root
+    from itae_utils.datasets import DATASETS, _data_root, image_folder, read_folder
     from itae_utils.estimate import UNPACKED
 
-    kind, _, folder = dataset.partition(":")
-    if kind == "imagefolder":
-        paths, _, _ = DATASETS["imagefolder:PATH"].read(Path(folder).expanduser())
-        return _of_files(paths, Path(folder))
+    if folder := image_folder(dataset):
+        paths, _, _ = read_folder(folder)
+        return _of_files(paths, folder)
     if not DATASETS[dataset].megabytes:
         return "embedded"
     place = _data_root(None) / UNPACKED[dataset]

@@ -106,7 +106,7 @@ def _selected(
 
 def check_steps(steps: Iterable[Step]) -> None:
     """Refuse what no notebook could load, find or use, before several of them fail on it."""
-    from itae_utils.checks import check_backbone, check_dataset, check_values
+    from itae_utils.checks import check_backbone, check_clusters, check_dataset, check_values
 
     steps = list(steps)
     parameters = [step.parameters for step in steps]
@@ -115,6 +115,8 @@ def check_steps(steps: Iterable[Step]) -> None:
     for about in dict.fromkeys((told["dataset"], told.get("on_error", "raise"))
                                for told in parameters if "dataset" in told):
         check_dataset(*about)
+    for told in parameters:
+        check_clusters(told)
     for about in dict.fromkeys((told["backbone"], told.get("checkpoint"), told.get("image_size"))
                                for told in parameters if "backbone" in told):
         check_backbone(*about)

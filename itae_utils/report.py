@@ -76,6 +76,12 @@ class Report:
         """Runs that did not go through."""
         return tuple(run for run in self.runs if run.error)
 
+    @property
+    def failures(self) -> dict[str, list[Run]]:
+        """The runs that did not go through, by what stopped them."""
+        return {error: [run for run in self.failed if run.error == error]
+                for error in dict.fromkeys(run.error for run in self.failed)}
+
 
 def run_report(
     *,
@@ -150,7 +156,7 @@ def repeat_report(
     folder = Path(folder).resolve()
     record = read_record(folder)
     report = _write_report(
-        plan_again(record, notebooks_folder()), output or folder.with_name(f"{folder.name}-repeated"), True, say)
+        plan_again(record, notebooks_folder()), Path(output or f"{folder}-repeated").resolve(), True, say)
     for line in differences(record, make_record(report)):
         say(line)
     return report
@@ -167,10 +173,9 @@ def _folder_of(plan: Plan, output: str | Path | None) -> Path:
     return Path(output or Path("reports") / plan.name).resolve()
 
 
-def _write_report(plan: Plan, output: str | Path, force: bool, say: Callable[[str], None]) -> Report:
+def _write_report(plan: Plan, output: Path, force: bool, say: Callable[[str], None]) -> Report:
     from itae_utils.checks import check_text
 
-    output = Path(output).resolve()
     check_text("output", str(output))
     if any(step.told.get("results_dir") == str(output) for step in plan.steps):
         raise ItaeError(f"the report in {output} would be replaced by the one that collects it: name another --output")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # What is measured where there are no labels.
 CHANGE = "change"  # mean cosine distance of the features to the baseline's
+NOT_MEASURED = "–"
 NEIGHBOURS = 10  # of a point, that are looked at
 AGREEMENT = "agreement"  # mean ARI between runs of k-means
 
@@ -134,6 +135,9 @@ def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray
     """
     import pandas as pd
 
+    def told(value: float, form: str) -> str:
+        return NOT_MEASURED if np.isnan(value) else form.format(value)
+
     precision, recall = precision_recall(found, truth)
     cost = acc["demo-clean"] - acc["baseline"]
     won = {name: (acc[name] - acc["baseline"]) / cost if cost > 0 else np.nan for name in ("itae", "random control")}
@@ -141,13 +145,12 @@ def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray
     lines = [
         ("demo-clean beats raw pixels by at least 0.08 ACC", f"{lead:+.3f}", lead >= 0.08),
         ("planting the artifacts costs at least 0.08 ACC", f"{cost:+.3f}", cost >= 0.08),
-        ("precision of the detection is at least 0.99", f"{precision:.4f}", precision >= 0.99),
-        ("recall of the detection is at least 0.99", f"{recall:.4f}", recall >= 0.99),
-        ("ITAE wins back at least 80 % of that cost", f"{100 * won['itae']:.0f} %", won["itae"] >= 0.8),
-        ("the random control wins back less than 20 %", f"{100 * won['random control']:.0f} %",
+        ("precision of the detection is at least 0.99", told(precision, "{:.4f}"), precision >= 0.99),
+        ("recall of the detection is at least 0.99", told(recall, "{:.4f}"), recall >= 0.99),
+        ("ITAE wins back at least 80 % of that cost", told(100 * won["itae"], "{:.0f} %"), won["itae"] >= 0.8),
+        ("the random control wins back less than 20 %", told(100 * won["random control"], "{:.0f} %"),
          won["random control"] < 0.2),
     ]
-    lines = [(target, "–" if "nan" in measured else measured, met) for target, measured, met in lines]
     return pd.DataFrame([(target, measured, "met" if met else "not met") for target, measured, met in lines],
                         columns=["target", "measured", "verdict"]).set_index("target")
 
@@ -186,7 +189,7 @@ def clustering_headline(scores: pd.DataFrame, finding: str, bench: pd.DataFrame 
     if bench is not None:
         met = bench[bench.verdict == "met"]
         won = bench.measured.iloc[4]
-        note = ("the planted artifacts cost no ACC on these images" if won == "–"
+        note = ("the planted artifacts cost no ACC on these images" if won == NOT_MEASURED
                 else f"ITAE wins back {won} of what the planted artifacts cost")
         facts.append({"label": "Test bench", "value": f"{len(met)} of {len(bench)} targets met", "note": note})
     return facts

@@ -63,6 +63,10 @@ class ThresholdFit:
         """Whether there were enough patches to look for two modes."""
         return self.norms.size >= MIN_PATCHES
 
+    def is_given(self, threshold: float | None) -> bool:
+        """Whether a θ in use was not found by this fit."""
+        return threshold is not None and threshold != self.threshold
+
     def quantile(self, share: float) -> float:
         """The threshold under which this share of the patches lies."""
         return float(np.quantile(self.norms, share))

@@ -109,9 +109,10 @@ def test_embeddings_count_neighbours_of_the_same_class():
     mixed = np.random.default_rng(0).normal(size=(60, 2))
     figure = figures_scores.embeddings({"before": mixed, "after": apart}, targets, ["a", "b"])
     assert "after 100 %" in title(figure)
-    assert title(figure).replace("\n", " ").endswith("(by chance 50 %)")
+    assert title(figure).replace("\n", " ").endswith("(by chance 49 %)")
     few = figures_scores.embeddings({"it": apart[:4]}, np.array([0, 0, 1, 1]), ["a", "b"])
     assert "How many of the 3 nearest neighbours" in title(few)
+    assert "(by chance 33 %)" in title(few)  # one of the three others
     assert "before 100 %" not in title(figure)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert_nothing_is_clipped(figure)

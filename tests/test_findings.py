@@ -64,14 +64,14 @@ def test_classes_that_are_there_are_counted():
 
 def test_threshold_is_told_with_its_origin(fits):
     fit = fits["key"]
-    words = findings.describe_threshold("key", fit, fit.threshold, given=False)
+    words = findings.describe_threshold("key", fit, fit.threshold)
     assert words.startswith(f"θ = {fit.threshold:.4g} on the norm of the key")
-    assert "was given" in findings.describe_threshold("key", fits["key"], 3.0, given=True)
-    words = findings.describe_threshold("query", fits["query"], None, given=False)
+    assert "was given" in findings.describe_threshold("key", fits["key"], 3.0)
+    words = findings.describe_threshold("query", fits["query"], None)
     assert "No artifacts were found" in words
     assert fits["query"].reason in words
     few = fit_threshold(np.arange(1.0, 1000.0))
-    words = findings.describe_threshold("key", few, None, given=False)
+    words = findings.describe_threshold("key", few, None)
     assert "could not be looked for" in words
     assert "999 patches are too few" in words
 
