@@ -133,10 +133,11 @@ def discovery_headline(
                      for weights in (seen.attention, seen.attention_after))
     by = f"the given ‖{source}‖ ≤ {threshold:.4g}" if given else f"‖{source}‖"
     facts = [{"label": "[CLS] attention on artifacts", "value": f"{before} → {after}",
-              "note": f"before → after ITAE; {percent(seen.artifacts.mean())} of the patches, told by {by}"}]
+              "note": f"before → after ITAE, mean over all images; {percent(seen.artifacts.mean())} of the patches, "
+                      f"told by {by}"}]
     if detection is not None:
         precision, recall = detection.loc[source, ["precision", "recall"]]
-        facts.append({"label": "Detection", "value": f"{precision:.3f} / {recall:.3f}",
+        facts.append({"label": "Detection", "value": f"{precision:.4f} / {recall:.4f}",
                       "note": f"precision / recall of ‖{source}‖ ≤ {threshold:.4g} against the planted truth"})
     return facts
 

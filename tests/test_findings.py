@@ -106,7 +106,7 @@ def test_discovery_headline(seen):
     facts = findings.discovery_headline(seen, "key", 2.0, fitted(2.0), detection)
     assert facts[0]["value"] == "60 % → 10 %"
     assert facts[0]["note"].endswith("10 % of the patches, told by ‖key‖")
-    assert facts[1]["value"] == "0.667 / 1.000"
+    assert facts[1]["value"] == "0.6667 / 1.0000"
     (natural,) = findings.discovery_headline(replace(seen, truth=None), "key", 2.0, fitted(3.0), None)
     assert natural["note"].endswith("told by the given ‖key‖ ≤ 2")
 
