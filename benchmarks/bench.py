@@ -68,7 +68,7 @@ def main(sizes: list[str], parts: list[str], repeats: int, batch: int | None, de
 
     from benchmarks.summary import summarize, table
     from benchmarks.timing import Conditions
-    from itae_utils.results import make_folder, write_json
+    from itae_utils.files import make_folder, write_json
 
     os.environ["ITAE_PROGRESS"] = "0"
     os.environ["ITAE_CACHE"] = click.get_current_context().with_resource(TemporaryDirectory())  # nothing is left behind
@@ -157,8 +157,8 @@ def _teller(what: str) -> Callable[[str], None]:
 
 
 def _draw(run: dict[str, object], folder: Path) -> None:
-    from itae_utils.figures_bench import benchmark
-    from itae_utils.results import make_folder, replacing
+    from benchmarks.figure import benchmark
+    from itae_utils.files import make_folder, replacing
 
     environment = run["environment"]
     conditions = f"{environment['device']}, {environment['threads']} threads, {environment['precision']}"

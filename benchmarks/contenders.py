@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from itae_utils.artifacts import qkv_norms
-from itae_utils.attention import ATTENUATIONS, ITAE, attenuate
-from itae_utils.layers import SOURCES
-from itae_utils.one_pass import OnePass
-from itae_utils.vit import block_inputs
+from itae_utils.method.anatomy import block_inputs
+from itae_utils.method.artifacts import qkv_norms
+from itae_utils.method.attention import attenuate
+from itae_utils.method.one_pass import OnePass
+from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

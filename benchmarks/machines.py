@@ -130,9 +130,9 @@ def compare(images: int, rounds: int) -> dict[str, object]:
     import torch
     from distributed import Client
 
-    from itae_utils.backbones import load_backbone
-    from itae_utils.distributed import local_cluster
-    from itae_utils.extraction import shard_size
+    from itae_utils.extraction.job import shard_size
+    from itae_utils.extraction.workers import local_cluster
+    from itae_utils.models.backbones import load_backbone
 
     torch.set_num_threads(1)
     shards = -(-images // shard_size(load_backbone("demo", device="cpu"), 64))
@@ -158,7 +158,7 @@ def many_images(images: int) -> dict[str, object]:
     """Memory over a long run: in one process, and in two workers."""
     from distributed import Client
 
-    from itae_utils.distributed import local_cluster
+    from itae_utils.extraction.workers import local_cluster
 
     found: dict[str, object] = {"images": images}
     with local_cluster("local:2", threads=1) as cluster, Client(cluster) as client:

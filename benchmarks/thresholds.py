@@ -11,7 +11,7 @@ import click
 import numpy as np
 import pandas as pd
 
-from itae_utils.thresholds import fit_threshold
+from itae_utils.method.thresholds import fit_threshold
 
 SIGMA = 0.1
 BULKS = {

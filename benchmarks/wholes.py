@@ -16,22 +16,22 @@ from PIL import Image
 
 from benchmarks.contenders import SIZES, make_variants, make_workload
 from benchmarks.timing import Conditions, interleaved
-from itae_utils.artifacts import qkv_norms
-from itae_utils.attention import ITAE
-from itae_utils.backbones import load_backbone
-from itae_utils.batches import image_batches
-from itae_utils.clustering import cluster_seeds
-from itae_utils.datasets import load_dataset
-from itae_utils.features import extract_features
-from itae_utils.one_pass import OnePass
-from itae_utils.thresholds import fit_thresholds
+from itae_utils.analysis.kmeans import cluster_seeds
+from itae_utils.data.datasets import load_dataset
+from itae_utils.extraction.batches import image_batches
+from itae_utils.extraction.features import extract_features
+from itae_utils.extraction.observation import fit_thresholds
+from itae_utils.method.artifacts import qkv_norms
+from itae_utils.method.one_pass import OnePass
+from itae_utils.method.setting import ITAE
+from itae_utils.models.backbones import load_backbone
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
 
     from benchmarks.contenders import Workload
-    from itae_utils.backbones import Backbone
+    from itae_utils.models.backbones import Backbone
 
 PICTURE = (500, 375)  # what an ImageNet photo measures
 BATCHES = {"cpu": 8, "cuda": 64}  # of files: seconds of work, beside which starting worker processes is little

@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from itae_utils.errors import ItaeError
-from itae_utils.one_line import Group
 
-if TYPE_CHECKING:
-    from itae_utils.store import Store
+
+class Failure(click.ClickException):
+    """One line on stderr, and an exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Turns bad input into one line and exit status 2, Ctrl-C into one and 130, a disk that fails into one and 1."""
+    try:
+        yield
+    except getattr(click.exceptions, "NoArgsIsHelpError", ()):
+        raise
+    except click.UsageError as error:
+        see = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        raise Failure(" ".join(error.format_message().split()) + see, 2) from error
+    except ItaeError as error:
+        raise Failure(" ".join(str(error).split()), 2) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # nobody reads on: click's to handle
+            raise
+        told = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
+        raise Failure(" ".join(told.split()), 1) from error
+    except KeyboardInterrupt as interrupt:
+        raise Failure("interrupted", 130) from interrupt
+
+
+class Group(click.Group):
+    """Says whatever goes wrong in one line."""
+
+    def make_context(self, *arguments: object, **options: object) -> click.Context:
+        """Read the options before a command's name."""
+        with in_one_line():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> object:
+        """Run a command."""
+        with in_one_line():
+            return super().invoke(context)
+
 
 FEATURE_FORMATS = (".npz", ".parquet")
 
@@ -41,7 +81,7 @@ def _folder(_context: click.Context, _option: click.Parameter, value: str | None
 def _use_store(_context: click.Context, _option: click.Parameter, place: str | None) -> None:
     """Notebooks run in processes of their own: what is chosen reaches them by the environment."""
     if place is not None:
-        from itae_utils.store import open_store
+        from itae_utils.store.store import open_store
 
         store = open_store(place)
         if store is not None:
@@ -95,8 +135,8 @@ def report(
     Notebooks whose parameters, inputs and code are what they were when they last ran through are kept as they are.
     Exit status 1 when a notebook failed; the report is written all the same and says so.
     """
-    from itae_utils.parameters import parse_value
-    from itae_utils.report import kept_runs, plan_report, repeat_report, run_report
+    from itae_utils.report.parameters import parse_value
+    from itae_utils.report.report import kept_runs, plan_report, repeat_report, run_report
 
     by_option = {"backbone": backbone, "dataset": dataset}
     _refuse_twice([*(name for name in by_option if by_option[name] is not None), *(name for name, _ in parameters)])
@@ -116,7 +156,7 @@ def report(
             "parameters": {name: parse_value(text) for name, text in parameters},
         }
         if dry_run:
-            from itae_utils.estimate import dry_run as describe
+            from itae_utils.report.estimate import dry_run as describe
 
             plan = plan_report(**asked)
             click.echo("\n".join(describe(plan, () if force else kept_runs(plan, output))))
@@ -140,7 +180,7 @@ def _cluster(dask: str | None) -> AbstractContextManager:
     """While open, notebooks find the Dask cluster that was asked for, if any."""
     if dask is None:
         return nullcontext()
-    from itae_utils.distributed import in_environment
+    from itae_utils.extraction.workers import in_environment
 
     return in_environment(dask)
 
@@ -164,7 +204,7 @@ def extract(
     Both as the model gives them (baseline) and with ITAE (itae), and the labels (targets) where there are any.
     """
     import itae_utils as itae
-    from itae_utils.results import make_folder
+    from itae_utils.files import make_folder
 
     if output.suffix not in FEATURE_FORMATS:
         raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FEATURE_FORMATS)}")
@@ -187,7 +227,7 @@ def _save_features(path: Path, arrays: dict, targets: object, about: dict) -> No
     """Features by variant, labels as `targets` where there are any, and what they were made with as JSON, `about`."""
     import numpy as np
 
-    from itae_utils.results import replacing
+    from itae_utils.files import replacing
 
     labels = {} if targets is None else {"targets": np.asarray(targets)}
     with replacing(path) as part, part.open("wb") as file:
@@ -214,10 +254,13 @@ def _save_features(path: Path, arrays: dict, targets: object, about: dict) -> No
               help="The figure; its ending says the format.")
 def inspect(images: tuple[Path, ...], backbone: str, threshold: float | str | None, source: str, output: Path) -> None:
     """Draw norms, attention and artifacts of images."""
-    from itae_utils.inspection import inspect_images
+    from itae_utils import figures
+    from itae_utils.analysis.inspection import inspect_images
 
-    for line in inspect_images(images, backbone=backbone, source=source, threshold=threshold, output=output):
-        click.echo(line)
+    figures.check_figure_path(output)
+    found = inspect_images(images, backbone=backbone, source=source, threshold=threshold)
+    figures.save_as(figures.inspection(found.looks, found.source, found.block, found.threshold), output)
+    click.echo("\n".join([*found.lines, f"{output} written"]))
 
 
 @main.group()
@@ -229,10 +272,10 @@ def store() -> None:
 @store_option
 def list_store() -> None:
     """List what the feature store holds and its size, the longest unused first."""
-    from itae_utils.housekeeping import format_size, holdings, table
-    from itae_utils.store import open_store
+    from itae_utils.store.housekeeping import format_size, holdings, table
+    from itae_utils.store.store import store_in_use
 
-    place = _store_in_use(open_store())
+    place = store_in_use()
     found = holdings(place)
     if found:
         _echo_table(*table(found))
@@ -246,12 +289,12 @@ def list_store() -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def prune(older_than: float | None, max_size: str | None, dry_run: bool) -> None:
     """Remove kept features by age or size; they are computed again when needed. Not while a run uses the store."""
-    from itae_utils.housekeeping import format_size, holdings, parse_size, prune, table
-    from itae_utils.store import open_store
+    from itae_utils.store.housekeeping import format_size, holdings, parse_size, prune, table
+    from itae_utils.store.store import store_in_use
 
     if older_than is None and max_size is None:
         raise ItaeError("say what to remove: --older-than DAYS, --max-size SIZE, or both")
-    most, place = None if max_size is None else parse_size(max_size), _store_in_use(open_store())
+    most, place = None if max_size is None else parse_size(max_size), store_in_use()
     gone = prune(place, older_than=None if older_than is None else 86400 * older_than, max_size=most, dry_run=dry_run)
     if gone:
         _echo_table(*table(gone))
@@ -260,16 +303,10 @@ def prune(older_than: float | None, max_size: str | None, dry_run: bool) -> None
                f"{format_size(sum(holding.size for holding in holdings(place)))} {'are there' if dry_run else 'stay'}")
 
 
-def _store_in_use(place: Store | None) -> Store:
-    if place is None:
-        raise ItaeError("no feature store is in use (ITAE_STORE or --store is 'none'): name one with --store")
-    return place
-
-
 @main.command()
 def backbones() -> None:
     """List backbones with size and origin."""
-    from itae_utils.backbones import BACKBONES
+    from itae_utils.models.registry import BACKBONES
 
     _echo_table(
         ["name", "parameters", "patch", "image", "download", "origin"],
@@ -281,7 +318,7 @@ def backbones() -> None:
 @main.command()
 def datasets() -> None:
     """List data sets with size and origin."""
-    from itae_utils.datasets import DATASETS
+    from itae_utils.data.datasets import DATASETS
 
     _echo_table(
         ["name", "images", "classes", "split", "download", "origin"],

@@ -1,5 +1,7 @@
 """The one error users meet when what they gave can't work: a single line that names the value and the remedy."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
 

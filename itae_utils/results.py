@@ -6,19 +6,18 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch.utils.data import Dataset
+
+from itae_utils.data.fingerprint import fingerprint
 from itae_utils.errors import ItaeError
-
-if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
-    from itae_utils.backbones import Backbone
+from itae_utils.files import PACKAGE, make_folder, write_json
+from itae_utils.models.backbones import Backbone
 
 SCHEMA_VERSION = 1
 PACKAGES = ("itae-utils", "torch", "torchvision", "timm", "scikit-learn", "scipy", "numpy", "papermill", "nbconvert")
@@ -169,8 +168,6 @@ def provenance(backbone: Backbone, dataset: Dataset, **more: object) -> dict[str
     `backbone.hub` is the server that weights were to come from where the environment names another than the usual one;
     `dataset.fingerprint` is `fingerprint(dataset)`.
     """
-    from itae_utils.fingerprint import fingerprint
-
     return _plain({
         **_system(),
         "backbone": {name: getattr(backbone, name) for name in BACKBONE_KEYS} | {"hub": os.environ.get("HF_ENDPOINT")},
@@ -203,7 +200,7 @@ def _system() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git_state(Path(__file__).parents[1]),
+        "git": _git_state(PACKAGE.parent),
     }
 
 
@@ -217,8 +214,6 @@ def _version(package: str) -> str | None:
 def _device_name(device: object) -> str:
     if not str(device).startswith("cuda"):
         return str(device)
-    import torch
-
     return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
@@ -234,33 +229,3 @@ def _git_state(root: Path) -> dict[str, object] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit, "clean": not changes}
-
-
-def make_folder(folder: str | Path) -> Path:
-    """Make `folder` where it is missing.
-
-    Raises:
-        ItaeError: it can't be made.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ItaeError(f"output folder {str(folder)!r} can't be made ({error.strerror}): name another") from error
-    return Path(folder)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends well and vanishes when it doesn't."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON in one step."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

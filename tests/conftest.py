@@ -61,7 +61,7 @@ def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
 
 def threshold_at(model, batch: torch.Tensor, source: str, share: float, block: int = -1) -> float:
     """A threshold in the middle of a gap between norms, so that rounding can't move a patch across it."""
-    from itae_utils.artifacts import qkv_norms
+    from itae_utils.method.artifacts import qkv_norms
 
     norms = np.sort(qkv_norms(model, batch, block)[source].flatten().double().numpy())
     place = max(1, round(share * len(norms)))
@@ -88,7 +88,7 @@ class MadeDataset(torch.utils.data.Dataset):
 
 def array_dataset(count: int, seed: int = 0):
     """Random pictures as an array, which has a fingerprint, labelled in turn."""
-    from itae_utils.datasets import ImageDataset
+    from itae_utils.data.datasets import ImageDataset
 
     images = np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
     return ImageDataset("made", "all", "made by the tests", images, np.arange(count) % 3, list("abc"))
@@ -96,7 +96,8 @@ def array_dataset(count: int, seed: int = 0):
 
 def as_backbone(model, image_size: int = 32, truth=None, precision: str = "fp32"):
     """A tiny ViT as `load_backbone` would give it."""
-    from itae_utils.backbones import Backbone, make_transform, weights_sha256
+    from itae_utils.models.backbones import Backbone, weights_sha256
+    from itae_utils.models.preprocessing import make_transform
 
     config = {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return Backbone("tiny", model, make_transform(image_size, "resize", config), image_size, "resize",

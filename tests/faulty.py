@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from itae_utils.attention import ITAE
-from itae_utils.datasets import ImageDataset
+from itae_utils.data.datasets import ImageDataset
+from itae_utils.method.setting import ITAE
 
 BATCH, SHARD = 2, 4
 VARIANTS = {"baseline": None, "itae": ITAE("key", 9.0), "mask": ITAE("value", 9.0, "mask")}
@@ -28,12 +28,12 @@ def extract(count: int, store, *, pause: float = 0.0, log: Path | None = None, v
     """Extract; `log` gets a line for each shard after it was stored."""
     import torch
 
-    from itae_utils import extraction
-    from itae_utils.features import extract_features
-    from itae_utils.stored_variant import InStore
+    from itae_utils.extraction import job
+    from itae_utils.extraction.features import extract_features
+    from itae_utils.store.variants import InStore
 
     torch.set_num_threads(1)
-    extraction.SHARD_IMAGES = SHARD
+    job.SHARD_IMAGES = SHARD
     model = backbone()
     model.model.patch_embed.register_forward_hook(lambda *_: time.sleep(pause))
     save = InStore.save
@@ -48,7 +48,7 @@ def extract(count: int, store, *, pause: float = 0.0, log: Path | None = None, v
     try:
         return extract_features(model, dataset(count), variants, batch_size=BATCH, num_workers=0, store=store)
     finally:
-        InStore.save, extraction.SHARD_IMAGES = save, 2000
+        InStore.save, job.SHARD_IMAGES = save, 2000
 
 
 def processes():

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from itae_utils.backbones import BACKBONES
-from itae_utils.collection import Cell, collect
-from itae_utils.datasets import DATASETS
-from itae_utils.results import make_folder, write_json
+from itae_utils.analysis.collection import Cell, collect
+from itae_utils.data.datasets import DATASETS
+from itae_utils.files import make_folder, write_json
+from itae_utils.models.registry import BACKBONES
 from tests.tiny_notebooks import PROVENANCE
 
 SCORES = {"baseline": 0.70, "random control": 0.69, "itae": 0.80}

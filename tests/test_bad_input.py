@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from itae_utils import report
 from itae_utils.cli import main
-from tests.test_datasets import truncated_jpeg
+from itae_utils.report import report
+from tests.data.test_datasets import truncated_jpeg
 
 COUNT = 200
 LETTERS = "abcxyz0189 -_.,:;/\\'\"{}[]<>()*?!%&$#@~^|äßθ字\t\n\x1b\u2028"

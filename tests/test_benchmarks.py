@@ -25,8 +25,8 @@ from benchmarks.contenders import (
 from benchmarks.passes import check_agreement, flop
 from benchmarks.summary import HEADINGS, summarize, table
 from benchmarks.timing import Conditions, interleaved
-from itae_utils.artifacts import qkv_norms
-from itae_utils.attention import ATTENUATIONS
+from itae_utils.method.artifacts import qkv_norms
+from itae_utils.method.setting import ATTENUATIONS
 
 HOW = Conditions()
 

@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 import itae_utils
-from itae_utils import cli, report
+from itae_utils import cli
+from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
+from itae_utils.report import report, runs
 from tests.tiny_notebooks import write_notebook, write_notebooks
 
 HEAVY = {"torch", "torchvision", "timm", "sklearn", "scipy", "pandas", "matplotlib", "papermill", "nbconvert"}
@@ -29,7 +31,6 @@ def run(*arguments: object):
     "from itae_utils.cli import main; main(['report', '--help'], standalone_mode=False)",
     "from itae_utils.cli import main; main(['datasets'], standalone_mode=False)",
     "from itae_utils.cli import main; main(['backbones'], standalone_mode=False)",
-    "import itae_utils.report, itae_utils.pages, itae_utils.results",
 ])
 def test_nothing_heavy_is_imported(statement):
     code = f"import sys\n{statement}\nprint('HEAVY', *sorted({HEAVY!r} & set(sys.modules)))"
@@ -97,7 +98,7 @@ def test_report_passes_its_options_on(monkeypatch):
 
     def run_report(**options):
         asked.update(options)
-        return report.Report(Path("/somewhere"), "demo", "", ())
+        return runs.Report(Path("/somewhere"), "demo", "", ())
 
     monkeypatch.setattr(report, "run_report", run_report)
     result = run("report", "--profile", "p.yaml", "--backbone", "b", "--dataset", "d", "--only", "1, 03",
@@ -116,7 +117,7 @@ def test_report_is_repeated(monkeypatch):
 
     def repeat_report(folder, **options):
         asked.append((folder, options["output"]))
-        return report.Report(Path("/somewhere"), "demo", "", ())
+        return runs.Report(Path("/somewhere"), "demo", "", ())
 
     monkeypatch.setattr(report, "repeat_report", repeat_report)
     assert run("report", "--from", "reports/x").output == "/somewhere/index.html\n"
@@ -330,26 +331,39 @@ def test_odd_thresholds_are_refused(threshold, tmp_path):
     assert "neither a number nor auto" in result.stderr
 
 
-def test_inspect_passes_its_options_on(monkeypatch):
-    asked = {}
+@pytest.fixture
+def picture(tmp_path):
+    """A digit as a file, and the folder that it is in as the working directory."""
+    load_dataset("digits")[1][0].save(tmp_path / "a.png")
+    return tmp_path / "a.png"
 
-    def inspect_images(paths, **options):
-        asked.update(paths=list(paths), **options)
-        return ["first", "second"]
 
-    monkeypatch.setitem(sys.modules, "itae_utils.inspection", SimpleNamespace(inspect_images=inspect_images))
-    result = run("inspect", "a.png", "b.png", "--source", "value", "--threshold", "2.5", "--output", "o.pdf")
-    assert result.output == "first\nsecond\n"
-    assert asked == {"paths": [Path("a.png"), Path("b.png")], "backbone": "demo", "source": "value", "threshold": 2.5,
-                     "output": Path("o.pdf")}
-    run("inspect", "a.png")
-    assert asked["threshold"] is None
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg", "jpg"])
+def test_inspect_draws_in_the_format_of_its_output(picture, suffix):
+    output = picture.parent / "out" / f"look.{suffix}"
+    result = run("inspect", picture, "--threshold", "2.5", "--source", "value", "--output", output)
+    assert "θ = 2.5 on the norm of the value" in result.output
+    assert result.output.endswith(f"{output} written\n")
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml", "jpg": b"\xff\xd8"}[suffix]
+    assert output.read_bytes().startswith(start)
+    assert list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("output", ["look.txt", "folder.png", "a.png/look.png"])
+def test_inspect_refuses_an_output_that_can_t_be_written(picture, output, monkeypatch):
+    monkeypatch.chdir(picture.parent)
+    (picture.parent / "folder.png").mkdir()
+    before = set(picture.parent.iterdir())
+    result = run("inspect", "a.png", "--threshold", "2.5", "--output", output)
+    assert result.exit_code == 2
+    assert output.removesuffix("/look.png") in result.stderr
+    assert set(picture.parent.iterdir()) == before
 
 
 def test_interrupt_in_any_command(monkeypatch):
     def interrupt(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "itae_utils.inspection", SimpleNamespace(inspect_images=interrupt))
-    result = run("inspect", "a.png")
+    monkeypatch.setitem(sys.modules, "itae_utils.analysis.inspection", SimpleNamespace(inspect_images=interrupt))
+    result = run("inspect", "a.png", "--output", "o.png")
     assert (result.exit_code, result.stderr) == (130, "Error: interrupted\n")

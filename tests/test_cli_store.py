@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from itae_utils import cli
-from itae_utils.store import open_store
-from itae_utils.stored_variant import InStore
+from itae_utils.store.store import open_store
+from itae_utils.store.variants import InStore
 
 
 def run(*arguments: object):

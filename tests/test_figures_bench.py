@@ -1,6 +1,6 @@
 import pytest
 
-from itae_utils.figures_bench import benchmark
+from benchmarks.figure import benchmark
 from tests.drawn import assert_nothing_is_clipped, title
 
 WAYS = {"plain forward_features": 1.0, "ours, 1 variant": 0.9, "ours, 48 variants": 0.95, "loop, 48 variants": 48.0}

@@ -4,8 +4,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from itae_utils.cli import Group
 from itae_utils.errors import ItaeError
-from itae_utils.one_line import Group
 
 
 @click.group(cls=Group)

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save
 from torchvision import datasets as real
 
+from tests.data.test_download import Server
 from tests.hub_server import Hub
-from tests.test_download import Server
 
 COUNT, CLASSES = 24, 3
 TARGETS = [index % CLASSES for index in range(COUNT)]

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from itae_utils.backbones import load_backbone
-from itae_utils.checkpoints import model_from_checkpoint
-from itae_utils.features import extract_features
-from itae_utils.pos_embed import use_meta_rule
+from itae_utils.extraction.features import extract_features
+from itae_utils.models.backbones import load_backbone
+from itae_utils.models.checkpoints import model_from_checkpoint
+from itae_utils.models.pos_embed import use_meta_rule
 from tests.conftest import MadeDataset, as_backbone, dataset_tensor, images
 from tests.dinov2 import STRUCTURES, meta_weights, save_as, theirs, timm_name
 from tests.meta_rule import meta_position

@@ -8,11 +8,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from itae_utils import results
+from itae_utils import files, results
 from itae_utils.errors import ItaeError
+from itae_utils.files import PACKAGE
 from tests.tiny_notebooks import RESULTS
 
-SCHEMA = json.loads(Path(results.__file__).with_name("results.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((PACKAGE / "results.schema.json").read_text(encoding="utf-8"))
 
 
 def changed(path: str, value: object = None, *, delete: bool = False) -> dict:
@@ -139,7 +140,7 @@ def test_a_broken_write_leaves_the_old_file(tmp_path):
     path.write_text("old", encoding="utf-8")
 
     def write_half():
-        with results.replacing(path) as part:
+        with files.replacing(path) as part:
             part.write_text("ne", encoding="utf-8")
             raise RuntimeError("killed")
 

@@ -7,8 +7,8 @@ import jsonschema
 import nbformat
 import pytest
 
-from itae_utils.datasets import load_dataset
-from itae_utils.report import run_report
+from itae_utils.data.datasets import load_dataset
+from itae_utils.report.report import run_report
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from itae_utils.parameters import find_notebooks
+from itae_utils.report.parameters import find_notebooks
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))

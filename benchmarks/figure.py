@@ -1,0 +1,64 @@
+"""The benchmark's figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from itae_utils.figures.style import PALETTE, ReportFigure, styled
+
+NEAR = (0.75, 1.25)  # of a plain pass: what is told apart on a linear scale
+
+
+@styled
+def benchmark(rows: Sequence[Mapping[str, object]], conditions: str) -> Figure:
+    """Time and peak memory of every way to the features, against one plain forward pass of the same model and batch.
+
+    Args:
+        rows: of headings "passes" and, where it was measured, "memory"; keys heading, size, what, ratio, low, high.
+        conditions: device, threads and precision, in words.
+    """
+    times = [row for row in rows if row["heading"] == "passes"]
+    memory = [row for row in rows if row["heading"] == "memory"]
+    names = list(dict.fromkeys(row["what"] for row in times))
+    figure = ReportFigure(_title(times), height=1.8 + 0.42 * len(names))
+    panels = figure.subplots(1, 3 if memory else 2, sharey=True, squeeze=False)[0]
+    for axes, shown in zip(panels, [times, times, memory], strict=False):
+        _dots(axes, shown, names)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    panels[0].set(xscale="log", title="time", xlabel="plain passes (log scale)")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[0].xaxis.set_minor_locator(NullLocator())
+    panels[1].set(xlim=NEAR, title=f"time, from {NEAR[0]} to {NEAR[1]}", xlabel="plain passes")
+    if memory:
+        panels[2].set(title="peak memory above the weights", xlabel="that of a plain pass")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=conditions)
+    return figure
+
+
+def _dots(axes: Axes, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> None:
+    """Medians with their spread, a colour a size, sizes a little apart so that none hides another."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    for size, shift, color in zip(sizes, np.linspace(-0.2, 0.2, len(sizes)), PALETTE, strict=False):
+        own = [row for row in rows if row["size"] == size]
+        ratio, low, high = (np.array([row[key] for row in own]) for key in ("ratio", "low", "high"))
+        places = [names.index(row["what"]) + shift for row in own]
+        axes.errorbar(ratio, places, xerr=[ratio - low, high - ratio], fmt="o", markersize=4, capsize=2, color=color,
+                      label=f"ViT-{size}")
+    axes.axvline(1, color="black", linestyle="--", linewidth=1)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+
+
+def _title(times: Sequence[Mapping[str, object]]) -> str:
+    most = [row for row in times if row["what"].startswith("ours")]
+    last = most[-1]["what"]
+    of_last = ", ".join(f"{row['ratio']:.2f} (ViT-{row['size']})" for row in most if row["what"] == last)
+    return f"{last.removeprefix('ours, ').capitalize()} in one pass take {of_last} of the time of one plain pass"

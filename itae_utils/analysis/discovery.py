@@ -1,0 +1,78 @@
+"""What notebook 01 says of artifacts: tables, sentences, headline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from itae_utils.analysis.words import percent
+from itae_utils.extraction.observation import Observation
+from itae_utils.method.artifacts import precision_recall
+from itae_utils.method.setting import SOURCES
+from itae_utils.method.thresholds import ThresholdFit
+
+
+def threshold_table(fits: Mapping[str, ThresholdFit]) -> pd.DataFrame:
+    """θ, the share of patches at or below it, the modes' separation and the verdict, a row a source."""
+    return pd.DataFrame(
+        [{
+            "source": source,
+            "θ": "none" if fit.threshold is None else f"{fit.threshold:.4g}",
+            "patches ≤ θ": "–" if fit.threshold is None else percent((fit.norms <= fit.threshold).mean()),
+            "separation": "–" if np.isnan(fit.separation) else f"{fit.separation:.1f}",
+            "verdict": fit.reason,
+        } for source, fit in fits.items()]
+    ).set_index("source")
+
+
+def detection_table(seen: Observation, thresholds: Mapping[str, float | None]) -> pd.DataFrame:
+    """Precision and recall of every source's θ against the planted truth; NaN where nothing was found."""
+    rows = []
+    for source in SOURCES:
+        theta = thresholds[source]
+        found = np.zeros_like(seen.truth) if theta is None else seen.norms[source] <= theta
+        precision, recall = precision_recall(found, seen.truth)
+        rows.append({"source": source, "θ": np.nan if theta is None else theta, "found": int(found.sum()),
+                     "true": int(seen.truth.sum()), "precision": precision, "recall": recall})
+    return pd.DataFrame(rows).set_index("source")
+
+
+def describe_concentration(seen: Observation) -> str:
+    """Markdown: how unevenly `[CLS]` spreads its attention, where no artifacts were found."""
+    busiest = max(1, round(0.1 * seen.attention.shape[1]))
+    share = np.sort(seen.attention, axis=1)[:, -busiest:].sum(axis=1).mean()
+    return (f"No patch was taken for an artifact: no share to measure. For comparison: the {busiest} most attended of "
+            f"an image's {seen.attention.shape[1]:,} patches take {percent(share)} of the `[CLS]` attention, wherever "
+            "they are.")
+
+
+def discovery_headline(
+    seen: Observation, source: str, threshold: float | None, fit: ThresholdFit, detection: pd.DataFrame | None
+) -> list[dict[str, str]]:
+    """What to know first about artifacts: the attention they take, and how well they were found.
+
+    Args:
+        seen: what was observed.
+        source: whose norms told them.
+        threshold: θ that was used; None for none.
+        fit: of that source in the last block.
+        detection: from `detection_table`, where the truth is known.
+    """
+    given = fit.is_given(threshold)
+    if not seen.artifacts.any():
+        why = f"no patch lies at or below the given θ = {threshold:.4g}" if given else fit.reason
+        return [{"label": "Artifacts", "value": "none found" if given or fit.is_tested else "not looked for",
+                 "note": f"{source} norms, last block: {why}"}]
+    before, after = (percent((weights * seen.artifacts).sum(axis=1).mean())
+                     for weights in (seen.attention, seen.attention_after))
+    by = f"the given ‖{source}‖ ≤ {threshold:.4g}" if given else f"‖{source}‖"
+    facts = [{"label": "[CLS] attention on artifacts", "value": f"{before} → {after}",
+              "note": f"before → after ITAE, mean over all images; {percent(seen.artifacts.mean())} of the patches, "
+                      f"told by {by}"}]
+    if detection is not None:
+        precision, recall = detection.loc[source, ["precision", "recall"]]
+        facts.append({"label": "Detection", "value": f"{precision:.4f} / {recall:.4f}",
+                      "note": f"precision / recall of ‖{source}‖ ≤ {threshold:.4g} against the planted truth"})
+    return facts

@@ -1,0 +1,211 @@
+"""Image data sets by name: what there is, where it is downloaded from, and folders of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from itae_utils.data.download import Archive, fetch, one_at_a_time, unpack
+from itae_utils.data.folders import Contents, image_folder, open_image, read_folder, readable
+from itae_utils.errors import ItaeError, unknown_name
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A map-style data set, as torch's `DataLoader` takes it, of (PIL RGB image, int label); -1 without labels.
+
+    Attributes:
+        name: what `load_dataset` was asked for.
+        split: which part of the data this is, in words, with its size.
+        source: where the images come from, in words.
+        images: what the items are made from: uint8 arrays (H, W) or (H, W, 3), or paths of files.
+        targets: (n,) int64, or None without labels.
+        classes: the name of each label, or None.
+        skipped: unreadable files that were left out.
+    """
+
+    name: str
+    split: str
+    source: str
+    images: Sequence
+    targets: np.ndarray | None
+    classes: list[str] | None
+    skipped: list[Path] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = self.images[index]
+        image = open_image(image) if isinstance(image, Path) else Image.fromarray(image).convert("RGB")
+        return image, -1 if self.targets is None else int(self.targets[index])
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> ImageDataset:
+    """The data set called `name`, one of `DATASETS`; its test split, downloaded on first use where it must be.
+
+    Args:
+        name: `imagefolder:PATH` is a folder of class folders, or a flat folder of images without labels, as is one with
+            a single class folder.
+        root: the folder for downloads; by default the environment's ITAE_DATA, else ~/.cache/itae/data.
+        limit: at most so many images, every class by its share (exact to one image), in their usual order.
+        seed: of the draw that `limit` makes.
+        on_error: "skip" decodes all files first and leaves out the unreadable ones, see `.skipped`; with "raise" a
+            damaged file is an error at once where its header tells, else when it is decoded.
+
+    Raises:
+        ItaeError: a name, limit or on_error that isn't legal; a folder that is missing, empty of images, or both flat
+            and not; an unreadable image; a download that fails.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ItaeError(f"on_error={on_error!r} is not known: use 'raise' or 'skip'")
+    if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+        raise ItaeError(f"limit={limit!r} is not a number of images: use 1 or more, or None for all")
+    if name == "imagefolder:":
+        raise ItaeError(f"{name!r} names no folder: write imagefolder:PATH")
+    folder = image_folder(name)
+    if folder is None and name not in DATASETS:
+        raise unknown_name("data set", name, DATASETS, see="itae datasets")
+    info = DATASETS[name if folder is None else "imagefolder:PATH"]
+    images, targets, classes = info.read(folder or _data_root(root))
+    skipped = []
+    if isinstance(images[0], Path):
+        images, targets, skipped = readable(images, targets, on_error)
+    left_out = f" of {len(images) + len(skipped):,} files, the others unreadable" if skipped else ""
+    split = f"{info.split} ({len(images):,}{left_out})"
+    if limit is not None and limit < len(images):
+        chosen = _choose(len(images), targets, limit, seed)
+        images = images[chosen] if isinstance(images, np.ndarray) else [images[index] for index in chosen]
+        targets = None if targets is None else targets[chosen]
+        split = f"{limit:,} of {split}, drawn with seed {seed}"
+    source = info.origin if folder is None else f"the folder {name.partition(':')[2]}"
+    return ImageDataset(name, split, source, images, targets, classes, skipped)
+
+
+def _choose(total: int, targets: np.ndarray | None, limit: int, seed: int) -> np.ndarray:
+    """Sorted indices of `limit` images, stratified by largest remainders; which classes win a tie is drawn too."""
+    rng = np.random.default_rng(seed)
+    if targets is None:
+        return np.sort(rng.permutation(total)[:limit])
+    classes, counts = np.unique(targets, return_counts=True)
+    quotas, remainders = np.divmod(counts * limit, total)
+    largest = np.lexsort((rng.random(len(classes)), -remainders))
+    quotas[largest[: limit - quotas.sum()]] += 1
+    chosen = [rng.permutation(np.flatnonzero(targets == c))[:quota] for c, quota in zip(classes, quotas, strict=True)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _read_digits(_root: Path) -> Contents:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # exactly this conversion: the demo backbone was trained on it
+    images = np.stack([np.round(image * (255 / 16)).astype(np.uint8) for image in digits.images])
+    return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+
+
+def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
+    """One of torchvision's sets; it unpacks and checks, we download, for it knows neither timeouts nor resuming."""
+    from torchvision import datasets
+
+    reader = getattr(datasets, class_name)
+    try:
+        data = reader(root, **split)
+    except RuntimeError:  # its word for "not there, or damaged"
+        with one_at_a_time(root, class_name):
+            try:
+                data = reader(root, **split)  # another process may have brought it by now
+            except RuntimeError:
+                fetch(Archive(reader.url, reader.filename, reader.tgz_md5), root)
+                data = reader(root, **split, download=True)
+    targets = data.labels if class_name == "STL10" else data.targets
+    images = data.data.transpose(0, 2, 3, 1) if class_name == "STL10" else data.data
+    return images, np.asarray(targets, dtype=np.int64), list(data.classes)
+
+
+def _read_tiny_imagenet(root: Path) -> Contents:
+    """The labelled validation split; classes in the order of their WordNet ids, each by the first of its names."""
+    folder = root / "tiny-imagenet-200"
+    if not folder.is_dir():
+        with one_at_a_time(root, folder.name):
+            if not folder.is_dir():
+                unpack(fetch(TINY_IMAGENET, root), ("tiny-imagenet-200/val/", "tiny-imagenet-200/words.txt"), folder)
+    annotations, names = folder / "val/val_annotations.txt", folder / "words.txt"
+    for needed in (annotations, names):
+        if not needed.is_file():
+            raise ItaeError(f"{needed} is missing: remove {folder}, then it is unpacked anew")
+    rows = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines()]
+    words = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
+    ids, targets = np.unique([row[1] for row in rows], return_inverse=True)
+    paths = [folder / "val/images" / row[0] for row in rows]
+    return paths, targets.astype(np.int64), [words[wordnet_id].split(",")[0] for wordnet_id in ids]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `itae datasets` says of a data set; numbers are None where they depend on the user's folder."""
+
+    images: int | None
+    classes: int | None
+    split: str
+    megabytes: int
+    origin: str
+    read: Callable[[Path], Contents]
+    unpacked: str | None = None
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo(
+        1_797, 10, "all", 0, "handwritten digits of the UCI repository, 8 × 8, inside scikit-learn", _read_digits),
+    "cifar10": DatasetInfo(
+        10_000, 10, "test", 170, "CIFAR-10 (Krizhevsky, 2009), 32 × 32, by torchvision",
+        partial(_read_torchvision, "CIFAR10", train=False), "cifar-10-batches-py"),
+    "cifar100": DatasetInfo(
+        10_000, 100, "test", 169, "CIFAR-100 (Krizhevsky, 2009), 32 × 32, by torchvision",
+        partial(_read_torchvision, "CIFAR100", train=False), "cifar-100-python"),
+    "stl10": DatasetInfo(
+        8_000, 10, "test", 2_640, "STL-10 (Coates, Ng and Lee, 2011), 96 × 96, by torchvision",
+        partial(_read_torchvision, "STL10", split="test"), "stl10_binary"),
+    "tiny-imagenet": DatasetInfo(
+        10_000, 200, "validation", 248, "Tiny-ImageNet (Stanford CS231n), 64 × 64", _read_tiny_imagenet,
+        "tiny-imagenet-200"),
+    "imagefolder:PATH": DatasetInfo(
+        None, None, "all", 0, "a folder of yours: class folders, or images without labels", read_folder),
+}
+
+
+def _data_root(root: str | Path | None) -> Path:
+    return Path(root or os.environ.get("ITAE_DATA") or "~/.cache/itae/data").expanduser()
+
+
+TINY_IMAGENET = Archive(
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
+    248_100_043)
+
+
+def unpacked_folder(name: str) -> Path | None:
+    """Where the archive of a data set is unpacked, whether it is there or not; None where nothing is downloaded."""
+    unpacked = DATASETS[name].unpacked if name in DATASETS else None
+    return None if unpacked is None else _data_root(None) / unpacked
+
+
+def image_count(parameters: Mapping[str, object]) -> int:
+    """Number of images a notebook works on."""
+    folder = image_folder(parameters["dataset"])
+    images = len(read_folder(folder)[0]) if folder else DATASETS[parameters["dataset"]].images
+    return min(images, parameters.get("limit") or images)

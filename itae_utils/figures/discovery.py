@@ -1,0 +1,221 @@
+"""Plots of patches and attention, one function each, and how every figure of the project is drawn and saved.
+
+A figure's title says what its data show. Nothing here touches pyplot's state: figures work headless and in notebooks.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
+
+from itae_utils.analysis.inspection import Look
+from itae_utils.analysis.words import percent
+from itae_utils.extraction.observation import Observation
+from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, WIDTH, ReportFigure, outline, percent_ticks, styled
+from itae_utils.method.thresholds import ThresholdFit
+
+
+@styled
+def hidden_norms(seen: Observation) -> Figure:
+    """Norm of the patch tokens after each block, artifacts and the others: median, 1–99 % band, and longest."""
+    blocks = np.arange(1, seen.hidden_norms.shape[1] + 1)
+    groups = [(label, color, seen.hidden_norms.transpose(0, 2, 1)[mask])
+              for label, color, mask in _groups(seen.artifacts) if mask.any()]
+    figure = ReportFigure(_hidden_norms_title(seen), height=4.2)
+    axes = figure.subplots()
+    for label, color, norms in groups:
+        low, median, high = np.quantile(norms, [0.01, 0.5, 0.99], axis=0)
+        axes.plot(blocks, median, color=color, marker="o", label=f"{label}, median")
+        axes.fill_between(blocks, low, high, color=color, alpha=0.2, linewidth=0, label="1 to 99 %")
+        axes.plot(blocks, norms.max(axis=0), color=color, linestyle=":", label="longest")
+    axes.set(xlabel="after block", ylabel="‖hidden‖₂ of a patch (log scale)", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter("")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def _groups(artifacts: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    share = artifacts.mean()
+    others = f"other patches ({percent(1 - share)})" if share else "all patches"
+    return [(others, NORMAL, ~artifacts), (f"artifacts ({percent(share)})", ARTIFACT, artifacts)]
+
+
+def _hidden_norms_title(seen: Observation) -> str:
+    norms = seen.hidden_norms.transpose(0, 2, 1)
+    if not seen.artifacts.any() or seen.artifacts.all():
+        peak = norms.max(axis=(0, 1)) / np.median(norms, axis=(0, 1))
+        block = int(peak.argmax())
+        return f"The longest patch token is {peak[block]:.3g} × the median of its block (after block {block + 1})"
+    ratio = np.median(norms[seen.artifacts], axis=0) / np.median(norms[~seen.artifacts], axis=0)
+    block = int(ratio.argmax())
+    if ratio[block] < 1.5:
+        return f"Artifacts are not longer than other patches: at most {ratio[block]:.2f} × (after block {block + 1})"
+    return f"Artifacts stand out most after block {block + 1}: {ratio[block]:.3g} × as long as other patches"
+
+
+@styled
+def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> Figure:
+    """Distribution of ‖P_i‖ for every source, with θ where there is one; patches on a log scale, so rare ones show."""
+    figure = ReportFigure(_norms_title(fits, thresholds), height=3.4)
+    for axes, (source, fit) in zip(figure.subplots(1, len(fits), sharey=True), fits.items(), strict=True):
+        theta, norms = thresholds[source], fit.norms.ravel()
+        edges = np.histogram_bin_edges(norms, bins=100)
+        axes.hist(norms, edges, color=NORMAL)
+        axes.set(xlabel=f"‖{source}‖₂ in the last block", yscale="log", title=f"{source}: no θ")
+        if theta is not None:
+            axes.hist(norms[norms <= theta], edges, color=ARTIFACT)
+            if edges[0] <= theta <= edges[-1]:  # else its line would squeeze the norms
+                axes.axvline(theta, color="black", linestyle="--", linewidth=1)
+            axes.set_title(f"{source}: θ = {theta:.4g}, {percent((norms <= theta).mean())} at or below")
+        axes.ticklabel_format(axis="x", useOffset=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    figure.axes[0].set_ylabel("patches (log scale)")
+    return figure
+
+
+def _norms_title(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> str:
+    """What the fits found, and what lies below a θ that none of them found."""
+    used = {source: theta for source, theta in thresholds.items() if theta is not None}
+    found = [source for source, theta in used.items() if not fits[source].is_given(theta)]
+    given = [f"{percent((fits[source].norms <= theta).mean())} of the patches lie up to the θ given for the {source}"
+             for source, theta in used.items() if source not in found]
+    if found:
+        told = f"The norm of the {' and the '.join(found)} tells artifacts from other patches"
+    elif not all(fit.is_tested for fit in fits.values()):
+        told = "Too few patches to tell whether a norm has a low mode of its own"
+    else:
+        told = "No norm has a low mode of its own"
+    return "; ".join([told, *given])
+
+
+@styled
+def attention_examples(
+    pictures: Sequence[np.ndarray], before: np.ndarray, after: np.ndarray, artifacts: np.ndarray
+) -> Figure:
+    """Images, and the `[CLS]` attention over their patches before and after, in equal colours, artifacts outlined.
+
+    Args:
+        pictures: n images (H, W, 3) in [0, 1].
+        before: (n, rows, columns) attention weights.
+        after: the same after ITAE.
+        artifacts: (n, rows, columns) bool. Where there are none at all, `after` is the same and is not drawn.
+    """
+    maps = {"before": before, "after": after} if artifacts.any() else {"attention": before}
+    shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
+    title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
+             if artifacts.any() else "Where [CLS] looks in these images; no patch is taken for an artifact")
+    figure = ReportFigure(title, height=1.1 + (1 + len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
+    grid = figure.subplots(1 + len(maps), len(pictures), squeeze=False)
+    extent = (0, before.shape[2], before.shape[1], 0)
+    limits = {"vmin": 0, "vmax": max(weights.max() for weights in maps.values()), "cmap": MAP}
+    for column, image in zip(grid.T, pictures, strict=True):
+        column[0].imshow(image, extent=extent)
+    for row, weights in zip(grid[1:], maps.values(), strict=True):
+        for axes, weight in zip(row, weights, strict=True):
+            drawn = axes.imshow(weight, extent=extent, **limits)
+    for row in grid:
+        for axes, mask in zip(row, artifacts, strict=True):
+            outline(axes, mask)
+    for row, label in zip(grid, ["image", *maps], strict=True):
+        row[0].set_ylabel(label)
+    figure.colorbar(drawn, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40, pad=0.01)
+    return figure
+
+
+@styled
+def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Figure:
+    """Left, how often each place of the patch grid holds an artifact; right, how many artifacts an image has.
+
+    Args:
+        artifacts: (n, N) bool.
+        patch_grid: rows and columns.
+    """
+    frequency, counts = artifacts.mean(axis=0), artifacts.sum(axis=1)
+    ordered = np.sort(frequency)[::-1].cumsum()
+    places = int(np.searchsorted(ordered, 0.9 * ordered[-1]) + 1)
+    title = (f"{places} of {frequency.size} places hold 90 % of the artifacts; "
+             f"an image has {counts.mean():.2g} of them ({counts.min()} to {counts.max()})")
+    figure = ReportFigure(title, height=3.8)
+    where, how_many = figure.subplots(1, 2)
+    drawn = where.imshow(frequency.reshape(patch_grid), cmap=MAP, vmin=0)
+    where.set(xlabel="patch column", ylabel="patch row")
+    for axis in (where.xaxis, where.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.colorbar(drawn, ax=where, label="images with an artifact here", format=percent_ticks())
+    sns.histplot(counts, discrete=np.ptp(counts) < 40, ax=how_many, color=ARTIFACT, edgecolor="white",
+                 alpha=1)
+    how_many.set(xlabel="artifacts in an image", ylabel="images")
+    how_many.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+@styled
+def attention_shares(seen: Observation) -> Figure:
+    """Share of the `[CLS]` attention on an image's artifacts, before and after, beside their share of the patches.
+
+    Of the images that have any.
+    """
+    have_any = seen.artifacts.any(axis=1)
+    patches = seen.artifacts[have_any].mean()
+    shares = {name: (weights * seen.artifacts)[have_any].sum(axis=1)
+              for name, weights in [("before", seen.attention), ("after", seen.attention_after)]}
+    before, after = (percent(share.mean()) for share in shares.values())
+    some = f"In the {have_any.sum():,} of {len(have_any):,} images with artifacts these"
+    those = "Artifacts" if have_any.all() else some
+    figure = ReportFigure(f"{those} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
+                          f"after ITAE {after}", height=3.4)
+    axes = figure.subplots()
+    for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
+        axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
+    axes.axvline(patches, color="black", linestyle="--", linewidth=1, label="their share of the patches")
+    axes.set(xlabel="share of an image's [CLS] attention that lies on its artifacts", xlim=(0, 1),
+             ylabel=f"images, of {have_any.sum():,} with artifacts")
+    axes.xaxis.set_major_formatter(percent_ticks())
+    axes.legend(loc="upper center")
+    return figure
+
+
+@styled
+def inspection(looks: Sequence[Look], source: str, block: int, title: str) -> Figure:
+    """Single images, a row each: the image, norms, attention before and, where θ is known, after; artifacts outlined.
+
+    Columns share their colours, the two of attention one scale.
+
+    Args:
+        looks: one for each image.
+        source: whose norms `looks` hold.
+        block: after which block the hidden norms are, counted from 1.
+        title: what they show, in words.
+    """
+    columns = {f"‖hidden‖ after block {block}": [look.hidden for look in looks],
+               f"‖{source}‖ in the last block": [look.norms for look in looks],
+               "[CLS] attention": [look.before for look in looks]}
+    if looks[0].after is not None:
+        columns["… after ITAE"] = [look.after for look in looks]
+    heights = [look.hidden.shape[0] / look.hidden.shape[1] for look in looks]
+    cell = (WIDTH - 0.5) / (1 + len(columns))
+    figure = ReportFigure(title, height=1.2 + cell * sum(heights))
+    *grid, scales = figure.subplots(len(looks) + 1, 1 + len(columns), height_ratios=[*heights, 0.06])
+    scales[0].set_axis_off()
+    brightest = max(values.max() for name, maps in columns.items() if "‖" not in name for values in maps)
+    for row, look in zip(grid, looks, strict=True):
+        row[0].imshow(look.picture, extent=(0, look.hidden.shape[1], look.hidden.shape[0], 0))
+        row[0].set_ylabel(textwrap.shorten(look.name, 24, placeholder="…"), fontsize=8)
+    for column, scale, (name, maps) in zip(np.transpose(grid)[1:], scales[1:], columns.items(), strict=True):
+        high = max(values.max() for values in maps) if "‖" in name else brightest
+        for axes, values in zip(column, maps, strict=True):
+            drawn = axes.imshow(values, extent=(0, values.shape[1], values.shape[0], 0), cmap=MAP, vmin=0, vmax=high)
+        column[0].set_title(name, fontsize=9)
+        figure.colorbar(drawn, cax=scale, orientation="horizontal")
+    for row, look in zip(grid, looks, strict=True):
+        for axes in row:
+            outline(axes, look.artifacts)
+    return figure

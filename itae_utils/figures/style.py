@@ -1,0 +1,105 @@
+"""One style for all figures, and how they are saved."""
+
+from __future__ import annotations
+
+import functools
+import io
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+from itae_utils.errors import ItaeError
+from itae_utils.files import make_folder, replacing
+
+WIDTH = 10.0  # inches; a report's column
+DPI = 150
+PALETTE = sns.color_palette("colorblind").as_hex()
+NORMAL, ARTIFACT, AFTER = PALETTE[0], PALETTE[3], PALETTE[2]
+MAP = "cividis"
+FORMATS = ("png", "pdf", "svg", "jpg")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.titlesize": 12.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+}
+
+
+class ReportFigure(Figure):
+    """A matplotlib figure that notebooks show without pyplot."""
+
+    def __init__(self, title: str, *, height: float) -> None:
+        super().__init__(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+        self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left")
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def percent_ticks() -> FuncFormatter:
+    """Shares as percentages with no more digits than they need."""
+    return FuncFormatter(lambda share, _: f"{100 * share:g} %")
+
+
+def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
+    """Draw in the project's style, and leave matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def in_style(*args, **kwargs) -> ReportFigure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
+    """Write `output_dir/figures/name.png` and `.pdf`, without dates, and return the figure.
+
+    Raises:
+        ItaeError: the folder can't be made.
+    """
+    folder = make_folder(Path(output_dir) / "figures")
+    for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
+        with replacing(folder / f"{name}.{suffix}") as part:
+            figure.savefig(part, format=suffix, metadata=metadata)
+    return figure
+
+
+def outline(axes: Axes, artifacts: np.ndarray) -> None:
+    """Frame the artifacts (rows, columns) on a picture whose unit is the patch; take its ticks away."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    for row, column in np.argwhere(artifacts):
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=ARTIFACT, linewidth=1.2))
+
+
+def check_figure_path(path: Path) -> None:
+    """Refuse a path to which `save_as` can't write.
+
+    Raises:
+        ItaeError: an ending that isn't one of `FORMATS`, or a folder.
+    """
+    if path.suffix[1:].lower() not in FORMATS:
+        raise ItaeError(f"output {str(path)!r} must end in {', '.join(f'.{name}' for name in FORMATS)}")
+    if path.is_dir():
+        raise ItaeError(f"output {str(path)!r} is a folder: name a file")
+
+
+def save_as(figure: Figure, path: Path) -> None:
+    """Write a figure in one step, in the format that the path's ending names."""
+    make_folder(path.parent)
+    with replacing(path) as part:
+        figure.savefig(part, format=path.suffix[1:].lower())

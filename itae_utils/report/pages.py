@@ -1,0 +1,226 @@
+"""The report's pages: one a notebook, with its code out of sight, and the index. They load nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import jinja2
+import nbformat
+from nbconvert.exporters import HTMLExporter
+from nbconvert.filters import markdown2html
+from nbformat import NotebookNode
+from pygments.formatters import HtmlFormatter
+from traitlets.config import Config
+
+from itae_utils.files import PACKAGE, replacing
+from itae_utils.report.parameters import Notebook
+from itae_utils.report.runs import Report, Run
+from itae_utils.results import is_collection
+
+TEMPLATES = PACKAGE / "report/templates"
+SCORES = ("acc", "nmi", "ari")  # shown in this order; other metrics only where none of these could be measured
+SCORES_NOTEBOOK = "03"
+SHOWN_TYPES = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
+
+
+def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
+    """Render an executed notebook to its page below `output`, with links to the index and to its neighbours.
+
+    Args:
+        run: of the notebook.
+        selected: the notebooks beside it, itself included, in reading order.
+        output: the report's folder.
+    """
+    place = selected.index(run.notebook)
+    path = output / run.page
+    notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    exporter = HTMLExporter(
+        template_name="notebook",
+        extra_template_basedirs=[str(TEMPLATES)],
+        exclude_anchor_links=True,
+        config=Config({"NbConvertBase": {"display_data_priority": SHOWN_TYPES}}),
+    )
+    page, _ = exporter.from_notebook_node(_presentable(notebook), {"report": {
+        "run": run,
+        "index": "../" * run.page.count("/") + "index.html",
+        "previous": selected[place - 1] if place else None,
+        "next": selected[place + 1] if place + 1 < len(selected) else None,
+        "css": _style() + HtmlFormatter(style="friendly").get_style_defs(".highlight"),
+    }})
+    with replacing(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path
+
+
+def _presentable(notebook: NotebookNode) -> NotebookNode:
+    """Without papermill's marks, and stderr only of cells that failed; images are named after their section."""
+    notebook.cells = [cell for cell in notebook.cells
+                      if cell.source.strip() and "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    section = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            headings = re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)
+            section = headings[-1] if headings else section
+        if cell.cell_type != "code":
+            continue
+        if not any(output.output_type == "error" for output in cell.outputs):
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.outputs:
+            for kind in {"image/png", "image/jpeg"} & set(output.get("data", ())):
+                output.metadata.setdefault(kind, {}).setdefault("alt", f"Figure: {section}")
+    return notebook
+
+
+def index_page(report: Report) -> Path:
+    """Write `index.html` in one step; all that it says comes from the notebooks' `results.json`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
+    measured = {run.label: run.results for run in report.runs if run.results}
+    own = {label: results for label, results in measured.items() if not is_collection(results)}
+    collections = [results for results in measured.values() if is_collection(results)]
+    scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
+    page = environment.get_template("index.html.j2").render(
+        report=report,
+        groups=_groups(report.runs),
+        backbones=_values(report.runs, "backbone"),
+        datasets=[Path(name).name if name.startswith("imagefolder:") else name
+                  for name in _values(report.runs, "dataset")],
+        css=_style(),
+        sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
+            results["provenance"]["backbone"] for results in own.values()))),
+        facts=_facts(measured, named=bool(report.grid)),
+        versions=_distinct(measured, _versions),
+        headline=[fact for results in collections or measured.values() for fact in results["headline"]],
+        scores=score_table(scores[0]["rows"]) if len(scores) == 1 else None,
+        thresholds=[(label, name, value) for label, results in measured.items()
+                    for name, value in results["thresholds"].items()],
+        parameters=_parameter_table(report.runs),
+        parameter_keys=list(dict.fromkeys(run.notebook.key for run in report.runs)),
+        covers={run.label: run.results["figures"][0] for run in report.runs if run.results and run.results["figures"]},
+        seconds=sum(run.seconds for run in report.runs),
+        kept=sum(run.kept for run in report.runs),
+    )
+    with replacing(report.index) as part:
+        part.write_text(page, encoding="utf-8")
+    return report.index
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by their cell of the grid; what runs over all of it comes first, under the empty name."""
+    groups: dict[str, list[Run]] = {"": []}
+    for run in runs:
+        groups.setdefault(run.cell, []).append(run)
+    return {cell: members for cell, members in groups.items() if members}
+
+
+def _values(runs: Sequence[Run], parameter: str) -> list[str]:
+    """The distinct values of a parameter over all runs."""
+    return list(dict.fromkeys(str(run.parameters[parameter]) for run in runs if parameter in run.parameters))
+
+
+def score_table(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
+    """Mean and standard deviation over seeds, variants down and metrics across, in the order of `rows`.
+
+    Returns:
+        {"metrics": names, "unit": whether all values are in [0, 1], "spread": whether there are several seeds,
+        "rows": [{"variant", "backbone", "cells": [(mean, sd or None, number of seeds) or None]}]}; None without rows.
+        `backbone` is None where there is one for all.
+    """
+    values: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        values[row["variant"], row["backbone"]][row["metric"]].append(row["value"])
+    present = list(dict.fromkeys(metric for scores in values.values() for metric in scores))
+    metrics = [metric for metric in SCORES if metric in present] or present
+    several = len({backbone for _, backbone in values}) > 1
+    table = [
+        {"variant": variant, "backbone": backbone if several else None,
+         "cells": [_spread(scores[metric]) if metric in scores else None for metric in metrics]}
+        for (variant, backbone), scores in values.items() if any(metric in scores for metric in metrics)
+    ]
+    unit = all(0 <= cell[0] <= 1 for row in table for cell in row["cells"] if cell)
+    spread = any(cell[1] is not None for row in table for cell in row["cells"] if cell)
+    return {"metrics": metrics, "unit": unit, "spread": spread, "rows": table} if table else None
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float | None, int]:
+    return mean(values), stdev(values) if len(values) > 1 else None, len(values)
+
+
+def _facts(measured: Mapping[str, dict], named: bool) -> list[tuple[str, list[str]]]:
+    """What was run, as labels and texts.
+
+    Args:
+        measured: results by label of the run.
+        named: whether hashes are told with the name of what they are of; else a text that not all runs share is
+            followed by the labels of those that do.
+    """
+    def of(thing: dict, text: str | None) -> str | None:
+        return f"{thing['name']}: {text}" if named and text else text
+
+    own: dict[str, Callable[[dict], str | None]] = {
+        "Backbone": lambda p: "{name} · {num_blocks} blocks · width {dim}".format(**p["backbone"]),
+        "Weights SHA-256": lambda p: of(p["backbone"], p["backbone"]["weights_sha256"]),
+        "Image size": lambda p: "{image_size} px, {preprocess}".format(**p["backbone"]),
+        "Position embedding": lambda p: "{pos_embed}'s rule, where it is resized".format(**p["backbone"]),
+        "Data set": lambda p: "{name} · {size:,} images · {split}".format(**p["dataset"]),
+        "Images SHA-256": lambda p: of(p["dataset"], p["dataset"].get("fingerprint")),
+        "Device": lambda p: f"{p['device']} · {p['precision']}",
+    }
+    common: dict[str, Callable[[dict], str | None]] = {
+        "Commit": lambda p: p["git"] and p["git"]["commit"][:12] + ("" if p["git"]["clean"] else ", with changes"),
+        "System": lambda p: f"Python {p['python']} · {p['platform']}",
+    }
+    measuring = {label: results for label, results in measured.items() if not is_collection(results)}
+    facts = [(label, _distinct(which, lambda results, tell=tell: tell(results["provenance"]), labelled=not named))
+             for wanted, which in ((own, measuring), (common, measured)) for label, tell in wanted.items()]
+    dates = [results["provenance"]["date"] for results in measured.values()]
+    return [(label, texts) for label, texts in facts if texts] + [
+        ("Date", [min(dates)[:16].replace("T", " ") + " UTC"]) for _ in dates[:1]]
+
+
+def _distinct(
+    measured: Mapping[str, dict], tell: Callable[[dict], str | None], *, labelled: bool = True
+) -> list[str]:
+    """What each run's results tell, once; where they don't all tell the same, with the labels of those that do."""
+    told = defaultdict(list)
+    for label, results in measured.items():
+        if text := tell(results):
+            told[text].append(label)
+    if len(told) == 1 or not labelled:
+        return list(told)
+    return [f"{text} ({', '.join(labels)})" for text, labels in told.items()]
+
+
+def _versions(results: dict) -> str:
+    return " · ".join(f"{name} {version}" for name, version in results["provenance"]["versions"].items())
+
+
+def _parameter_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Each parameter with its value in each notebook, all its values where it ran with several, or a dash."""
+    tables: dict[str, list[Mapping[str, object]]] = defaultdict(list)
+    for run in runs:
+        tables[run.notebook.key].append(run.results["parameters"] if run.results else run.parameters)
+    names = dict.fromkeys(name for ran in tables.values() for table in ran for name in table if name != "output_dir")
+    return [(name, [" | ".join(dict.fromkeys(_shown(table[name]) for table in ran if name in table)) or "–"
+                    for ran in tables.values()]) for name in names]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
+    return "none" if value is None else str(value).replace(" %", "\u00a0%")  # a line must not end before the sign
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def _style() -> str:
+    return (TEMPLATES / "style.css").read_text(encoding="utf-8")

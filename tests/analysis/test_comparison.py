@@ -1,0 +1,277 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from itae_utils import results
+from itae_utils.analysis import comparison
+from itae_utils.analysis.collection import UNKNOWN_SETTINGS, collect
+from itae_utils.analysis.comparison import comparison_table, difference_rows, save_table
+from itae_utils.files import PACKAGE
+from itae_utils.report import report, runs
+from itae_utils.results import check_results
+from tests.made_results import SCORES, cell_of, score_rows, write_cell
+from tests.tiny_notebooks import RESULTS
+
+EXPECTED = ["dinov2_vitb14", "dinov2_vitb14_reg"]
+
+
+def lines_of(cells, expected=EXPECTED) -> dict[tuple, list[str]]:
+    table = comparison_table(cells, expected).map(lambda text: text.replace("\N{NO-BREAK SPACE}", " "))
+    return {line.Index: list(line[1:]) for line in table.itertuples()}
+
+
+def test_rows_of_an_interval():
+    table = pd.DataFrame(
+        {"difference": [0.1, 0.2], "low": [0.0, 0.1], "high": [0.2, 0.3], "words": ["x", "y"]},
+        index=pd.MultiIndex.from_tuples([("itae", "acc"), ("itae", "nmi")], names=["variant", "metric"]))
+    rows = difference_rows(table, backbone="b", dataset="d", n=3)
+    assert {row["metric"]: row["value"] for row in rows} == {
+        "acc_difference": 0.1, "acc_difference_low": 0.0, "acc_difference_high": 0.2,
+        "nmi_difference": 0.2, "nmi_difference_low": 0.1, "nmi_difference_high": 0.3}
+    check_results(RESULTS | {"rows": rows})
+    assert difference_rows(table.rename(index={"itae": "raw pixels"}), backbone="b", dataset="d", n=3) == []
+
+
+def test_the_table_of_nothing_says_not_run_and_not_in_our_sources():
+    lines = lines_of([])
+    assert lines["CIFAR-10", "published: DINOv2 ViT-B/14", "ITAE"] == ["0.8449", "0.8682", "0.7946"]
+    assert lines["CIFAR-10", "published: DINOv2 ViT-B/14", "baseline"] == ["not in our sources"] * 3
+    assert ("Tiny-ImageNet", "published: backbone not in our sources", "ITAE") in lines
+    assert lines["STL-10", "dinov2_vitb14_reg", "not run"] == ["not run"] * 3
+    assert len(lines) == 4 * 4
+
+
+def test_a_cell_of_the_real_things(tmp_path):
+    lines = lines_of([cell_of(tmp_path, "dinov2_vitb14", "cifar10")])
+    name = ("CIFAR-10", "dinov2_vitb14")
+    assert lines[*name, "baseline"] == ["0.7000 ± 0.0100"] * 3
+    assert lines[*name, "random control"] == ["0.6900 ± 0.0100"] * 3
+    assert lines[*name, "ITAE"] == ["0.8000 ± 0.0100"] * 3
+    assert lines[*name, "ITAE − published"] == ["-0.0449", "-0.0682", "+0.0054"]
+    assert lines[*name, "ITAE − baseline [95 %]"] == ["+0.100 [+0.050, +0.150]"] * 3
+    assert (*name, "not run") not in lines
+    assert not any("stand-in" in " ".join(key) for key in lines)
+
+
+def test_a_difference_that_cannot_be_told_is_called_so(tmp_path):
+    rows = score_rows("dinov2_vitb14", "cifar10", SCORES, (0.1, -0.1, 0.2))
+    cell = cell_of(tmp_path, "dinov2_vitb14", "cifar10", rows=rows)
+    told = lines_of([cell])["CIFAR-10", "dinov2_vitb14", "ITAE − baseline [95 %]"]
+    assert told == ["+0.100 [-0.100, +0.200]: no difference can be told (interval holds 0)"] * 3
+
+
+def test_what_older_results_lack_is_said(tmp_path):
+    rows = [row for row in score_rows("dinov2_vitb14", "cifar10", SCORES, None) if row["variant"] != "random control"]
+    lines = lines_of([cell_of(tmp_path, "dinov2_vitb14", "cifar10", rows=rows)])
+    assert lines["CIFAR-10", "dinov2_vitb14", "random control"] == ["not in these results"] * 3
+    assert lines["CIFAR-10", "dinov2_vitb14", "ITAE − baseline [95 %]"] == ["not in these results"] * 3
+
+
+def test_trained_registers_and_nothing_found(tmp_path):
+    lines = lines_of([cell_of(tmp_path, "dinov2_vitb14_reg", "stl10", theta=None)])
+    assert ("STL-10", "dinov2_vitb14_reg", "baseline, with trained registers") in lines
+    assert ("STL-10", "dinov2_vitb14_reg", "ITAE, no artifacts found") in lines
+
+
+def test_stand_ins_are_called_that(tmp_path):
+    cell = cell_of(tmp_path, "demo", "cifar10", size=200)
+    lines = lines_of([cell])
+    assert lines["CIFAR-10", "demo (stand-in), 200 stand-in images", "ITAE − published"][0] == "-0.0449"
+    assert ("CIFAR-10", "dinov2_vitb14", "not run") in lines
+    words = comparison.stand_in_lines([cell, cell])
+    assert len(words) == 2
+    assert words[1] == "**cifar10** is a stand-in: 200 images (test (10,000)) instead of 10,000."
+    local = comparison.stand_in_lines([cell_of(tmp_path, "dinov2_vitb14", "stl10", source="local file x.pth")])
+    assert local[0].startswith("**dinov2_vitb14** is unverified: weights from a local file x.pth")
+
+
+def test_other_data_sets_have_no_published_line(tmp_path):
+    lines = lines_of([cell_of(tmp_path, "dinov2_vitb14", "digits")])
+    names = [key for key in lines if key[0].startswith("digits")]
+    assert {key[2] for key in names} == {"baseline", "random control", "ITAE", "ITAE − baseline [95 %]"}
+
+
+def test_images_without_labels(tmp_path):
+    rows = [{**score_rows("demo", "imagefolder:/a/cats")[0], "metric": "agreement"}]
+    cell = cell_of(tmp_path, "demo", "imagefolder:/a/cats", rows=rows)
+    assert lines_of([cell])["cats (stand-in)", "demo (stand-in), 30 images", "no labels"] == ["not measured"] * 3
+    assert comparison.comparison_numbers([cell]).empty
+    assert comparison.ablation_table(cell_of(tmp_path, "demo", "stl10", rows=[])) is None
+
+
+def test_scores_of_another_backbone_are_not_taken(tmp_path):
+    rows = score_rows("demo", "digits") + score_rows("demo-clean", "digits", {"baseline": 0.9}, None)
+    assert comparison.score_values(cell_of(tmp_path, "demo", "digits", rows=rows), "baseline", "acc") == pytest.approx(
+        [0.69, 0.70, 0.71])
+
+
+def test_numbers(tmp_path):
+    numbers = comparison.comparison_numbers([cell_of(tmp_path, "dinov2_vitb14", "cifar10", size=200)])
+    row = numbers[(numbers.variant == "itae") & (numbers.metric == "acc")].iloc[0]
+    assert (row["n"], row.seeds, row["mean"], row.published) == (200, 3, pytest.approx(0.8), 0.8449)
+    assert (row.minus_published, row.minus_baseline, row.low, row.high) == (pytest.approx(-0.0449), 0.1, 0.05, 0.15)
+    assert row.images.startswith("stand-in: 200 images")
+    assert row.weights is None
+    baseline = numbers[numbers.variant == "baseline"]
+    assert baseline[["published", "minus_published", "minus_baseline"]].isna().all(axis=None)
+    (acc, *_) = comparison.comparison_rows([cell_of(tmp_path, "dinov2_vitb14", "cifar10")])
+    assert (acc["metric"], acc["value"]) == ("acc_minus_published", pytest.approx(-0.0449))
+
+
+def test_unknown_settings_are_all_listed_with_what_was_used(tmp_path):
+    table = comparison.settings_table([cell_of(tmp_path, "dinov2_vitb14", "tiny-imagenet")])
+    assert list(table.index) == list(UNKNOWN_SETTINGS.values())
+    assert table["used here"].tolist() == [
+        "key", "θ = 2.5 on ‖key‖, last block (from the norms alone)", "28 px", "resize",
+        "brought to length 1, not reduced", "k-means++, best of 10 starts, 3 seeds from 0", "dinov2_vitb14",
+        "measured here, the rows “baseline”"]
+    assert (comparison.settings_table([])["used here"] == "not run").all()
+    write_cell(tmp_path / "two" / "a", "demo", "digits", theta=None)
+    write_cell(tmp_path / "two" / "b", "demo", "stl10")
+    cells, _ = collect(tmp_path / "two")
+    assert comparison.settings_table(cells)["used here"].iloc[1] == (
+        "θ = 2.5 on ‖key‖, last block (from the norms alone) (demo on stl10); "
+        "no θ found on ‖key‖, last block (demo on digits)")
+
+
+def test_ablation_table(tmp_path):
+    table = comparison.ablation_table(cell_of(tmp_path, "demo", "digits"))
+    assert table.loc[("key", "min")].tolist() == ["0.6000", "0.8000"]
+    assert table.loc[("query", "min")].tolist() == ["0.5000", "no θ found"]
+    assert list(table.columns) == ["5 %", "auto"]
+
+
+def test_tables_are_saved_as_csv_and_latex(tmp_path):
+    cells = [cell_of(tmp_path, "dinov2_vitb14", "cifar10")]
+    links = save_table(comparison_table(cells, EXPECTED), tmp_path, "t", csv=comparison.comparison_numbers(cells))
+    assert links == "[CSV](tables/t.csv) · [LaTeX](tables/t.tex)"
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "tables" / "t.csv").read_text(encoding="utf-8"))))
+    assert float(rows[6]["mean"]) == pytest.approx(0.8)
+    latex = (tmp_path / "tables" / "t.tex").read_text(encoding="utf-8")
+    for sign in (r"\toprule", r"\midrule", r"\bottomrule", r"dinov2\_vitb14", r"0.8000~$\pm$~0.0100", r"95 \%",
+                 "ITAE $-$ published"):
+        assert sign in latex, sign
+    save_table(comparison.settings_table(cells), tmp_path, "s")
+    for name in "ts":
+        assert (tmp_path / "tables" / f"{name}.tex").read_text(encoding="utf-8").isascii(), name
+
+
+def test_headline(tmp_path):
+    real, other = (cell_of(tmp_path / name, name, "cifar10") for name in ("dinov2_vitb14", "demo"))
+    facts = comparison.comparison_headline([real, other], EXPECTED)
+    assert [fact["value"] for fact in facts] == ["1 of 8", "0.700 → 0.800", "0.700 → 0.800"]
+    assert facts[1]["note"] == "baseline → ITAE on dinov2_vitb14; published 0.8449"
+    assert "demo (stand-in)" in facts[2]["note"]
+
+
+def collected(folder: Path) -> runs.Report:
+    """Notebook 04 as a report of its own over the results in `folder / "in"`."""
+    made = report.run_report(
+        only=["04"], parameters={"results_dir": str(folder / "in")}, output=folder / "out", say=str)
+    assert not made.failed, made.failed[0].error
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Notebook 04 as a report of its own, over results of all kinds."""
+    folder = tmp_path_factory.mktemp("paper")
+    write_cell(folder / "in" / "real", "dinov2_vitb14", "cifar10")
+    write_cell(folder / "in" / "zero", "dinov2_vitb14_reg", "cifar10", theta=None,
+               rows=score_rows("dinov2_vitb14_reg", "cifar10", SCORES, (0.0, -0.1, 0.1)))
+    write_cell(folder / "in" / "small", "demo", "stl10", size=30, notebooks=("03",))
+    write_cell(folder / "in" / "unlabelled", "demo", "imagefolder:/a/cats", rows=[
+        {**score_rows("demo", "imagefolder:/a/cats")[0], "metric": "agreement"}])
+    made = collected(folder)
+    return made, (folder / "out" / made.runs[0].page).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_notebook_04_shows_every_kind_of_cell(page):
+    _, text = page
+    for words in (
+        "not run", "not in our sources", "CIFAR-10", "0.8449", "demo (stand-in), 30 stand-in images", "cats (stand-in)",
+        "no difference can be told (interval holds 0)", "ITAE, no artifacts found", "baseline, with trained registers",
+        "not measured", "ITAE − published", "k-means++, best of 10 starts", "Not drawn for demo on stl10",
+        "tables/comparison.csv", "tables/settings.tex", "tables/ablation_real.csv", "2410.04801",
+        "../../in/real/01_artifact_discovery/figures/attention_maps.pdf", *UNKNOWN_SETTINGS.values(),
+    ):
+        assert words in text.replace("\N{NO-BREAK SPACE}", " "), words
+
+
+@pytest.mark.slow
+def test_links_of_notebook_04_lead_somewhere(page):
+    made, text = page
+    folder = (made.folder / made.runs[0].page).parent
+    for name in ("comparison.csv", "comparison.tex", "settings.csv", "ablation_real.tex"):
+        assert f'href="tables/{name}"' in text
+        assert (folder / "tables" / name).is_file()
+    assert (folder / "figures" / "published_and_measured.pdf").is_file()
+
+
+@pytest.mark.slow
+def test_results_of_notebook_04_fit_the_schema(page):
+    made, _ = page
+    schema = json.loads((PACKAGE / "results.schema.json").read_text(encoding="utf-8"))
+    content = results.read_results(made.folder / made.runs[0].folder / "results.json")
+    jsonschema.validate(content, schema)
+    assert len(content["provenance"]["collected"]) == 10
+    assert {row["metric"].partition("_")[2] for row in content["rows"]} == {"minus_published"}
+    index = made.index.read_text(encoding="utf-8")
+    assert "Does it give the published numbers?" in index
+    assert "1 of 8" not in index
+    assert "2 of 8" in index
+
+
+@pytest.mark.slow
+def test_notebook_04_over_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    made = collected(tmp_path)
+    assert "Nothing was run." in (made.folder / made.runs[0].page).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_paper_profile_offline_at_reduced_size(tmp_path):
+    made = report.run_report(
+        profile="paper", backbone="demo", dataset="digits", output=tmp_path / "out", say=str,
+        parameters={"limit": 200, "seeds": 2, "n_init": 1, "percents": [5.0],
+                    "attenuations": ["min"]})
+    assert not made.failed, made.failed[0].error
+    assert [run.label for run in made.runs] == ["demo-digits 01", "demo-digits 02", "demo-digits 03", "04"]
+    text = (made.folder / made.runs[-1].page).read_text(encoding="utf-8")
+    for words in ("digits (stand-in)", "demo (stand-in)", "is a stand-in: ", "not run", "ITAE − baseline [95 %]"):
+        assert words in text, words
+    assert "not in these results" not in text, "03 gives the interval"
+    assert "demo (stand-in)" in made.index.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_paper_profile_on_a_stand_in_for_one_of_its_data_sets(tmp_path, monkeypatch):
+    """The real loader reads a small set in the real layout; the published row is filled and called a stand-in."""
+    monkeypatch.setenv("ITAE_DATA", str(tmp_path / "data"))
+    folder, rng = tmp_path / "data" / "tiny-imagenet-200", np.random.default_rng(0)
+    (folder / "val" / "images").mkdir(parents=True)
+    (folder / "words.txt").write_text("".join(f"n{c}\tname {c}\n" for c in range(3)), encoding="utf-8")
+    lines = [f"val_{index}.JPEG\tn{index % 3}\t0\t0\t62\t62\n" for index in range(60)]
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines), encoding="utf-8")
+    for index in range(60):
+        noise = rng.integers(0, 80, (64, 64, 3)) + 80 * (index % 3 == np.arange(3))
+        Image.fromarray(noise.astype(np.uint8)).save(folder / "val" / "images" / f"val_{index}.JPEG")
+    made = report.run_report(
+        profile="paper", backbone="demo", dataset="tiny-imagenet", only=["03", "04"], output=tmp_path / "out", say=str,
+        parameters={"seeds": 2, "n_init": 1})
+    assert not made.failed, made.failed[0].error
+    page = (made.folder / made.runs[-1].page).read_text(encoding="utf-8")
+    assert "<strong>tiny-imagenet</strong> is a stand-in: 60 images (validation (60)) instead of 10,000" in page
+    assert "demo (stand-in), 60 stand-in images" in page
+    assert "ITAE − published" in page
+    (row, *_) = made.runs[-1].results["rows"]
+    assert (row["dataset"], row["metric"]) == ("tiny-imagenet", "acc_minus_published")
+    assert len(made.runs[0].results["provenance"]["dataset"]["fingerprint"]) == 64

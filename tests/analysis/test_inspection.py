@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from itae_utils.analysis import inspection
+from itae_utils.analysis.inspection import inspect_images
+from itae_utils.data.datasets import load_dataset
+from itae_utils.errors import ItaeError
+from itae_utils.method.artifacts import qkv_norms, token_norms
+from itae_utils.method.attention import attention_map
+from itae_utils.method.setting import ITAE
+from itae_utils.models.backbones import load_backbone
+from tests.conftest import as_backbone, tiny_vit
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture
+def files(tmp_path, digits):
+    """A square picture, and a wide one of two digits."""
+    digits[1][0].save(tmp_path / "square.png")
+    wide = np.concatenate([np.asarray(digits[index][0]) for index in (2, 3)], axis=1)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    return [tmp_path / "square.png", tmp_path / "wide.png"]
+
+
+def test_lines_tell_sizes_threshold_and_planting(files):
+    lines = inspect_images(files, threshold=2.5).lines
+    assert lines[0].startswith("square.png: 8 × 8 shown to the model as 28 × 28, 7 × 7 patches, ")
+    assert lines[1].startswith("wide.png: 16 × 8 shown to the model as 56 × 28, 14 × 7 patches, ")
+    assert lines[2].startswith("θ = 2.5 on the norm of the key was given: ")
+    assert "planted" in lines[3]
+
+
+def test_sides_become_multiples_of_the_patch_and_the_short_one_the_image_size(tmp_path):
+    Image.new("RGB", (64, 47)).save(tmp_path / "photo.png")
+    Image.new("RGB", (30, 90)).save(tmp_path / "tall.png")
+    backbone = as_backbone(tiny_vit())  # patch 8, image size 32
+    lines = inspect_images([tmp_path / "photo.png", tmp_path / "tall.png"], backbone=backbone).lines
+    assert lines[0] == "photo.png: 64 × 47 shown to the model as 40 × 32, 5 × 4 patches"
+    assert lines[1] == "tall.png: 30 × 90 shown to the model as 32 × 96, 4 × 12 patches"
+
+
+@pytest.mark.parametrize("structure", ["plain", "registers"])
+def test_maps_are_those_of_the_model(tmp_path, structure):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    backbone = as_backbone(tiny_vit(structure))
+    tensor = inspection._resized(backbone, Image.open(tmp_path / "a.png"))[None]
+    norms = qkv_norms(backbone.model, tensor)["value"][0].numpy()
+    theta = float(np.median(norms))
+    (look,) = inspect_images([tmp_path / "a.png"], backbone=backbone, source="value", threshold=theta).looks
+    setting = ITAE(source="value", threshold=theta)
+    np.testing.assert_array_equal(look.norms, norms)
+    np.testing.assert_array_equal(look.artifacts, norms <= theta)
+    np.testing.assert_array_equal(look.before, attention_map(backbone.model, tensor)[0].numpy())
+    np.testing.assert_array_equal(look.after, attention_map(backbone.model, tensor, itae=setting)[0].numpy())
+    hidden = token_norms(backbone.model, tensor)[0].numpy()
+    assert any(np.array_equal(look.hidden, block) for block in hidden)
+    assert look.picture.shape == (32, 48, 3)
+
+
+def test_telling_block_is_where_a_token_is_longest_against_the_median():
+    hidden = [np.ones((3, 2, 2)), np.ones((3, 4, 2))]
+    for norms in hidden:
+        norms[0] *= 100  # long, but all of them
+    hidden[1][1, 2, 1] = 5
+    assert inspection._telling_block(hidden) == 1
+
+
+def test_few_patches_are_drawn_without_theta_and_the_reason_is_told(files):
+    found = inspect_images(files)
+    assert found.lines[2] == "no θ on the norm of the key: 147 patches are too few to fit: at least 2,000 are needed"
+    assert "artifacts" not in found.lines[0]
+    assert all(look.after is None and not look.artifacts.any() for look in found.looks)
+
+
+def test_theta_is_fitted_to_all_given_images_together(tmp_path, digits):
+    paths = [tmp_path / f"{index}.png" for index in range(45)]
+    for index, path in enumerate(paths):
+        digits[index][0].save(path)
+    found = inspect_images(paths)
+    assert "two modes" in found.threshold
+    theta = float(found.threshold.split("θ = ")[1].split()[0])
+    backbone = load_backbone("demo")
+    with backbone.truth.watch(backbone.model) as watch:
+        for look, index in zip(found.looks, range(45), strict=True):
+            backbone.model(backbone.transform(digits[index][0])[None])
+            np.testing.assert_array_equal(look.artifacts, look.norms <= theta)
+            assert not (look.artifacts.ravel() & ~watch.mask[0].numpy()).any()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"paths": []}, "0 images"),
+    ({"paths": ["a.png"] * 51}, "51 images"),
+    ({"paths": ["missing.png"]}, "'missing.png' is not a file"),
+    ({"source": "hidden"}, "source='hidden'"),
+    ({"threshold": -1.0}, "threshold=-1.0"),
+    ({"backbone": "demmo"}, "unknown backbone 'demmo'"),
+])
+def test_bad_input_is_named(files, change, message):
+    with pytest.raises(ItaeError, match=message):
+        inspect_images(**{"paths": files} | change)
+
+
+def test_unreadable_image_is_named(files, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(files[0].read_bytes()[:60])
+    with pytest.raises(ItaeError, match=r"bad\.png"):
+        inspect_images([files[0], bad])

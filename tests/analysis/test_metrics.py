@@ -1,0 +1,292 @@
+import time
+from itertools import combinations, permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from itae_utils.analysis import metrics
+from itae_utils.analysis.kmeans import cluster, cluster_seeds
+from itae_utils.analysis.metrics import (
+    accuracy,
+    agreement,
+    confusion,
+    describe_difference,
+    evaluate_clustering,
+    match_clusters,
+    paired_bootstrap,
+    score,
+    summarize,
+)
+from itae_utils.errors import ItaeError
+
+
+def blobs(classes=3, each=20, dim=5, spread=0.1, seed=0):
+    rng = np.random.default_rng(seed)
+    targets = np.repeat(np.arange(classes), each)
+    centres = rng.normal(size=(classes, dim))
+    return (centres[targets] + spread * rng.normal(size=(len(targets), dim))).astype(np.float32), targets
+
+
+def accuracy_by_trying_all(targets, labels):
+    """Every one-to-one map of clusters to classes, the shorter side padded with partners that nothing belongs to."""
+    classes, clusters = list(np.unique(targets)), list(np.unique(labels))
+    size = max(len(classes), len(clusters))
+    padded = classes + [None] * (size - len(classes))
+    best = 0
+    for order in permutations(padded):
+        mapping = dict(zip(clusters, order, strict=False))
+        best = max(best, sum(mapping[label] == target for target, label in zip(targets, labels, strict=True)))
+    return best / len(targets)
+
+
+def bootstrap_by_sklearn(targets, labels_a, labels_b, draws, seed):
+    rng = np.random.default_rng(seed)
+    n = len(targets)
+
+    def scores(labels, images):
+        each = [(accuracy(targets[images], run[images]),
+                 normalized_mutual_info_score(targets[images], run[images]),
+                 adjusted_rand_score(targets[images], run[images])) for run in np.atleast_2d(labels)]
+        return np.mean(each, axis=0)
+
+    found = []
+    for _ in range(draws):
+        images = rng.integers(n, size=n)
+        found.append(scores(labels_b, images) - scores(labels_a, images))
+    every = np.arange(n)
+    difference = scores(labels_b, every) - scores(labels_a, every)
+    return np.column_stack([difference, *np.percentile(found, (2.5, 97.5), axis=0)])
+
+
+class TestEvaluate:
+    def test_one_row_a_seed(self):
+        features, targets = blobs(spread=1.0)
+        scores = evaluate_clustering(features, targets, seeds=3)
+        assert list(scores.columns) == ["seed", "acc", "nmi", "ari", "inertia"]
+        assert scores.seed.tolist() == [0, 1, 2]
+        for row in scores.itertuples():
+            labels, inertia = cluster(features, 3, seed=row.seed)
+            assert row.acc == accuracy_by_trying_all(targets, labels)
+            assert row.nmi == pytest.approx(normalized_mutual_info_score(targets, labels))
+            assert row.ari == pytest.approx(adjusted_rand_score(targets, labels))
+            assert row.inertia == pytest.approx(inertia)
+
+    def test_seeds_may_be_named(self):
+        features, targets = blobs(spread=1.0)
+        some = evaluate_clustering(features, targets, seeds=(7, 2), n_init=1)
+        assert some.seed.tolist() == [7, 2]
+        alone = evaluate_clustering(features, targets, seeds=[2], n_init=1)
+        pd.testing.assert_frame_equal(some.iloc[1:].reset_index(drop=True), alone)
+
+    def test_k_is_the_number_of_classes_unless_given(self, monkeypatch):
+        asked = []
+
+        def clusters_asked_for(features, k, **_settings):
+            asked.append(k)
+            return np.arange(len(features))[None] % k, np.zeros(1)
+
+        monkeypatch.setattr(metrics, "cluster_seeds", clusters_asked_for)
+        features, targets = blobs()
+        evaluate_clustering(features, targets * 100 - 5, seeds=1)
+        evaluate_clustering(features, targets, k=5, seeds=1)
+        assert asked == [3, 5]
+
+    @pytest.mark.parametrize("targets", [np.repeat([5, -2, 900], 20), np.repeat(["cat", "dog", "ant"], 20),
+                                         np.repeat([True, False], 30)])
+    def test_targets_need_not_count_from_zero(self, targets):
+        codes = np.unique(targets, return_inverse=True)[1]
+        features = np.eye(3)[codes] + 0.01
+        assert evaluate_clustering(features, targets, seeds=1).acc.tolist() == [1]
+
+    def test_features_above_max_memory(self):
+        evaluate_clustering(*blobs(), seeds=1, max_memory=60 * 5 * 4)
+        with pytest.raises(ItaeError, match="max_memory"):
+            evaluate_clustering(*blobs(), seeds=1, max_memory=60 * 5 * 4 - 1)
+
+    def test_no_targets(self):
+        with pytest.raises(ItaeError, match="agreement"):
+            evaluate_clustering(blobs()[0], None)
+
+    def test_targets_of_another_length(self):
+        with pytest.raises(ItaeError, match="59 targets don't fit 60 rows"):
+            evaluate_clustering(blobs()[0], blobs()[1][:-1])
+
+    @pytest.mark.parametrize("seeds", [0, -1, []])
+    def test_no_seeds(self, seeds):
+        with pytest.raises(ItaeError, match="names no seed"):
+            evaluate_clustering(*blobs(), seeds=seeds)
+
+    def test_summary(self):
+        scores = pd.DataFrame({"seed": [0, 1], "acc": [0.5, 0.7], "nmi": [1.0, 1.0]})
+        summary = summarize(scores)
+        assert list(summary.columns) == ["mean", "sd", "min", "max"]
+        assert list(summary.index) == ["acc", "nmi"]
+        assert summary.loc["acc"].tolist() == pytest.approx([0.6, 0.02**0.5, 0.5, 0.7])
+        assert np.isnan(summarize(scores[:1]).loc["acc", "sd"])
+
+
+class TestAgreement:
+    def test_mean_over_all_pairs(self):
+        labels, _ = cluster_seeds(np.random.default_rng(0).normal(size=(100, 8)), 6, seeds=4, n_init=1)
+        pairs = [adjusted_rand_score(labels[a], labels[b]) for a, b in combinations(range(4), 2)]
+        assert agreement(labels) == pytest.approx(sum(pairs) / 6)
+        assert len(set(pairs)) > 1
+
+    def test_clear_clusters_agree_fully(self):
+        assert agreement(cluster_seeds(blobs()[0], 3, seeds=3)[0]) == 1
+
+    def test_needs_two_runs(self):
+        with pytest.raises(ItaeError, match="2 seeds or more"):
+            agreement(np.zeros((1, 4), dtype=int))
+
+
+class TestMatching:
+    @pytest.mark.parametrize("classes", [2, 3, 4])
+    @pytest.mark.parametrize("clusters", [2, 3, 4, 6])
+    def test_accuracy_is_the_best_of_all_matches(self, classes, clusters):
+        rng = np.random.default_rng(classes * 10 + clusters)
+        targets = rng.integers(classes, size=30)
+        labels = np.where(rng.random(30) < 0.5, targets, rng.integers(clusters, size=30)) % clusters
+        assert accuracy(targets, labels) == pytest.approx(accuracy_by_trying_all(targets, labels))
+
+    def test_clusters_left_without_a_class_are_wrong(self):
+        assert accuracy(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 2])) == 0.75
+
+    def test_classes_left_without_a_cluster_are_wrong(self):
+        assert accuracy(np.array([0, 0, 0, 1]), np.array([5, 5, 5, 5])) == 0.75
+
+    def test_score_of_a_permuted_truth_is_perfect(self):
+        assert score(np.array([0, 0, 1, 2]), np.array([9, 9, 4, 1])) == pytest.approx({"acc": 1, "nmi": 1, "ari": 1})
+
+    def test_match_names_clusters_and_classes_as_they_came(self):
+        targets = np.array(["cat", "cat", "dog", "dog", "dog"])
+        assert match_clusters(targets, np.array([7, 7, 3, 3, 7])) == {7: "cat", 3: "dog"}
+
+    def test_match_leaves_out_what_is_over(self):
+        assert match_clusters(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 2])) == {0: 0, 2: 1}
+        assert match_clusters(np.array([0, 0, 1]), np.array([4, 4, 4])) == {4: 0}
+
+    def test_lengths_must_agree(self):
+        with pytest.raises(ItaeError, match=r"targets \(3,\) and labels \(2,\)"):
+            accuracy(np.zeros(3), np.zeros(2))
+
+    @pytest.mark.parametrize("clusters", [2, 4, 6])
+    def test_confusion_counts_with_the_match_on_the_diagonal(self, clusters):
+        rng = np.random.default_rng(clusters)
+        targets = rng.permutation(np.repeat([10, 20, 30, 40], 25))
+        labels = (targets // 10 + (rng.random(100) < 0.3)) % clusters
+        table = confusion(targets, labels)
+        for target in table.index:
+            for label in table.columns:
+                assert table.loc[target, label] == np.count_nonzero((targets == target) & (labels == label))
+        assert table.to_numpy().sum() == 100
+        matched = list(match_clusters(targets, labels).items())
+        diagonal = list(zip(table.columns, table.index, strict=False))
+        assert sorted(diagonal) == sorted(matched)
+        assert list(table.index[: len(matched)]) == sorted(table.index[: len(matched)])
+
+    def test_confusion_of_two_truth_values(self):
+        table = confusion(np.array([True, True, False]), np.array([0, 0, 1]))
+        assert table.to_numpy().tolist() == [[1, 0], [0, 2]]
+        assert table.index.tolist() == [False, True]
+
+
+class TestBootstrap:
+    def labels(self, n=120, seeds=3, classes=4, right=0.6, clusters=4, seed=0):
+        rng = np.random.default_rng(seed)
+        targets = rng.integers(classes, size=n)
+        noise = rng.integers(clusters, size=(seeds, n))
+        return targets, np.where(rng.random((seeds, n)) < right, targets % clusters, noise)
+
+    @pytest.mark.parametrize("clusters", [3, 4, 7])
+    def test_equals_sklearn_draw_by_draw(self, clusters):
+        targets, a = self.labels(right=0.4)
+        _, b = self.labels(right=0.8, clusters=clusters)
+        found = paired_bootstrap(targets * 10 + 3, a, b, draws=40, seed=5)
+        assert list(found.index) == ["acc", "nmi", "ari"]
+        assert list(found.columns) == ["difference", "low", "high"]
+        np.testing.assert_allclose(found, bootstrap_by_sklearn(targets, a, b, 40, 5), atol=1e-12)
+
+    def test_one_seed_may_come_flat_and_numbers_of_seeds_may_differ(self):
+        targets, a = self.labels()
+        flat, stacked = (paired_bootstrap(targets, one, a, draws=20) for one in (a[0], a[:1]))
+        pd.testing.assert_frame_equal(flat, stacked)
+
+    def test_a_side_against_itself_differs_by_nothing(self):
+        targets, a = self.labels()
+        assert (paired_bootstrap(targets, a, a, draws=20) == 0).all(axis=None)
+
+    def test_renaming_clusters_changes_nothing(self):
+        targets, a = self.labels()
+        _, b = self.labels(right=0.9)
+        renamed = np.array([40, -1, 7, 3])[b]
+        found, expected = (paired_bootstrap(targets, a, labels, draws=20) for labels in (renamed, b))
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+    def test_pairing_makes_the_interval_narrow(self):
+        """b is a with 12 of 400 images put right: unpaired, the two intervals alone would be some 0.1 wide."""
+        targets, a = self.labels(n=400, seeds=1)
+        b = a.copy()
+        wrong = np.flatnonzero(b[0] != targets)[:12]
+        b[0, wrong] = targets[wrong]
+        row = paired_bootstrap(targets, a, b).loc["acc"]
+        assert row.difference == pytest.approx(12 / 400)
+        assert 0 < row.low < row.difference < row.high
+        assert row.high - row.low < 0.04
+
+    def test_the_interval_covers_the_truth_about_as_often_as_it_says(self):
+        """Both sides are equally right, so 0 is the true difference; 95 % of the intervals should hold it."""
+        holds = 0
+        for trial in range(60):
+            targets, runs = self.labels(n=150, seeds=2, right=0.7, seed=trial)
+            row = paired_bootstrap(targets, runs[0], runs[1], draws=100).loc["acc"]
+            holds += row.low <= 0 <= row.high
+        assert holds >= 51  # P(fewer | 95 %) < 0.2 %
+
+    @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (3, 1), (60, 60), (60, 1)])
+    def test_trivial_partitions_score_as_sklearn_has_them(self, rows, columns):
+        targets, labels = np.arange(60) % rows, np.arange(60) % columns
+        table = np.zeros((1, rows, columns), dtype=int)
+        np.add.at(table[0], (targets, labels), 1)
+        expected = [accuracy_by_trying_all(targets, labels) if max(rows, columns) < 5 else accuracy(targets, labels),
+                    normalized_mutual_info_score(targets, labels), adjusted_rand_score(targets, labels)]
+        np.testing.assert_allclose(metrics._scores_of_tables(table)[0], expected, atol=1e-12)
+
+    def test_the_seed_decides_the_draws(self):
+        targets, a = self.labels()
+        _, b = self.labels(right=0.8)
+        first, again, other = (paired_bootstrap(targets, a, b, draws=50, seed=seed) for seed in (0, 0, 1))
+        pd.testing.assert_frame_equal(first, again)
+        assert (first.low != other.low).any()
+
+    def test_labels_of_another_length(self):
+        targets, a = self.labels()
+        with pytest.raises(ItaeError, match=r"labels of shape \(3, 119\) don't fit 120 targets"):
+            paired_bootstrap(targets, a, a[:, :-1])
+
+    def test_no_draws(self):
+        targets, a = self.labels()
+        with pytest.raises(ItaeError, match="draws=0"):
+            paired_bootstrap(targets, a, a, draws=0)
+
+    def test_a_thousand_draws_of_ten_seeds_take_seconds(self):
+        targets, a = self.labels(n=1797, seeds=10, classes=10, clusters=10)
+        _, b = self.labels(n=1797, seeds=10, classes=10, clusters=10, right=0.7)
+        start = time.process_time()
+        paired_bootstrap(targets, a, b)
+        assert time.process_time() - start < 5
+
+
+def test_a_difference_in_words():
+    row = pd.Series({"difference": 0.0541, "low": 0.0308, "high": 0.0779})
+    assert describe_difference(row) == "+0.054 [+0.031, +0.078]"
+    assert describe_difference(-row[["difference", "high", "low"]].set_axis(row.index)) == "-0.054 [-0.078, -0.031]"
+
+
+@pytest.mark.parametrize("low", [-0.01, 0.0])
+def test_a_difference_that_may_be_none(low):
+    words = describe_difference({"difference": 0.01, "low": low, "high": 0.02})
+    assert words.endswith(": no difference can be told (interval holds 0)")
+    assert "-0.000" not in describe_difference({"difference": -0.0001, "low": low, "high": 0.02})

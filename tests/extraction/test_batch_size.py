@@ -1,0 +1,115 @@
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+
+from itae_utils.errors import ItaeError
+from itae_utils.extraction.batches import fitting_batch_size, is_out_of_memory, resolve_batch_size
+from tests.conftest import as_backbone, tiny_vit
+
+CPU = torch.device("cpu")
+ERRORS = {
+    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                        "tried to allocate 140737488355328 bytes. Error code 12 (Cannot allocate memory)"),
+    "windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    "python": MemoryError(),
+}
+
+
+class Device:
+    """Runs batches of up to `room` images; remembers what was tried."""
+
+    def __init__(self, room: int, error: Exception = ERRORS["cuda"]) -> None:
+        self.room, self.error, self.tried = room, error, []
+
+    def __call__(self, size: int) -> None:
+        self.tried.append(size)
+        if size > self.room:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_halved_until_it_fits(error):
+    device = Device(20, error)
+    assert fitting_batch_size(device, CPU, start=100) == 12
+    assert device.tried == [100, 50, 25, 12]
+
+
+def test_torch_s_own_error():
+    assert fitting_batch_size(lambda size: torch.empty(10**6, size, 10**8) if size > 1 else None, CPU, start=4) == 1
+
+
+@pytest.mark.parametrize(("device", "start"), [("cuda", 256), ("cpu", 64), ("mps", 64)])
+def test_starts(device, start):
+    assert fitting_batch_size(Device(1000), torch.device(device)) == start
+
+
+def test_not_even_one_image():
+    device = Device(0)
+    with pytest.raises(ItaeError, match=r"not even one image fits the memory of cpu: use a smaller image_size, "
+                                        r"precision='bf16', or another device") as caught:
+        fitting_batch_size(device, CPU, start=5)
+    assert device.tried == [5, 2, 1]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ItaeError, match="batch_size=0"):
+        fitting_batch_size(device, CPU, start=0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ItaeError("bad"),
+                                   KeyError("out of memory")])
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error)
+    device = Device(0, error)
+    with pytest.raises(type(error)):
+        fitting_batch_size(device, CPU, start=8)
+    assert device.tried == [8]
+
+
+def test_the_cache_is_emptied_when_nothing_holds_the_failed_batch(monkeypatch):
+    held, alive = [], []
+
+    def run(size: int) -> None:
+        batch = torch.zeros(size)
+        circle = [batch]
+        circle.append(circle)
+        held.append(weakref.ref(batch))
+        if size > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(ref() is not None for ref in held)))
+    gc.disable()
+    try:
+        assert fitting_batch_size(run, torch.device("cuda"), start=8) == 2
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
+
+
+def test_automatic_is_64_on_a_cpu_and_numbers_stay():
+    backbone = as_backbone(tiny_vit())
+    assert resolve_batch_size("auto", backbone) == 64
+    assert resolve_batch_size(7, backbone) == 7
+    for bad in (0, -1, 2.0, True, "many"):
+        with pytest.raises(ItaeError, match="is not a number of images"):
+            resolve_batch_size(bad, backbone)
+
+
+def test_automatic_elsewhere_tries_the_model_s_own_pass(monkeypatch):
+    """On torch's "meta" device, which has no memory to run out of; the model stands in for one that has."""
+    model, tried = tiny_vit().to("meta"), []
+    forward = model.forward_features
+
+    def with_little_memory(images):
+        tried.append(tuple(images.shape))
+        if len(images) > 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(model, "forward_features", with_little_memory)
+    backbone = dataclasses.replace(as_backbone(tiny_vit()), model=model, device=torch.device("meta"))
+    assert resolve_batch_size("auto", backbone) == 16
+    assert tried == [(64, 3, 32, 32), (32, 3, 32, 32), (16, 3, 32, 32)]

@@ -1,0 +1,207 @@
+import matplotlib
+import numpy as np
+import pytest
+
+from itae_utils import figures
+from itae_utils.analysis.inspection import Look
+from itae_utils.errors import ItaeError
+from itae_utils.extraction.observation import Observation
+from itae_utils.figures.style import outline
+from itae_utils.method.thresholds import fit_threshold
+from tests.drawn import assert_nothing_is_clipped, title
+
+GRID = (4, 5)
+PATCHES = 20
+
+
+@pytest.fixture
+def seen():
+    """Twelve images whose first patch is an artifact: 30 × as long from block 2 on, with 0.8 of the attention."""
+    rng = np.random.default_rng(0)
+    artifacts = np.zeros((12, PATCHES), dtype=bool)
+    artifacts[:, 0] = True
+    hidden = rng.uniform(0.9, 1.1, (12, 3, PATCHES))
+    hidden[:, 1:, 0] *= 30
+    attention = np.full((12, PATCHES), 0.2 / (PATCHES - 1))
+    attention[:, 0] = 0.8
+    after = np.full((12, PATCHES), 1 / (PATCHES - 1))
+    after[:, 0] = 0
+    norms = {name: rng.uniform(1, 2, (12, PATCHES)) for name in ("query", "key", "value")}
+    return Observation(np.arange(12), GRID, hidden, norms, attention, after, artifacts, artifacts)
+
+
+@pytest.fixture
+def nothing(seen):
+    none = np.zeros_like(seen.artifacts)
+    flat = np.full_like(seen.attention, 1 / PATCHES)
+    return Observation(seen.indices, GRID, np.ones_like(seen.hidden_norms), seen.norms, flat, flat, none, None)
+
+
+@pytest.fixture
+def fits():
+    rng = np.random.default_rng(0)
+    two = np.concatenate([rng.normal(1, 0.05, 300), rng.normal(8, 0.5, 5000)])
+    return {"query": fit_threshold(rng.normal(8, 0.5, 5000)), "key": fit_threshold(two)}
+
+
+def look(rows, columns, *, after=True, artifact=True):
+    before = np.linspace(0, 0.5, rows * columns).reshape(rows, columns)
+    artifacts = np.zeros((rows, columns), dtype=bool)
+    artifacts[0, 0] = artifact
+    picture = np.zeros((rows * 4, columns * 4, 3))
+    return Look("a picture.png", picture, before * 100, before * 10, before, before / 2 if after else None, artifacts)
+
+
+def grids(values):
+    return values.reshape(-1, *GRID)
+
+
+def examples(seen):
+    pictures = [np.zeros((16, 20, 3))] * len(seen.indices)
+    return figures.attention_examples(
+        pictures, grids(seen.attention), grids(seen.attention_after), grids(seen.artifacts))
+
+
+def limits(figure):
+    return {image.get_clim() for axes in figure.axes for image in axes.get_images() if image.get_array().ndim == 2}
+
+
+def test_no_figure_is_clipped_or_known_to_pyplot(seen, nothing, fits):
+    drawn = [
+        figures.hidden_norms(seen), figures.hidden_norms(nothing), examples(seen), examples(nothing),
+        figures.norm_distributions(fits, {name: fit.threshold for name, fit in fits.items()}),
+        figures.artifact_positions(seen.artifacts, GRID), figures.attention_shares(seen),
+        figures.inspection([look(4, 5), look(7, 3)], "key", 2, "two images " * 20),
+    ]
+    for figure in drawn:
+        assert_nothing_is_clipped(figure)
+    assert not matplotlib.pyplot.get_fignums()
+
+
+def test_style_is_left_as_it_was(seen):
+    before = dict(matplotlib.rcParams)
+    figures.hidden_norms(seen)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_hidden_norms_names_the_block_and_how_far_artifacts_stand_out(seen):
+    words = title(figures.hidden_norms(seen))
+    assert "after block 2" in words or "after block 3" in words
+    assert float(words.split(": ")[1].split(" ×")[0]) == pytest.approx(30, rel=0.1)
+
+
+def test_hidden_norms_claims_nothing_where_artifacts_are_not_longer(seen):
+    seen.hidden_norms[:] = 1
+    assert "not longer than other patches" in title(figures.hidden_norms(seen))
+
+
+def test_hidden_norms_without_artifacts_draws_one_group(nothing):
+    nothing.hidden_norms[0, 2, 3] = 7
+    figure = figures.hidden_norms(nothing)
+    assert "7 × the median of its block (after block 3)" in title(figure)
+    assert figure.legends[0].get_texts()[0].get_text() == "all patches, median"
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_norm_distributions_draws_theta_only_where_there_is_one(fits):
+    theta = fits["key"].threshold
+    figure = figures.norm_distributions(fits, {"query": None, "key": theta})
+    assert "norm of the key tells" in title(figure)
+    query, key = figure.axes
+    assert query.get_title(loc="left") == "query: no θ"
+    assert f"θ = {theta:.4g}, 5.7 % at or below" in key.get_title(loc="left")
+    assert [line.get_xdata()[0] for line in key.lines] == [theta]
+    assert not query.lines
+
+
+def test_norm_distributions_without_any_theta_says_so(fits):
+    assert "No norm has a low mode" in title(figures.norm_distributions(fits, {"query": None, "key": None}))
+    few = dict.fromkeys(fits, fit_threshold(np.arange(1.0, 1000.0)))
+    assert "Too few patches to tell" in title(figures.norm_distributions(few, dict.fromkeys(fits)))
+
+
+@pytest.mark.parametrize(("theta", "share"), [(1000.0, "100 %"), (1e-4, "0 %")])
+def test_norm_distributions_with_a_given_theta_claims_nothing_and_keeps_to_the_norms(fits, theta, share):
+    fitted = figures.norm_distributions(fits, {"query": None, "key": None})
+    figure = figures.norm_distributions(fits, {"query": None, "key": theta})
+    told = f"No norm has a low mode of its own; {share} of the patches lie up to the θ given for the key"
+    assert title(figure) == told
+    assert figure.axes[1].get_xlim() == pytest.approx(fitted.axes[1].get_xlim())
+
+
+def test_attention_examples_share_colours_and_outline_artifacts(seen):
+    figure = examples(seen)
+    assert "draw 80 % of the [CLS] attention, and 0 % after ITAE" in title(figure)
+    assert limits(figure) == {(0, 0.8)}
+    outlined = [axes for axes in figure.axes if axes.patches]
+    assert len(outlined) == 3 * 12
+    assert [patch.get_xy() for patch in outlined[0].patches] == [(0, 0)]
+
+
+def test_attention_examples_without_artifacts_has_no_after(nothing):
+    figure = examples(nothing)
+    assert "no patch is taken for an artifact" in title(figure)
+    assert sum(bool(axes.get_images()) for axes in figure.axes) == 2 * 12
+
+
+def test_outline_frames_row_and_column(seen):
+    axes = figures.ReportFigure("x", height=2).subplots()
+    mask = np.zeros(GRID, dtype=bool)
+    mask[1, 3] = True
+    outline(axes, mask)
+    assert [patch.get_xy() for patch in axes.patches] == [(3, 1)]
+
+
+def test_artifact_positions_counts_places_and_artifacts():
+    artifacts = np.zeros((10, PATCHES), dtype=bool)
+    artifacts[:, 0] = True
+    artifacts[:5, 7] = True
+    figure = figures.artifact_positions(artifacts, GRID)
+    assert title(figure) == "2 of 20 places hold 90 % of the artifacts; an image has 1.5 of them (1 to 2)"
+    frequency = figure.axes[0].get_images()[0].get_array()
+    assert frequency[0, 0] == 1
+    assert frequency[1, 2] == 0.5
+
+
+def test_attention_shares_are_of_the_images_with_artifacts(seen):
+    told = "are 5 % of the patches and draw 80 % of the [CLS] attention; after ITAE 0 %"
+    assert title(figures.attention_shares(seen)) == f"Artifacts {told}"
+    seen.artifacts[6:] = False
+    figure = figures.attention_shares(seen)
+    assert title(figure).replace("\n", " ") == f"In the 6 of 12 images with artifacts these {told}"
+    assert figure.axes[0].get_ylabel() == "images, of 6 with artifacts"
+    assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == 6
+
+
+def test_inspection_has_an_after_only_with_theta():
+    with_theta = figures.inspection([look(4, 5)], "key", 2, "title")
+    without = figures.inspection([look(4, 5, after=False, artifact=False)], "key", 2, "title")
+    titles = [axes.get_title(loc="left") for axes in with_theta.axes if axes.get_title(loc="left")]
+    assert titles == ["‖hidden‖ after block 2", "‖key‖ in the last block", "[CLS] attention", "… after ITAE"]
+    assert "… after ITAE" not in [axes.get_title(loc="left") for axes in without.axes]
+    before, after = [axes.get_images()[0].get_clim() for axes in with_theta.axes[3:5]]
+    assert before == after == (0, 0.5)
+
+
+def test_save_writes_png_and_pdf_without_dates(tmp_path, seen):
+    figure = figures.hidden_norms(seen)
+    assert figures.save(figure, tmp_path / "a", "norms") is figure
+    figures.save(figures.hidden_norms(seen), tmp_path / "b", "norms")
+    for suffix, start in [("png", b"\x89PNG"), ("pdf", b"%PDF")]:
+        first, second = ((tmp_path / run / "figures" / f"norms.{suffix}").read_bytes() for run in "ab")
+        assert first.startswith(start)
+        assert first == second
+        assert b"CreationDate" not in first
+    assert len(list((tmp_path / "a" / "figures").iterdir())) == 2
+
+
+def test_save_names_a_folder_that_cannot_be_made(tmp_path, seen):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ItaeError, match="file/out/figures"):
+        figures.save(figures.hidden_norms(seen), tmp_path / "file" / "out", "norms")
+
+
+def test_notebooks_get_a_picture_at_150_dots_an_inch(seen):
+    png = figures.hidden_norms(seen)._repr_png_()
+    assert png.startswith(b"\x89PNG")
+    assert int.from_bytes(png[16:20], "big") == 1500

@@ -1,0 +1,182 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from itae_utils import figures
+from itae_utils.analysis.clustering import AGREEMENT, CHANGE
+from itae_utils.analysis.metrics import confusion
+from tests.drawn import assert_nothing_is_clipped, title
+
+THETAS = {"1 %": 0.01, "5 %": 0.05, "auto": 0.03}
+DIGITS = [str(digit) for digit in range(10)]
+
+
+def ablation(measure="acc", *, auto=True, oracle=True):
+    """Scores that rise by 0.1 for the key, by 0.01 for each later attenuation; two seeds 0.02 apart."""
+    rows = [{"variant": "baseline", "kind": "baseline", "value": 0.5}]
+    if oracle:
+        rows.append({"variant": "oracle", "kind": "oracle", "value": 0.8, "attenuation": "min"})
+    for source, (theta, share) in itertools.product(("query", "key"), THETAS.items()):
+        if theta == "auto" and (source == "query" or not auto):
+            continue
+        about = {"source": source, "theta": theta, "share": share}
+        rows += [{"variant": f"{source} {kind} {theta}", "kind": "itae", "attenuation": kind, **about,
+                  "value": 0.6 + 0.1 * (source == "key") + 0.01 * place} for place, kind in enumerate(("min", "mask"))]
+        rows.append({"variant": f"random like {source} {theta}", "kind": "random", "attenuation": "min", **about,
+                     "value": 0.45})
+    table = pd.concat([pd.DataFrame(rows).assign(seed=seed) for seed in (0, 1)])
+    return table.assign(**{measure: table.value + 0.02 * table.seed - 0.01}).set_index("variant")
+
+
+def scores(**means):
+    return pd.DataFrame([{"variant": name.replace("_", " "), "seed": seed, "acc": mean + seed / 100, "nmi": mean}
+                         for name, mean in means.items() for seed in (0, 1)])
+
+
+def heat_maps(figure):
+    return [axes for axes in figure.axes if axes.get_xlabel() == "θ as share of the patches"]
+
+
+def test_heat_maps_share_colours_and_name_the_best_setting():
+    figure = figures.ablation_heatmaps(ablation(), "acc")
+    assert title(figure) == "Best of 10 settings: key, mask, 1 %: ACC 0.710 (baseline 0.500)"
+    query, key = heat_maps(figure)
+    assert query.collections[0].get_clim() == key.collections[0].get_clim() == (0.5, pytest.approx(0.71))
+    assert [label.get_text() for label in key.get_xticklabels()] == ["1 %", "5 %", "auto"]
+    assert "no θ found" in [text.get_text() for text in query.texts]
+    assert "no θ found" not in [text.get_text() for text in key.texts]
+    assert_nothing_is_clipped(figure)
+
+
+def test_heat_maps_of_changes_are_told_in_thousandths():
+    figure = figures.ablation_heatmaps(ablation(CHANGE), CHANGE)
+    assert title(figure) == "Largest change of 10 settings: key, mask, 1 %: cosine distance to the baseline 0.710"
+    assert "700.0" in [text.get_text() for text in heat_maps(figure)[1].texts]
+
+
+def test_curves_tell_auto_against_control_and_baseline_without_picking_the_best():
+    figure = figures.ablation_curves(ablation(), "acc")
+    assert title(figure) == ("With θ from the norms alone (key) ACC is 0.700 to 0.710; "
+                             "with as many random patches 0.450; baseline 0.500")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["min", "mask", "random patches", "baseline", "oracle"]
+    key = figure.axes[1]
+    stars = [line for line in key.lines if line.get_marker() == "*"]
+    assert [(star.get_xdata()[0], star.get_ydata()[0]) for star in stars] == [
+        (0.03, pytest.approx(0.7)), (0.03, pytest.approx(0.71))]
+    assert figure.axes[0].get_title(loc="left") == "query: no θ found"
+    assert_nothing_is_clipped(figure)
+
+
+def test_curves_draw_the_spread_over_seeds():
+    figure = figures.ablation_curves(ablation(), "acc")
+    band = figure.axes[1].collections[0].get_paths()[0].vertices
+    assert np.ptp(band[:, 1]) == pytest.approx(2 * np.std([0, 0.02], ddof=1))
+
+
+def test_curves_without_any_theta_say_so():
+    figure = figures.ablation_curves(ablation(auto=False, oracle=False), "acc")
+    assert title(figure) == "No source gave a θ by itself; at fixed shares ACC is 0.600 to 0.710; baseline 0.500"
+    assert "oracle" not in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_curves_of_changes_name_no_baseline():
+    assert "; baseline" not in title(figures.ablation_curves(ablation(CHANGE), CHANGE))
+
+
+def test_score_overview_draws_every_variant_against_the_baseline():
+    figure = figures.score_overview(scores(raw_pixels=0.3, baseline=0.5, itae=0.7), "what came out")
+    assert title(figure) == "what came out"
+    acc = figure.axes[0]
+    assert [label.get_text() for label in acc.get_yticklabels()] == ["raw pixels", "baseline", "itae"]
+    assert [text.get_text() for text in acc.texts] == ["0.305", "0.505", "0.705"]
+    assert acc.get_xlabel() == "ACC (mean ± sd)"
+    assert acc.lines[-1].get_xdata()[0] == pytest.approx(0.505)
+    assert_nothing_is_clipped(figure)
+
+
+def test_score_overview_of_agreement_claims_no_spread():
+    table = pd.DataFrame({"variant": ["baseline", "itae"], AGREEMENT: [0.4, 0.5]})
+    figure = figures.score_overview(table, "x")
+    assert figure.axes[0].get_xlabel() == "ARI between runs"
+
+
+def test_embeddings_count_neighbours_of_the_same_class():
+    targets = np.repeat([0, 1], 30)
+    apart = np.stack([targets * 100.0, np.arange(60)], axis=1)
+    mixed = np.random.default_rng(0).normal(size=(60, 2))
+    figure = figures.embeddings({"before": mixed, "after": apart}, targets, ["a", "b"])
+    assert "after 100 %" in title(figure)
+    assert title(figure).replace("\n", " ").endswith("(by chance 49 %)")
+    few = figures.embeddings({"it": apart[:4]}, np.array([0, 0, 1, 1]), ["a", "b"])
+    assert "How many of the 3 nearest neighbours" in title(few)
+    assert "(by chance 33 %)" in title(few)  # one of the three others
+    assert "before 100 %" not in title(figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert_nothing_is_clipped(figure)
+
+
+def test_embeddings_of_many_classes_have_no_legend():
+    targets = np.arange(30) % 25
+    points = np.random.default_rng(0).normal(size=(30, 2))
+    figure = figures.embeddings({"x": points}, targets, list(map(str, range(25))))
+    assert not figure.legends
+
+
+def test_confusions_share_colours_and_name_the_largest_confusion():
+    targets = np.repeat(np.arange(10), 10)
+    swapped = targets.copy()
+    swapped[80:84] = 3
+    tables = {"baseline": confusion(targets, swapped), "itae": confusion(targets, targets)}
+    figure = figures.confusions(tables, DIGITS)
+    assert title(figure).startswith("The largest confusion. baseline: 40 % of 8 in 3; itae: 0 %")
+    assert [axes.get_images()[0].get_clim() for axes in figure.axes[:2]] == [(0, 1), (0, 1)]
+    assert_nothing_is_clipped(figure)
+
+
+def test_confusions_of_long_names_and_more_clusters_than_classes():
+    targets = np.repeat([0, 1], 20)
+    labels = targets.copy()
+    labels[:9] = 7
+    classes = ["a class of a long name", "another one"]
+    figure = figures.confusions({"baseline": confusion(targets, labels)}, classes)
+    assert "45 % of a class of a long name in an unmatched cluster" in title(figure)
+    left, right = (axes.get_position() for axes in figure.axes[:2])
+    assert left.x0 < 0.3
+    assert right.width == pytest.approx(left.width, rel=0.01)  # an empty place: one matrix is drawn no larger than two
+    assert_nothing_is_clipped(figure)
+
+
+def test_class_gains_are_sorted_and_counted():
+    before = pd.DataFrame(np.full((2, 10), 0.5))
+    after = before.copy()
+    after[3] = [0.8, 0.9]
+    after[4] = 0.2
+    after[5] = [0.9, 0.3]  # more by 0.1, with an sd of 0.42: k-means' own doing
+    figure = figures.class_gains(before, after, DIGITS)
+    assert title(figure) == (
+        "Of 10 classes 1 gain and 1 lose more than one sd over seeds: from 3, +0.35, to 4, -0.30")
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert (names[0], names[-1]) == ("3", "4")
+    assert_nothing_is_clipped(figure)
+
+
+def test_class_gains_of_many_classes_show_both_ends():
+    before = pd.DataFrame(np.zeros((1, 100)))
+    after = pd.DataFrame(np.linspace(0, 0.5, 100)[None])
+    figure = figures.class_gains(before, after, [f"class number {place}" for place in range(100)])
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(names) == 20
+    assert (names[0], names[-1]) == ("class number 99", "class number 0")
+    assert_nothing_is_clipped(figure)
+
+
+def test_cluster_sheet_has_a_row_a_cluster():
+    images = [np.zeros((8, 8, 3))]
+    figure = figures.cluster_sheet({4: images * 10, 2: images * 3}, {4: 1234, 2: 3}, "two clusters")
+    assert [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")] == [
+        "cluster 4: 1,234 images", "cluster 2: 3 images"]
+    assert sum(bool(axes.get_images()) for axes in figure.axes) == 13
+    assert_nothing_is_clipped(figure)

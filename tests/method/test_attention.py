@@ -1,0 +1,335 @@
+import dataclasses
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from itae_utils.errors import ItaeError
+from itae_utils.method.artifacts import FiringRule, qkv_norms
+from itae_utils.method.attention import attend, attention_map, attenuate, attenuated_logits
+from itae_utils.method.setting import ITAE
+from tests import reference
+from tests.conftest import STRUCTURES, images, threshold_at, tiny_vit
+
+ATTENUATIONS = ("min", "mask", "mean", "scale")
+
+
+def output(model, batch, itae=None, **options):
+    if itae is None:
+        return model.forward_features(batch)
+    with attenuate(model, itae, **options):
+        return model.forward_features(batch)
+
+
+# --- the equations ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("attenuation", ATTENUATIONS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_cls_output_follows_the_equations(structure, attenuation):
+    model, batch = tiny_vit(structure), images(2)
+    itae = ITAE("key", threshold_at(model, batch, "key", 0.3), attenuation, alpha=0.2)
+    expected = reference.forward(model, batch, itae)
+    assert (output(model, batch, itae) - expected).abs().max() < 1e-5
+    assert (expected - output(model, batch))[:, 0].abs().max() > 1e-3  # the edit shows
+
+
+@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb", "eva02_split"])
+@pytest.mark.parametrize("source", ["query", "key", "value"])
+def test_every_source(source, structure):
+    model, batch = tiny_vit(structure), images(2)
+    itae = ITAE(source, threshold_at(model, batch, source, 0.25))
+    assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rows", ["cls", "all"])
+@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("structure", ["plain", "dinov2", "qk_norm", "scale_norm", "dinov3", "eva02_split",
+                                       "rope_mixed"])
+def test_scopes(structure, blocks, rows):
+    model, batch = tiny_vit(structure), images(1)
+    thresholds = [threshold_at(model, batch, "key", 0.3, block) for block in range(-blocks, 0)]
+    itae = ITAE("key", thresholds, blocks=blocks, rows=rows)
+    assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("structure", ["registers", "dinov3", "rope_mixed"])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (40, 24), (8, 64)])
+def test_other_image_sizes(height, width, structure):
+    model, batch = tiny_vit(structure), images(1, height, width)
+    itae = ITAE("key", threshold_at(model, batch, "key", 0.3))
+    assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("structure", ["registers", "dinov3"])
+@pytest.mark.parametrize("attenuation", ATTENUATIONS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_batch_gives_what_its_images_give_one_by_one(attenuation, fused, structure):
+    model, batch = tiny_vit(structure), images(5)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    itae = ITAE("key", threshold_at(model, batch, "key", 0.3), attenuation)
+    single = torch.cat([output(model, image[None], itae) for image in batch])
+    assert (output(model, batch, itae) - single).abs().max() < 1e-5
+
+
+def test_all_rows_in_the_last_block_give_the_same_cls_output():
+    assert ITAE(rows="all").rows == "cls"
+    model, batch = tiny_vit("registers"), images(2)
+    itae = ITAE("key", threshold_at(model, batch, "key", 0.3))
+    all_rows = ITAE("key", itae.threshold)
+    object.__setattr__(all_rows, "rows", "all")  # as if it were not resolved
+    wide, narrow = output(model, batch, all_rows), output(model, batch, itae)
+    assert (wide - narrow)[:, 0].abs().max() < 1e-5
+    assert (wide - narrow)[:, 1:].abs().max() > 1e-3
+
+
+def test_all_rows_in_small_chunks(monkeypatch):
+    model, batch = tiny_vit("registers"), images(3)
+    itae = ITAE("key", [threshold_at(model, batch, "key", 0.3)] * 2, blocks=2, rows="all")
+    whole = output(model, batch, itae)
+    monkeypatch.setattr("itae_utils.method.attention.QUERY_CHUNK_BYTES", 1)
+    assert (output(model, batch, itae) - whole).abs().max() < 1e-5
+
+
+def test_logits_of_prefix_tokens_are_never_touched():
+    logits = torch.randn(2, 3, 1, 9)
+    edited = attenuated_logits(logits, torch.ones(2, 6, dtype=torch.bool), ITAE(attenuation="mask"))
+    assert torch.equal(edited[..., :3], logits[..., :3])
+    assert torch.isneginf(edited[..., 3:]).all()
+
+
+def test_minimum_runs_over_patches_only_artifacts_included():
+    logits = torch.tensor([-9.0, -8.0, 1.0, 5.0, 3.0]).view(1, 1, 1, 5)
+    artifacts = torch.tensor([[True, False, True]])
+    edited = attenuated_logits(logits, artifacts, ITAE(attenuation="min")).flatten().tolist()
+    assert edited == [-9, -8, 1, 5, 1]
+
+
+def test_mean_leaves_an_image_without_normal_patches_as_it_is():
+    logits = torch.randn(2, 2, 1, 5)
+    artifacts = torch.tensor([[True] * 4, [True, False, True, False]])
+    edited = attenuated_logits(logits, artifacts, ITAE(attenuation="mean"))
+    assert torch.equal(edited[0], logits[0])
+    assert not torch.equal(edited[1], logits[1])
+
+
+@pytest.mark.parametrize("attenuation", ATTENUATIONS)
+def test_one_row_edited_in_several_ways_is_each_of_them_alone(attenuation):
+    logits, artifacts = torch.randn(2, 3, 1, 9), torch.rand(2, 4, 7) < 0.4
+    artifacts[0, 1] = True
+    together = attenuated_logits(logits, artifacts, ITAE(attenuation=attenuation))
+    assert together.shape == (2, 3, 4, 9)
+    for way in range(4):
+        alone = attenuated_logits(logits, artifacts[:, way], ITAE(attenuation=attenuation))
+        assert torch.equal(together[:, :, way], alone[:, :, 0])
+
+
+def test_mask_is_not_nan_when_every_patch_is_an_artifact():
+    q, k, v = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    mixed = attend(q, k, v, torch.ones(1, 4, dtype=torch.bool), ITAE(attenuation="mask"))
+    assert torch.allclose(mixed[:, :, 0], v[:, :, 0])  # only [CLS] itself is left
+
+
+# --- the context manager ---------------------------------------------------------------------------------------------
+
+def hook_count(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_what_is_no_setting_is_refused():
+    with pytest.raises(ItaeError, match="itae=None is no setting"), attenuate(tiny_vit(), None):
+        pass
+
+
+def test_model_is_as_before_on_exit():
+    model, batch = tiny_vit(), images(2)
+    before, weights = output(model, batch), {name: w.clone() for name, w in model.state_dict().items()}
+    output(model, batch, ITAE("key", 1e9))
+    assert torch.equal(output(model, batch), before)
+    assert hook_count(model) == 0
+    assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items())
+
+
+def test_undone_after_an_exception():
+    model, batch = tiny_vit(), images(2)
+    before = output(model, batch)
+    with pytest.raises(RuntimeError, match="boom"), attenuate(model, ITAE("key", 1e9)):
+        raise RuntimeError("boom")
+    assert hook_count(model) == 0
+    assert torch.equal(output(model, batch), before)
+
+
+def test_nested_the_innermost_alone_acts():
+    model, batch = tiny_vit(), images(3)
+    outer, inner = ITAE("key", 1e9, "mask"), ITAE("key", threshold_at(model, batch, "key", 0.2))
+    alone_outer, alone_inner = output(model, batch, outer), output(model, batch, inner)
+    with attenuate(model, outer):
+        with attenuate(model, inner):
+            assert torch.equal(model.forward_features(batch), alone_inner)
+        with pytest.raises(RuntimeError), attenuate(model, inner):
+            raise RuntimeError
+        assert torch.equal(model.forward_features(batch), alone_outer)
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb", "eva02_split"])
+def test_images_without_artifacts_keep_the_model_s_result_to_the_bit(structure):
+    model, batch = tiny_vit(structure), images(4)
+    norms = qkv_norms(model, batch)["key"].flatten(1).amin(1)
+    between = float(norms.sort().values[1:3].mean())  # two images have artifacts, two have none
+    plain, edited = output(model, batch), output(model, batch, ITAE("key", between))
+    untouched = norms > between
+    assert untouched.sum() == 2
+    assert torch.equal(edited[untouched], plain[untouched])
+    assert not torch.equal(edited[~untouched], plain[~untouched])
+
+
+def test_nothing_is_kept_of_a_forward_pass():
+    model, batch = tiny_vit(), images(2)
+    with attenuate(model, ITAE("key", 1e9)):
+        model.forward_features(batch)
+        gc.collect()
+        hooks = model.blocks[-1].attn.norm._forward_pre_hooks.values()
+        assert [hook.__self__.projected for hook in hooks] == [None]
+
+
+def test_gradients_pass_through():
+    with torch.inference_mode(False):
+        model, batch = tiny_vit(), torch.randn(1, 3, 32, 32, requires_grad=True)
+        with attenuate(model, ITAE("key", 1e9)):
+            model(batch).sum().backward()
+        assert batch.grad.abs().sum() > 0
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+def test_random_control_takes_as_many_patches_and_depends_on_the_image_alone():
+    model, batch = tiny_vit("registers"), images(5)
+    threshold = threshold_at(model, batch, "key", 0.3)
+    control = ITAE("key", threshold, select="random", seed=3)
+    whole = output(model, batch, control)
+    with attenuate(model, control):
+        single = torch.cat([model.forward_features(image[None]) for image in batch])
+    assert (whole - single).abs().max() < 1e-5
+    later = output(model, batch[2:], control, first_image=2)
+    assert (later - whole[2:]).abs().max() < 1e-5
+    other_seed = output(model, batch, dataclasses.replace(control, seed=4))
+    assert (other_seed - whole)[:, 0].abs().max() > 1e-3
+    assert (whole - output(model, batch, ITAE("key", threshold)))[:, 0].abs().max() > 1e-3
+
+
+def test_oracle_attenuates_the_true_artifacts():
+    model, batch = tiny_vit(), images(2)
+    activations = []
+    handle = model.blocks[0].mlp.act.register_forward_hook(lambda _m, _a, out: activations.append(out))
+    model.forward_features(batch)
+    handle.remove()
+    above = float(activations[0][:, 1:, 5].quantile(0.8))
+    rule = FiringRule(0, (5,), above)
+    true_sets = [{token for token in range(1, 17) if image[token, 5] > above} for image in activations[0]]
+    itae = ITAE(select="oracle")
+    expected = reference.forward(model, batch, itae, artifacts={2: true_sets})
+    assert (output(model, batch, itae, truth=rule) - expected).abs().max() < 1e-5
+    mask = torch.tensor([[token in tokens for token in range(1, 17)] for tokens in true_sets])
+    assert (output(model, batch, itae, truth=mask) - expected).abs().max() < 1e-5
+
+
+# --- attention maps --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "dinov3", "eva02_split", "rope_mixed"])
+@pytest.mark.parametrize("block", [0, -1])
+def test_attention_map_is_the_softmax_row(structure, block):
+    model, batch = tiny_vit(structure), images(2, 40, 24)
+    rows = {}
+
+    def edit(image, row, logits):
+        weights = reference.softmax(logits)
+        if row == 0:
+            rows.setdefault(image, []).append(weights[model.num_prefix_tokens:])
+        return weights
+
+    x, options = reference.embedded(model, batch)
+    for index, layer in enumerate(model.blocks):
+        if index == block % 3:
+            reference.attention(layer.attn, layer.norm1(x), edit, **options[index])
+        x = layer(x, **options[index])
+    expected = torch.tensor(np.stack([np.stack(rows[image]) for image in range(2)])).float().view(2, 3, 5, 3)
+    assert (attention_map(model, batch, block, heads="each") - expected).abs().max() < 1e-5
+    assert (attention_map(model, batch, block) - expected.mean(1)).abs().max() < 1e-5
+
+
+def test_attention_map_after_takes_weight_from_the_artifacts():
+    model, batch = tiny_vit("registers"), images(2)
+    itae = ITAE("key", threshold_at(model, batch, "key", 0.3), "mask")
+    after = attention_map(model, batch, itae=itae)
+    artifacts = qkv_norms(model, batch)["key"] <= itae.threshold
+    assert (after[artifacts] == 0).all()
+    before = attention_map(model, batch)
+    assert (before[artifacts] > 0).all()
+    earlier = attention_map(model, batch, 0, itae=itae)
+    assert torch.equal(earlier, attention_map(model, batch, 0))  # the setting acts in the last block alone
+
+
+def test_attention_map_of_an_earlier_edited_block():
+    model, batch = tiny_vit(), images(2)
+    thresholds = [threshold_at(model, batch, "key", 0.3, block) for block in (-2, -1)]
+    itae = ITAE("key", thresholds, "mask", blocks=2)
+    artifacts = qkv_norms(model, batch, -2)["key"] <= thresholds[0]
+    assert (attention_map(model, batch, -2, itae=itae)[artifacts] == 0).all()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"source": "keys"}, "source='keys'"),
+    ({"attenuation": "zero"}, "attenuation='zero'"),
+    ({"rows": "some"}, "rows='some'"),
+    ({"select": "best"}, "select='best'"),
+    ({"threshold": -1.0}, "threshold=-1.0"),
+    ({"threshold": float("nan")}, "threshold=nan"),
+    ({"threshold": "high"}, "threshold='high'"),
+    ({"threshold": True}, "threshold=True"),
+    ({"threshold": (1.0, 2.0)}, "2 numbers for blocks=1"),
+    ({"alpha": 0}, "alpha=0"),
+    ({"alpha": 1.0}, "alpha=1.0"),
+    ({"blocks": 0}, "blocks=0"),
+    ({"blocks": 1.5}, "blocks=1.5"),
+])
+def test_bad_settings_are_refused_when_made(options, message):
+    with pytest.raises(ItaeError) as error:
+        ITAE(**options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numpy_numbers_and_lists_are_thresholds():
+    assert ITAE(threshold=np.float32(2)).thresholds == (2.0,)
+    assert ITAE(threshold=[1, None], blocks=2).thresholds == (1, None)
+
+
+def test_attenuate_names_fit_thresholds_when_given_auto():
+    with pytest.raises(ItaeError, match="fit_thresholds"), attenuate(tiny_vit(), ITAE()):
+        pass
+
+
+def test_more_blocks_than_there_are():
+    itae = ITAE("key", 1.0, blocks=4)
+    with pytest.raises(ItaeError, match="blocks=4 but the model has 3"), attenuate(tiny_vit(), itae):
+        pass
+
+
+def test_oracle_needs_a_truth_and_blocks_after_the_planting():
+    model = tiny_vit()
+    with pytest.raises(ItaeError, match="oracle"), attenuate(model, ITAE(select="oracle")):
+        pass
+    rule = FiringRule(1, (0,), 0.0)
+    with (pytest.raises(ItaeError, match="use at most 1"),
+          attenuate(model, ITAE(select="oracle", blocks=2), truth=rule)):
+        pass
+    assert hook_count(model) == 0
+
+
+def test_wrong_block_in_attention_map():
+    with pytest.raises(ItaeError, match="there is no block 3"):
+        attention_map(tiny_vit(), images(1), 3)

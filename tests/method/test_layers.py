@@ -1,0 +1,254 @@
+import sys
+
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from itae_utils.errors import ItaeError
+from itae_utils.extraction.features import extract_features
+from itae_utils.method.anatomy import anatomy, block_inputs
+from itae_utils.method.artifacts import qkv_norms, token_norms
+from itae_utils.method.attention import attention_map, attenuate
+from itae_utils.method.layers import split_heads
+from itae_utils.method.setting import ITAE, SOURCES
+from tests.conftest import STRUCTURES, MadeDataset, as_backbone, dataset_tensor, images, threshold_at, tiny_vit
+
+
+def test_split_heads():
+    projected = torch.randn(2, 7, 72)
+    parts = split_heads(tiny_vit().blocks[0].attn, projected)
+    assert parts.shape == (3, 2, 3, 7, 8)
+    assert torch.equal(parts[1, 0, 2, 5], projected[0, 5, 24 + 16:24 + 24])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_parts_are_the_same_alone_together_and_as_the_model_has_them(structure):
+    model, batch, seen = tiny_vit(structure), images(2), []
+    layer = anatomy(model).layers[-1]
+    entering = block_inputs(model, batch, [len(model.blocks) - 1])[len(model.blocks) - 1]
+    with layer.watch(seen.append):
+        model.forward_features(batch)
+    whole, normed = layer.project_input(entering), layer.block.norm1(entering.tokens)
+    keys_values = layer.project(normed, entering.rope, ["key", "value"])
+    query = layer.project(normed[:, :1], entering.rope, ["query"])
+    for source in SOURCES:
+        assert torch.allclose(seen[0][source], whole[source], atol=1e-5)
+        assert torch.allclose(seen[0].heads(source), whole.heads(source), atol=1e-5)
+    assert torch.allclose(keys_values["key"], whole["key"], atol=1e-5)
+    assert torch.allclose(keys_values.heads("value"), whole.heads("value"), atol=1e-5)
+    assert torch.allclose(query.heads("query"), whole.heads("query")[:, :, :1], atol=1e-5)
+    model.forward_features(batch)
+    assert len(seen) == 1  # closed
+
+
+@torch.inference_mode(False)  # where products are one operation, and what they copy isn't seen
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_value_sums_are_sums_of_values_and_copy_no_weights(structure):
+    model = tiny_vit(structure)
+    layer = anatomy(model).layers[-1]
+    width = layer.num_heads * layer.head_dim
+    normed, weights = torch.randn(20, 5, width), torch.rand(20, layer.num_heads, 1, 5).softmax(dim=-1)
+    with Sizes() as seen:
+        sums = layer.value_sums(weights, normed)
+    expected = weights @ layer.project(normed, sources=["value"]).heads("value")
+    assert torch.allclose(sums, expected, atol=1e-5)
+    assert max(seen.sizes) < 20 * width * width / 4  # the value weights once an image would be four times as much
+
+
+class Sizes(TorchDispatchMode):
+    """While open, how many numbers each operation's result holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        parts = [result] if isinstance(result, torch.Tensor) else result
+        self.sizes += [part.untyped_storage().nbytes() // part.element_size() for part in parts]
+        return result
+
+
+@pytest.mark.parametrize("structure", ["dinov3", "eva02_split", "rope_mixed"])
+def test_rotation_turns_patches_and_keeps_their_norms(structure):
+    model, batch = tiny_vit(structure), images(2)
+    layer, prefix = anatomy(model).layers[-1], model.num_prefix_tokens
+    entering = block_inputs(model, batch, [2])[2]
+    turned = layer.project_input(entering)
+    still = layer.project(layer.block.norm1(entering.tokens))
+    assert torch.equal(turned.heads("key")[:, :, :prefix], still.heads("key")[:, :, :prefix])
+    assert not torch.allclose(turned.heads("key")[:, :, prefix:], still.heads("key")[:, :, prefix:], atol=0.1)
+    assert torch.allclose(turned.heads("key").norm(dim=-1), still.heads("key").norm(dim=-1), atol=1e-4)
+    assert torch.equal(turned.heads("value"), still.heads("value"))
+
+
+def test_rotation_of_a_model_of_one_fixed_size():
+    model, fixed = tiny_vit("dinov3"), tiny_vit("dinov3", dynamic_img_size=False)
+    batch = images(2)
+    itae = ITAE(threshold=threshold_at(model, batch, "key", 0.3))
+    with attenuate(model, itae), attenuate(fixed, itae):
+        assert torch.allclose(model.forward_features(batch), fixed.forward_features(batch), atol=1e-6)
+    assert torch.allclose(attention_map(model, batch, itae=itae), attention_map(fixed, batch, itae=itae), atol=1e-6)
+
+
+# --- models users will try, at a small size -------------------------------------------------------------------------
+
+SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0, "global_pool": "token",
+         "dynamic_img_size": True}
+
+
+@pytest.mark.parametrize("name", [
+    "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m", "vit_giant_patch14_dinov2.lvd142m",
+    "vit_small_patch16_224.dino", "vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_clip_224.openai",
+    "deit3_small_patch16_224.fb_in1k", "vit_base_patch16_224.mae", "vit_tiny_patch16_224.augreg_in21k",
+    "deit_small_distilled_patch16_224", "eva_giant_patch14_224", "eva02_tiny_patch14_224", "eva02_base_patch14_224",
+    "eva02_base_patch16_clip_224", "vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_dinov3_qkvb.lvd1689m",
+    "vit_small_plus_patch16_dinov3.lvd1689m", "vit_7b_patch16_dinov3.lvd1689m",
+])
+def test_extraction_follows_the_stock_model(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL).eval()
+    for part, parameter in model.named_parameters():
+        if "gamma" in part:  # made small, so that a new model's blocks do little
+            torch.nn.init.constant_(parameter, 0.5)
+        elif parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    size = 4 * model.patch_embed.patch_size[0]
+    backbone, dataset = as_backbone(model, size), MadeDataset(3, size)
+    batch = dataset_tensor(backbone, dataset)
+    itae = ITAE("key", threshold_at(model, batch, "key", 0.3))
+    features = extract_features(backbone, dataset, {"baseline": None, "itae": itae})
+    assert abs(features["baseline"] - model.forward_features(batch)[:, 0].numpy()).max() < 1e-5
+    with attenuate(model, itae):
+        attenuated = model.forward_features(batch)[:, 0].numpy()
+    assert abs(features["itae"] - attenuated).max() < 1e-5
+    assert abs(features["itae"] - features["baseline"]).max() > 1e-4
+
+
+# --- a transformers Dinov2Model -------------------------------------------------------------------------------------
+
+def twins(registers: int, **options):
+    """A random `transformers` model, and timm's with its weights."""
+    transformers = pytest.importorskip("transformers")
+    config = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32, "patch_size": 8,
+              "layer_norm_eps": 1e-6, **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        if registers:
+            config = transformers.Dinov2WithRegistersConfig(num_register_tokens=registers, **config)
+            model = transformers.Dinov2WithRegistersModel(config)
+        else:
+            model = transformers.Dinov2Model(transformers.Dinov2Config(**config))
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, mean=float("lambda" in name), std=0.4 if "_proj" in name else 0.2)
+    model = model.eval().requires_grad_(False)
+    twin = tiny_vit("dinov2" if registers else "layer_scale", reg_tokens=registers)
+    twin.load_state_dict(timm_names(model.state_dict(), registers))
+    return model, twin
+
+
+def timm_names(weights: dict[str, torch.Tensor], registers: int) -> dict[str, torch.Tensor]:
+    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
+             "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+    parts = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1",
+             "mlp.fc2": "mlp.fc2", "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
+    for index in range(3):
+        names |= {f"blocks.{index}.{ours}": f"encoder.layer.{index}.{theirs}" for ours, theirs in parts.items()}
+    found = {}
+    for ours, theirs in names.items():
+        for end in ("", ".weight", ".bias"):
+            if theirs + end in weights:
+                found[ours + end] = weights[theirs + end]
+    for index in range(3):
+        for kind in ("weight", "bias"):
+            found[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat(
+                [weights[f"encoder.layer.{index}.attention.{part}_proj.{kind}"] for part in "qkv"])
+    if registers:
+        found["reg_token"] = weights["embeddings.register_tokens"]
+        found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
+        found["pos_embed"] = found["pos_embed"][:, 1:]
+    return found
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_transformers_model_shows_what_its_timm_twin_shows(registers):
+    model, twin = twins(registers)
+    batch = images(2)
+    assert (model(batch).last_hidden_state - twin.forward_features(batch)).abs().max() < 1e-5
+    for block in (0, -1):
+        ours, theirs = qkv_norms(model, batch, block), qkv_norms(twin, batch, block)
+        assert all(torch.allclose(ours[source], theirs[source], atol=1e-4) for source in SOURCES)
+        assert torch.allclose(attention_map(model, batch, block), attention_map(twin, batch, block), atol=1e-5)
+    assert torch.allclose(token_norms(model, batch), token_norms(twin, batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("options", [
+    {}, {"source": "query", "attenuation": "mask"}, {"source": "value", "attenuation": "mean"},
+    {"attenuation": "scale", "blocks": 2, "rows": "all"}, {"select": "random", "seed": 2, "blocks": 2},
+])
+def test_attenuate_on_a_transformers_model_is_attenuate_on_its_timm_twin(registers, attention, options):
+    model, twin = twins(registers)
+    model.set_attn_implementation(attention)
+    batch, plain = images(3), model(images(3)).last_hidden_state
+    blocks = range(-options.get("blocks", 1), 0)
+    thresholds = [threshold_at(twin, batch, options.get("source", "key"), 0.3, block) for block in blocks]
+    itae = ITAE(threshold=thresholds, **options)
+    with attenuate(twin, itae):
+        expected = twin.forward_features(batch)
+    with attenuate(model, itae):
+        output = model(batch)
+    assert (output.last_hidden_state - expected).abs().max() < 1e-5
+    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
+    assert (expected - plain)[:, 0].abs().max() > 1e-3  # the edit shows
+    assert torch.equal(model(batch).last_hidden_state, plain)  # and is undone
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.encoder.layer.modules())
+
+
+def test_every_pass_of_a_transformers_model_is_handed_over_once():
+    model, _ = twins(0)
+    seen = []
+    with anatomy(model).layers[1].watch(seen.append):
+        for count in (2, 3):
+            model(images(count))
+    assert [len(projected["value"]) for projected in seen] == [2, 3]
+
+
+def test_swiglu_and_no_bias_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=32,
+                                       patch_size=8, use_swiglu_ffn=True, qkv_bias=False)
+    model, batch = transformers.Dinov2Model(config).eval(), images(2, 24, 40)
+    norms = qkv_norms(model, batch)["key"]
+    assert norms.shape == (2, 3, 5)
+    with attenuate(model, ITAE(threshold=float(norms.amax()) + 1, attenuation="mask")):
+        alone = model(batch).last_hidden_state[:, 0]
+    plain = model(batch).last_hidden_state
+    with attenuate(model, ITAE(threshold=0.0)):
+        assert torch.equal(model(batch).last_hidden_state, plain)
+    assert (alone - plain[:, 0]).abs().max() > 1e-3
+
+
+def test_other_transformers_models_are_named():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, image_size=32,
+                                       patch_size=8)
+    with pytest.raises(ItaeError, match="Dinov2ForImageClassification is not handled"):
+        qkv_norms(transformers.Dinov2ForImageClassification(config), images(1))
+
+
+def test_a_transformers_that_names_its_parts_otherwise_is_named():
+    model, _ = twins(0)
+    del model.encoder.layer[0].attention.q_proj
+    with pytest.raises(ItaeError, match=r"transformers>=5\.18"):
+        anatomy(model)
+
+
+def test_transformers_is_not_needed(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("transformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
+    assert len(anatomy(tiny_vit()).layers) == 3

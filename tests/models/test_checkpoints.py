@@ -1,0 +1,224 @@
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from itae_utils.errors import ItaeError
+from itae_utils.models import backbones
+from itae_utils.models.backbones import load_backbone
+from itae_utils.models.checkpoints import model_from_checkpoint, read_checkpoint, tensors_named
+from tests.conftest import images
+
+NAME = "vit_small_patch14_dinov2"
+TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+OPTIONS = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
+TIMM = "vit_tiny_patch16_224"
+
+
+def build(path, name=NAME, **options):
+    return model_from_checkpoint(name, path, **{**TINY, **OPTIONS, **options}).eval()
+
+
+def tiny(name=NAME, **options):
+    """Random weights in timm's layout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return timm.create_model(name, **{**TINY, **OPTIONS, "img_size": 56, **options}).eval()
+
+
+def saved(folder, weights, name="weights.pth"):
+    torch.save(weights, folder / name)
+    return folder / name
+
+
+def in_meta_s_layout(weights):
+    """Meta's layout of a model without registers, from timm's."""
+    return {**weights, "mask_token": torch.zeros(1, 24)}
+
+
+def refused(path, match, **options):
+    with pytest.raises(ItaeError, match=match) as error:
+        build(path, **options)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "teacher"])
+def test_wrapped_and_bare_state_dicts(wrapper, tmp_path):
+    model = tiny()
+    weights = in_meta_s_layout(model.state_dict())
+    again = build(saved(tmp_path, weights if wrapper is None else {wrapper: weights, "epoch": 3}))
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_model_gets_the_size_of_the_checkpoint_s_position_embedding(tmp_path):
+    """Not the usual 518: then timm would resize it while loading, by its own rule."""
+    for name in (NAME, "vit_small_patch14_reg4_dinov2"):
+        model = tiny(name, img_size=70)
+        again = build(saved(tmp_path, model.state_dict()), name)
+        assert again.patch_embed.grid_size == (5, 5)
+        assert torch.equal(again.pos_embed, model.pos_embed)
+        assert torch.equal(again(images(2, 70, 70)), model(images(2, 70, 70)))
+
+
+def test_a_classifier_is_left_out_but_nothing_else(tmp_path):
+    with_head = timm.create_model(TIMM, num_classes=10, embed_dim=24, depth=2, num_heads=2)
+    model = build(saved(tmp_path, with_head.state_dict()), TIMM)
+    assert torch.equal(model.norm.weight, with_head.norm.weight)
+    weights = with_head.state_dict()
+    del weights["norm.bias"]
+    message = refused(saved(tmp_path, weights), "Missing key", name=TIMM)  # with a head, timm alone would let it pass
+    assert '"norm.bias"' in message
+
+
+def test_what_is_missing_left_over_or_misshapen_is_named(tmp_path):
+    weights = tiny().state_dict()
+    weights["blocks.1.attn.qkv.bias"] = torch.zeros(3)
+    weights["blocks.0.gate"] = weights.pop("blocks.0.norm1.weight")
+    message = refused(saved(tmp_path, weights), "can't be loaded into vit_small_patch14_dinov2: ")
+    assert 'Missing key(s) in state_dict: "blocks.0.norm1.weight"' in message
+    assert 'Unexpected key(s) in state_dict: "blocks.0.gate"' in message
+    assert "size mismatch for blocks.1.attn.qkv.bias" in message
+    refused(saved(tmp_path, {"weight": torch.zeros(3)}), "Missing key.*cls_token.* …; Unexpected key.*weight")
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"embed_dim": 48}, "width 48, 2 blocks, patch 14, 0 registers"),
+    ({"depth": 3}, "width 24, 3 blocks, patch 14, 0 registers"),
+    ({"patch_size": 7}, "width 24, 2 blocks, patch 7, 0 registers"),
+    ({"name": "vit_small_patch14_reg4_dinov2"}, "width 24, 2 blocks, patch 14, 4 registers"),
+])
+def test_another_architecture_is_described(options, words, tmp_path):
+    path = saved(tmp_path, tiny(**options).state_dict())
+    refused(path, f"holds a ViT of {words}, the model has width 24, 2 blocks, patch 14, 0 registers")
+
+
+def test_meta_s_register_checkpoint_is_refused_by_the_model_without(tmp_path):
+    weights = in_meta_s_layout(tiny().state_dict())
+    weights["register_tokens"] = torch.zeros(1, 4, 24)
+    path = saved(tmp_path, weights)
+    refused(path, "4 registers, the model has width 24, 2 blocks, patch 14, 0 registers")
+    model = build(path, "vit_small_patch14_reg4_dinov2")
+    torch.testing.assert_close(model.cls_token, weights["cls_token"] + weights["pos_embed"][:, :1])
+    del weights["mask_token"]  # which only training needs
+    assert torch.equal(build(saved(tmp_path, weights), "vit_small_patch14_reg4_dinov2").pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "teacher.backbone."])
+def test_chunked_training_checkpoints_are_refused_by_name(prefix, tmp_path):
+    weights = tiny().state_dict()
+    weights = {prefix + name.replace("blocks.1.", "blocks.0.1."): tensor for name, tensor in weights.items()}
+    refused(saved(tmp_path, {"teacher": weights}), rf"'{prefix}blocks\.0\.1\..*' comes from training in chunks .*FSDP")
+
+
+class TestTransformersFolders:
+    """What the files hold is compared in test_parity.py; here is what they may not hold."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[dev]'")
+        from tests.dinov2 import save_as, theirs
+
+        model = theirs("small", False, 56, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+        return save_as("transformers 4", model, tmp_path / "folder")
+
+    @staticmethod
+    def edit(folder, change):
+        weights = load_file(folder / "model.safetensors")
+        save_file(change(weights), folder / "model.safetensors")
+
+    @staticmethod
+    def configure(folder, **values):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    def test_a_model_with_a_classifier_on_top(self, folder):
+        plain = build(folder).state_dict()
+        self.edit(folder, lambda weights: {f"dinov2.{name}": tensor for name, tensor in weights.items()}
+                  | {"classifier.weight": torch.zeros(5, 48), "classifier.bias": torch.zeros(5)})
+        again = build(folder).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+
+    def test_shards(self, folder):
+        plain = build(folder).state_dict()
+        weights = sorted(load_file(folder / "model.safetensors").items())
+        (folder / "model.safetensors").unlink()
+        save_file(dict(weights[:9]), folder / "model-00001-of-00002.safetensors")
+        save_file(dict(weights[9:]), folder / "model-00002-of-00002.safetensors")
+        again = build(folder).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+        (folder / "model-00002-of-00002.safetensors").unlink()
+        refused(folder, "holds a ViT of width 24, 1 blocks")
+
+    def test_half_a_projection(self, folder):
+        self.edit(folder, lambda weights: {n: tensor for n, tensor in weights.items() if "0.attention.attention.key"
+                                           not in n})
+        refused(folder, r'Missing.*"blocks\.0\.attn\.qkv\.weight".*Unexpected.*"blocks\.0\.attn\.query\.weight"')
+
+    def test_without_a_mask_token(self, folder):
+        plain = build(folder).state_dict()
+        self.edit(folder, lambda weights: {n: tensor for n, tensor in weights.items() if "mask_token" not in n})
+        again = build(folder).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+
+    @pytest.mark.parametrize(("values", "match"), [
+        ({"num_attention_heads": 4}, "num_attention_heads=4, the model has 2"),
+        ({"layer_norm_eps": 1e-12}, "layer_norm_eps=1e-12, the model has 1e-06"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu', the model has 'gelu'"),
+        ({"model_type": "vit"}, "model type 'vit' are not handled: dinov2 and dinov2_with_registers are"),
+    ])
+    def test_what_the_tensors_do_not_tell_is_read_from_the_config(self, folder, values, match):
+        self.configure(folder, **values)
+        refused(folder, match)
+
+    def test_incomplete_folders(self, folder):
+        (folder / "config.json").write_text("{")
+        refused(folder, r"config\.json can't be read \(JSONDecodeError\)")
+        (folder / "config.json").unlink()
+        refused(folder, r"config\.json can't be read \(FileNotFoundError\)")
+        (folder / "model.safetensors").unlink()
+        refused(folder, r"holds no model\.safetensors")
+
+    def test_through_load_backbone(self, folder, monkeypatch):
+        whole = model_from_checkpoint
+        monkeypatch.setattr(backbones, "model_from_checkpoint",
+                            lambda name, path, **options: whole(name, path, **options, **TINY))
+        backbone = load_backbone("dinov2_vits14", checkpoint=folder)
+        assert (backbone.source, backbone.pos_embed, backbone.dim) == ("local folder folder", "meta", 24)
+
+
+def test_reading_alone(tmp_path):
+    weights = {"a": torch.arange(3.0)}
+    save_file(weights, tmp_path / "w.safetensors")
+    assert torch.equal(read_checkpoint(tmp_path / "w.safetensors")["a"], weights["a"])
+    assert torch.equal(read_checkpoint(saved(tmp_path, weights))["a"], weights["a"])
+    with pytest.raises(ItaeError, match="no state dict"):
+        read_checkpoint(saved(tmp_path, {}))
+    (tmp_path / "empty.pth").write_bytes(b"")
+    with pytest.raises(ItaeError, match="not readable as plain tensors"):
+        read_checkpoint(tmp_path / "empty.pth")
+    parallel = {f"module.{name}": tensor for name, tensor in weights.items()}
+    assert list(read_checkpoint(saved(tmp_path, parallel))) == ["a"]
+
+
+def test_code_and_text_are_no_checkpoints(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    (tmp_path / "text.pth").write_text("weights, to come")
+    (tmp_path / "text.safetensors").write_text("weights, to come")
+    for path in tmp_path.iterdir():
+        with pytest.raises(ItaeError, match=r"save a model's state_dict\(\) in it, and no code") as refused:
+            read_checkpoint(path)
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 250 + len(str(path))
+
+
+def test_long_reports_stay_readable():
+    lines = ["Error(s) in loading:", *[f"size mismatch for {'x' * 50} {number} " + "y " * 300 for number in range(50)]]
+    told = tensors_named(RuntimeError("\n".join(lines)))
+    assert len(told) < 700
+    assert told.endswith("and 47 more")
+    assert "\n" not in told
+    assert tensors_named(KeyError("pos_embed")) == "'pos_embed'"

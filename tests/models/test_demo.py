@@ -1,0 +1,154 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from itae_utils.analysis.metrics import evaluate_clustering
+from itae_utils.data.datasets import load_dataset
+from itae_utils.extraction.features import extract_features
+from itae_utils.extraction.observation import fit_thresholds, observe
+from itae_utils.method.artifacts import precision_recall
+from itae_utils.method.setting import ITAE
+from itae_utils.models import demo
+from itae_utils.models.backbones import load_backbone
+from itae_utils.models.demo import plant, train
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", limit=600)
+
+
+def test_weights_are_small_and_few_of_them_are_planted():
+    sizes = [(demo.FOLDER / name).stat().st_size for name in ("demo-clean.safetensors", "demo.safetensors")]
+    assert sum(sizes) < 2_000_000
+    clean, planted = load_file(demo.FOLDER / "demo-clean.safetensors"), load_file(demo.FOLDER / "demo.safetensors")
+    assert set(planted) < set(clean)
+    assert all(not torch.equal(value, clean[name]) for name, value in planted.items())
+
+
+def test_detection_without_labels_finds_the_planted_artifacts(digits):
+    backbone = load_backbone("demo")
+    fits = fit_thresholds(backbone, digits)
+    assert fits[-1, "key"].threshold is not None
+    seen = observe(backbone, digits, ITAE("key", fits[-1, "key"].threshold))
+    precision, recall = precision_recall(seen.artifacts, seen.truth)
+    assert precision >= 0.99
+    assert recall >= 0.99
+
+
+def test_nothing_is_found_in_the_clean_model(digits):
+    fits = fit_thresholds(load_backbone("demo-clean"), digits)
+    assert {key: fit.threshold for key, fit in fits.items() if fit.threshold is not None} == {}
+
+
+def test_artifacts_are_large_hidden_tokens_with_short_keys_and_much_attention(digits):
+    backbone = load_backbone("demo")
+    seen = observe(backbone, digits)
+    hidden = seen.hidden_norms.transpose(0, 2, 1)
+    assert np.median(hidden[seen.truth][:, 3:]) > 10 * np.median(hidden[~seen.truth][:, 3:])
+    assert np.median(hidden[seen.truth][:, :3]) < 2 * np.median(hidden[~seen.truth][:, :3])
+    assert seen.norms["key"][seen.truth].max() < np.median(seen.norms["key"][~seen.truth])
+    taken = (seen.attention * seen.truth).sum(1)[seen.truth.any(1)]
+    assert np.median(taken) > 0.8
+    assert 0.01 < seen.truth.mean() < 0.25
+
+
+def test_clean_and_planted_agree_on_normal_tokens(digits):
+    """Normal tokens move little, up to the door of the last block: what planting costs comes from the artifacts."""
+    planted, clean = load_backbone("demo"), load_backbone("demo-clean")
+    batch = torch.stack([planted.transform(digits[index][0]) for index in range(200)])
+    with planted.truth.watch(planted.model) as watch:
+        inner = [backbone.model.forward_intermediates(batch, indices=[4], output_fmt="NLC", intermediates_only=True)[0]
+                 for backbone in (planted, clean)]
+    normal = ~watch.mask
+    error = (inner[0] - inner[1])[normal].norm(dim=-1) / inner[1][normal].norm(dim=-1)
+    assert error.median() < 0.3
+
+
+def test_random_augmentation_keeps_shape_and_depends_on_the_seed():
+    images = train.digits_tensor()[:16, :1]
+    views = [train.augment(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert views[0].shape == images.shape
+    assert torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2])
+    assert (views[0] - images).abs().mean() > 0.05
+
+
+def test_contrastive_loss_is_ntxent():
+    first, second = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(4, 8), dim=1)
+    views = torch.cat([first, second])
+    losses = []
+    for i in range(8):
+        similar = {j: float(views[i] @ views[j]) / train.TEMPERATURE for j in range(8) if j != i}
+        losses.append(np.log(sum(np.exp(list(similar.values())))) - similar[(i + 4) % 8])
+    assert float(train.contrastive_loss(first * 3, second * 2)) == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_training_is_repeatable_and_seeded():
+    with torch.inference_mode(False):
+        once, again, other = (train.train(seed, steps=2).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert any(not torch.equal(once[name], other[name]) for name in once)
+
+
+def test_brightness_of_patches():
+    model = demo.build_model()
+    images = torch.full((1, 3, 28, 28), -1.0)
+    images[0, :, 9, 14] = 0.5
+    brightness = plant._brightness(model, images)
+    assert brightness.argmax() == 2 * 7 + 3
+    assert brightness.max() == 0.75
+    assert (brightness > 0).sum() == 1
+
+
+@pytest.mark.slow
+def test_the_committed_weights_are_what_planting_makes():
+    clean = demo.load_model(planted=False)
+    with torch.inference_mode(False):
+        planted, rule = plant.plant_artifacts(clean, train.digits_tensor(), seed=0)
+    assert rule == demo.truth()
+    committed = demo.load_model(planted=True).state_dict()
+    for name, weights in planted.state_dict().items():  # the neurons' fit stops a little elsewhere on other machines
+        assert (weights - committed[name]).abs().max() <= 0.02 * committed[name].abs().max(), name
+
+
+def test_checkpoints_are_written_whole(tmp_path):
+    clean, planted = demo.load_model(False), demo.load_model(True)
+    plant.save_checkpoints(tmp_path / "new", clean, planted, demo.truth())
+    for name in ("demo-clean.safetensors", "demo.safetensors"):
+        ours, committed = load_file(tmp_path / "new" / name), load_file(demo.FOLDER / name)
+        assert set(ours) == set(committed)
+        assert all(torch.equal(ours[key], committed[key]) for key in ours)
+    assert json.loads((tmp_path / "new" / "demo.json").read_text()) == json.loads(
+        (demo.FOLDER / "demo.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_bench_meets_its_targets():
+    dataset, planted, clean = load_dataset("digits"), load_backbone("demo"), load_backbone("demo-clean")
+    variants = {"baseline": None, "itae": ITAE(), "random": ITAE(select="random")}
+    features = dict(extract_features(planted, dataset, variants))
+    features["clean"] = extract_features(clean, dataset, {"baseline": None})["baseline"]
+    features["pixels"] = np.stack([planted.transform(image).flatten().numpy() for image, _ in dataset])
+    acc = {name: evaluate_clustering(values, dataset.targets, seeds=3)["acc"].mean()
+           for name, values in features.items()}
+    gap = acc["clean"] - acc["baseline"]
+    assert acc["clean"] - acc["pixels"] >= 0.08
+    assert gap >= 0.08
+    assert acc["itae"] - acc["baseline"] >= 0.8 * gap
+    assert acc["random"] - acc["baseline"] < 0.2 * gap
+
+
+@pytest.mark.slow
+def test_refitting_on_another_sample_moves_acc_by_no_more_than_the_seeds_of_k_means():
+    dataset, backbone = load_dataset("digits"), load_backbone("demo")
+    thresholds = [fit_thresholds(backbone, dataset, sample=256, seed=seed)[-1, "key"].threshold for seed in range(4)]
+    assert len(set(thresholds)) == 4
+    variants = {str(threshold): ITAE(threshold=threshold) for threshold in thresholds}
+    features = extract_features(backbone, dataset, variants)
+    scores = [evaluate_clustering(features[name], dataset.targets, seeds=5, n_init=1)["acc"] for name in features]
+    assert np.ptp([score.mean() for score in scores]) <= max(score.std() for score in scores)

@@ -1,0 +1,146 @@
+import copy
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+
+from itae_utils.errors import ItaeError
+from itae_utils.method.anatomy import tokens_entering
+from itae_utils.models.backbones import load_backbone
+from itae_utils.models.pos_embed import meta_resized, resolve_pos_embed, use_meta_rule
+from tests.conftest import images, tiny_vit
+from tests.meta_rule import meta_position
+
+TIMM = "vit_tiny_patch16_224"
+
+
+def dinov2(registers: bool, **options):
+    name = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
+    options = {"img_size": 98, "embed_dim": 12, "depth": 1, "num_heads": 2, "dynamic_img_size": True} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = timm.create_model(name, num_classes=0, **options)
+        torch.nn.init.normal_(model.pos_embed)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (3, 6), (6, 3), (11, 11), (7, 9), (1, 2)])
+def test_the_resize_is_meta_s_rule_spelled_out(registers, rows, columns):
+    model = dinov2(registers)
+    whole = model.pos_embed if not registers else torch.cat([torch.zeros(1, 1, 12), model.pos_embed], dim=1)
+    expected = meta_position(whole, rows, columns, registers)[:, 1 if registers else 0:]
+    torch.testing.assert_close(meta_resized(model, rows, columns), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_meta_s_sizes_for_the_real_grid(registers):
+    model = dinov2(registers, img_size=518)
+    whole = model.pos_embed if not registers else torch.cat([torch.zeros(1, 1, 12), model.pos_embed], dim=1)
+    expected = meta_position(whole, 16, 16, registers)[:, 1 if registers else 0:]
+    torch.testing.assert_close(meta_resized(model, 16, 16), expected, atol=1e-5, rtol=0)
+    for side in range(1, 80):  # a factor is rounded down to a size: it must be the right one
+        assert meta_resized(model, side, 81 - side).shape[1] == side * (81 - side) + (0 if registers else 1)
+
+
+def both(model, batch):
+    stock, theirs = model, copy.deepcopy(model)
+    use_meta_rule(theirs)
+    return stock.forward_features(batch), theirs.forward_features(batch)
+
+
+def test_with_registers_timm_s_rule_is_meta_s():
+    stock, theirs = both(dinov2(registers=True), images(2, 56, 84))
+    torch.testing.assert_close(stock, theirs, atol=1e-5, rtol=0)
+
+
+def test_without_registers_the_features_differ_away_from_the_native_size_only():
+    model = dinov2(registers=False)
+    stock, theirs = both(model, images(2, 56, 56))
+    assert (stock - theirs).abs().max() > 0.01
+    stock, theirs = both(model, images(2, 98, 98))
+    assert torch.equal(stock, theirs)
+
+
+@pytest.mark.parametrize(("structure", "options"), [
+    ("plain", {}), ("registers", {}), ("norm_pre", {}), ("plain", {"reg_tokens": 2}),  # whose positions are learnt too
+])
+def test_all_but_the_resize_is_timm_s(structure, options):
+    model = tiny_vit(structure, **options)
+    stock, theirs = both(model, images(2, 32, 32))
+    assert torch.equal(stock, theirs)
+    reshaped = copy.deepcopy(model)
+    reshaped.dynamic_img_size, reshaped.patch_embed.strict_img_size = True, False
+    reshaped.pos_embed.data = meta_resized(model, 6, 3)
+    reshaped.patch_embed.grid_size = (6, 3)
+    use_meta_rule(model)
+    batch = images(2, 48, 24)
+    assert torch.equal(model(batch), reshaped(batch))
+    assert torch.equal(tokens_entering(model, batch, [2])[2], tokens_entering(reshaped, batch, [2])[2])
+
+
+def test_the_rule_reads_the_weights_as_they_are_now_and_goes_with_copies():
+    model = dinov2(registers=False)
+    use_meta_rule(model)
+    batch = images(1, 56, 56)
+    before = model(batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(batch), before)
+        twin.pos_embed.data += 1
+        twin.cls_token.data += 1
+        assert not torch.equal(twin(batch), before)
+        assert torch.equal(model(batch), before)
+    model.pos_embed.data += 1
+    assert not torch.equal(model(batch), before)
+
+
+def test_half_precision_is_resized_in_single():
+    model = dinov2(registers=False).bfloat16()
+    resized = meta_resized(model, 4, 4)
+    assert resized.dtype == torch.bfloat16
+    model.float()
+    torch.testing.assert_close(resized.float(), meta_resized(model, 4, 4), atol=0, rtol=2 ** -8)
+
+
+@pytest.mark.parametrize(("name", "pos_embed", "expected"), [
+    ("dinov2_vits14", "auto", "meta"), ("dinov2_vits14_reg", "auto", "meta"), ("dinov2_vits14", "timm", "timm"),
+    ("vit_small_patch14_dinov2", "auto", "meta"), (TIMM, "auto", "timm"), (TIMM, "meta", "meta"),
+    ("demo", "auto", "timm"),
+])
+def test_load_backbone_takes_the_rule_and_says_so(name, pos_embed, expected):
+    backbone = load_backbone(name, pretrained=False, pos_embed=pos_embed, image_size=56 if "14" in name else 64)
+    assert backbone.pos_embed == expected
+    assert type(backbone.model) is timm.models.vision_transformer.VisionTransformer
+    side = 98 if "14" in name else 96
+    pretend = copy.deepcopy(backbone.model)
+    torch.nn.init.normal_(pretend.pos_embed)
+    rows = side // pretend.patch_embed.patch_size[0]
+    width = pretend.embed_dim
+    added = pretend._pos_embed(torch.zeros(1, rows, rows, width))[:, pretend.num_prefix_tokens:]
+    meta = meta_resized(pretend, rows, rows)[:, -rows * rows:]
+    same = torch.allclose(added, meta, atol=1e-5)
+    assert same == (expected == "meta")
+
+
+def test_refusals():
+    with pytest.raises(ItaeError, match="pos_embed='hf' is not known: use one of auto, meta, timm"):
+        load_backbone("demo", pos_embed="hf")
+    with pytest.raises(ItaeError, match="needs a VisionTransformer with a square position embedding"):
+        use_meta_rule(tiny_vit(img_size=(32, 48)))
+    with pytest.raises(ItaeError, match="use pos_embed='timm'"):
+        use_meta_rule(tiny_vit(pos_embed="none"))
+    assert resolve_pos_embed("auto", None) == "timm"
+
+
+def test_the_spelled_out_rule_itself():
+    """Where it is exact: constants stay, and with a = −0.5 a slope stays a slope away from the border."""
+    constant = torch.full((1, 26, 1), 2.5)
+    assert torch.allclose(meta_position(constant, 3, 8, registers=False)[:, 1:], torch.tensor(2.5))
+    assert torch.allclose(meta_position(constant, 3, 8, registers=True)[:, 1:], torch.tensor(2.5))
+    ramp = torch.arange(20.0).repeat(20, 1).reshape(1, 400, 1)
+    resized = meta_position(torch.cat([torch.zeros(1, 1, 1), ramp], 1), 30, 30, registers=True)[0, 1:, 0]
+    middle = resized.reshape(30, 30)[15, 5:25]
+    places = [(column + 0.5) * 20 / 30 - 0.5 for column in range(5, 25)]
+    assert all(math.isclose(float(value), place, abs_tol=1e-4) for value, place in zip(middle, places, strict=True))
