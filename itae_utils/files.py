@@ -1,4 +1,4 @@
-"""Files that are replaced in one step, and where caches are."""
+"""Files that are replaced in one step."""
 
 from __future__ import annotations
 
@@ -42,11 +42,6 @@ def write_json(path: Path, content: object) -> None:
     """Write JSON in one step."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def cache_folder() -> Path:
-    """Where hashes of files are kept: the environment's ITAE_CACHE, else ~/.cache/itae."""
-    return Path(os.environ.get("ITAE_CACHE") or "~/.cache/itae").expanduser()
 
 
 def in_one_line(error: Exception) -> str:

@@ -10,8 +10,8 @@ import pytest
 from itae_utils.files import PACKAGE
 
 # A module imports only from parts that stand before its own; parts of one line do not know each other.
-ORDER = [{"lazy"}, {"errors"}, {"files"}, {"method", "data"}, {"models"}, {"store"}, {"extraction"}, {"results"},
-         {"analysis", "report"}, {"figures"}, {"cli"}]
+ORDER = [{"lazy"}, {"errors"}, {"environment"}, {"files"}, {"method", "data"}, {"models"}, {"store"}, {"extraction"},
+         {"results"}, {"analysis", "report"}, {"figures"}, {"cli"}]
 PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}
 MOST_INSIDE_FUNCTIONS = 40
 MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from PIL import Image
 
 from itae_utils.data.download import Archive, fetch, one_at_a_time, unpack
 from itae_utils.data.folders import Contents, image_folder, open_image, read_folder, readable
+from itae_utils.environment import data_folder
 from itae_utils.errors import ItaeError, unknown_name
 
 
@@ -82,7 +82,7 @@ def load_dataset(
     if folder is None and name not in DATASETS:
         raise unknown_name("data set", name, DATASETS, see="itae datasets")
     info = DATASETS[name if folder is None else "imagefolder:PATH"]
-    images, targets, classes = info.read(folder or _data_root(root))
+    images, targets, classes = info.read(folder or (data_folder() if root is None else Path(root).expanduser()))
     skipped = []
     if isinstance(images[0], Path):
         images, targets, skipped = readable(images, targets, on_error)
@@ -189,10 +189,6 @@ DATASETS: dict[str, DatasetInfo] = {
 }
 
 
-def _data_root(root: str | Path | None) -> Path:
-    return Path(root or os.environ.get("ITAE_DATA") or "~/.cache/itae/data").expanduser()
-
-
 TINY_IMAGENET = Archive(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
     248_100_043)
@@ -201,7 +197,7 @@ TINY_IMAGENET = Archive(
 def unpacked_folder(name: str) -> Path | None:
     """Where the archive of a data set is unpacked, whether it is there or not; None where nothing is downloaded."""
     unpacked = DATASETS[name].unpacked if name in DATASETS else None
-    return None if unpacked is None else _data_root(None) / unpacked
+    return None if unpacked is None else data_folder() / unpacked
 
 
 def image_count(parameters: Mapping[str, object]) -> int:

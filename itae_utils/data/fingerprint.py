@@ -13,16 +13,15 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from itae_utils.environment import cache_folder
 from itae_utils.errors import ItaeError
-from itae_utils.files import cache_folder, replacing
+from itae_utils.files import replacing
 
 RACY = 2e9  # nanoseconds: a file changed so lately may change again without a new time
 
 
-def fingerprint(dataset: Dataset, *, in_order: bool = False) -> str | None:
-    """SHA-256 over name, label and SHA-256 of the bytes of every image, in the order of the names; None if unknown.
-
-    With `in_order` they are taken in the data set's own order, which then counts.
+def fingerprint(dataset: Dataset) -> str | None:
+    """Return the SHA-256 over name, label and SHA-256 of the bytes of every image, in the data set's order; or None.
 
     Files are named by their path below the data set's folder, images in memory by their place, shape and type. The
     hashes of files are kept in `cache_folder()` with size, time of change and inode, so an unchanged file is read
@@ -44,7 +43,7 @@ def fingerprint(dataset: Dataset, *, in_order: bool = False) -> str | None:
     else:
         raise ItaeError(f"a data set's .images must be paths or arrays, not {type(images[0]).__name__}")
     lines = [f"{name}\t{int(label)}\t{digest}\n" for (name, digest), label in zip(named, labels, strict=True)]
-    return hashlib.sha256("".join(lines if in_order else sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _of_arrays(images: np.ndarray | list[np.ndarray]) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from itae_utils.errors import ItaeError
 from itae_utils.models.backbones import Backbone
 from itae_utils.models.preprocessing import Decode, DevicePreprocessing, Pixels
+from itae_utils.store.store import Store, open_store
+from itae_utils.store.variants import entry_key
 
 STARTS = {"cuda": 256}
 START_ELSEWHERE = 64
@@ -48,6 +51,24 @@ def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) ->
             backbone.model.forward_features(torch.zeros(size, 3, side, side, device=backbone.device))
 
     return fitting_batch_size(run, backbone.device)
+
+
+def chosen_batch_size(
+    batch_size: int | Literal["auto"], backbone: Backbone, dataset: Dataset, store: str | Path | Store | None
+) -> int:
+    """Return a number for "auto": `resolve_batch_size`'s, and on a GPU always the first that was chosen for this store.
+
+    What fits a GPU's memory changes with what else runs there, and the batch size can change the last bits of norms and
+    features. So features, θ and observations all ask here, and the store remembers the answer.
+    """
+    place = open_store(store)
+    if batch_size != "auto" or backbone.device.type == "cpu" or place is None:
+        return resolve_batch_size(batch_size, backbone)
+    key = entry_key(backbone, dataset, batch_size)
+    if key is None:
+        return resolve_batch_size(batch_size, backbone)
+    found = place.remembered("batch_size", key, lambda: {"images": np.array(resolve_batch_size("auto", backbone))})
+    return int(found["images"])
 
 
 def fitting_batch_size(run: Callable[[int], object], device: torch.device, *, start: int | None = None) -> int:

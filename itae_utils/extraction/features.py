@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from distributed import Client
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from itae_utils.environment import hides_progress, named_cluster, named_store
 from itae_utils.errors import ItaeError
 from itae_utils.extraction import workers as distributed
-from itae_utils.extraction.batches import resolve_batch_size
+from itae_utils.extraction.batches import chosen_batch_size
 from itae_utils.extraction.job import Job, Work, compute, missing_work, shard_size
 from itae_utils.extraction.observation import fit_thresholds
 from itae_utils.method.attention import check_blocks
@@ -153,7 +153,7 @@ def extract_features(
         raise ItaeError("no variants were given: name at least one, as in {'baseline': None}")
     needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
                     for itae in variants.values())
-    batch_size, fit_seconds = _batch_size(batch_size, backbone, dataset, store), 0.0
+    batch_size, fit_seconds = chosen_batch_size(batch_size, backbone, dataset, store), 0.0
     if needs_fit and thresholds is None:
         thresholds = fit_thresholds(backbone, dataset, batch_size=batch_size, store=store)
         fit_seconds = thresholds.seconds
@@ -178,22 +178,6 @@ def extract_features(
         fit_seconds=fit_seconds,
         seconds=time.perf_counter() - start,
     )
-
-
-def _batch_size(batch_size: int | str, backbone: Backbone, dataset: Dataset, store: str | Path | Store | None) -> int:
-    """A number for "auto": on a GPU the one that these features were begun with, whatever would fit by now."""
-    place = open_store(store)
-    if batch_size == "auto" and backbone.device.type != "cpu" and place is not None:
-        earlier = earlier_batch_size(place, entry_key(backbone, dataset, 0))
-        batch_size = earlier or batch_size
-    return resolve_batch_size(batch_size, backbone)
-
-
-def earlier_batch_size(store: Store, entry: Mapping[str, object] | None) -> int | None:
-    """The largest batch size with which the store holds an entry that is else the same; None where it holds none."""
-    wanted = {name: value for name, value in (entry or {}).items() if name != "batch_size"}
-    return max((found["batch_size"] for found in store.groups("features")
-                if wanted and wanted.items() <= found.items()), default=None)
 
 
 def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thresholds | None) -> ITAE | None:
@@ -221,7 +205,7 @@ def _planned(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE |
         try:
             return _missing({name: InStore(place, entry | images, key, about) for name, key in keys.items()})
         except ItaeError as error:
-            if store != "auto" or os.environ.get("ITAE_STORE"):
+            if store != "auto" or named_store():
                 raise
             log.warning("%s; they are kept in memory now", error)
     elif place is not None and store != "auto":
@@ -253,7 +237,7 @@ def _place(kept: Mapping[str, KeptVariant]) -> str | None:
 @contextmanager
 def _workers(client: Client | str | None, backbone: Backbone) -> Iterator[tuple[Callable[..., object], Backbone]]:
     """What computes, here or on a cluster, and the backbone as it will be there."""
-    client = os.environ.get("ITAE_DASK") if client == "auto" else client
+    client = named_cluster() if client == "auto" else client
     if not client:
         yield compute, backbone
         return
@@ -263,6 +247,6 @@ def _workers(client: Client | str | None, backbone: Backbone) -> Iterator[tuple[
 
 @contextmanager
 def _progress(images: int) -> Iterator[Callable[[int], object]]:
-    hidden = os.environ.get("ITAE_PROGRESS") == "0" or None  # None: shown on a terminal only
+    hidden = hides_progress() or None  # None: shown on a terminal only
     with tqdm(total=images, unit="image", desc="features", disable=hidden, leave=False) as progress:
         yield progress.update

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.batches import model_batches, resolve_batch_size
+from itae_utils.extraction.batches import chosen_batch_size, model_batches
 from itae_utils.method.anatomy import anatomy, block_inputs
 from itae_utils.method.artifacts import patch_norms
 from itae_utils.method.attention import attenuated_logits, check_blocks, scaled_logits, select_artifacts
@@ -55,7 +55,7 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = SAMPLE
         are no two modes.
     """
     start = time.perf_counter()
-    batch_size = resolve_batch_size(batch_size, backbone)
+    batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
 
     def measure() -> dict[str, np.ndarray]:
         norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size,
@@ -127,6 +127,7 @@ def observe(
     seed: int = 0,
     batch_size: int | Literal["auto"] = "auto",
     num_workers: int | Literal["auto"] = 0,
+    store: str | Path | Store | None = "auto",
 ) -> Observation:
     """Run the unmodified model once over the images and keep what tells artifacts.
 
@@ -138,7 +139,9 @@ def observe(
         seed: of the sample.
         batch_size: images at a time; "auto" as in `extract_features`.
         num_workers: processes that load images, or "auto", as in `model_batches`.
+        store: as for `extract_features`; only an automatic batch size is looked up there.
     """
+    batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
     if itae is not None:
         check_blocks(backbone.model, itae, backbone.truth)
         if itae.blocks > 1:

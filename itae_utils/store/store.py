@@ -29,8 +29,9 @@ from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore
 
+from itae_utils.environment import cache_folder, named_store
 from itae_utils.errors import ItaeError
-from itae_utils.files import cache_folder, in_one_line
+from itae_utils.files import in_one_line
 
 T = TypeVar("T")
 log = logging.getLogger("itae_utils")
@@ -46,7 +47,7 @@ def open_store(place: str | Path | Store | None = "auto") -> Store | None:
     if isinstance(place, Store):
         return place
     if place == "auto":
-        place = os.environ.get("ITAE_STORE") or cache_folder() / "store"
+        place = named_store() or cache_folder() / "store"
     if place is None or str(place) == "none":
         return None
     return Store(str(place) if "://" in str(place) else str(Path(place).expanduser().resolve()))

@@ -33,7 +33,7 @@ METHOD = 2  # raise it when a change of the code changes what is computed
 DECIDING = ("torch", "torchvision", "timm", "pillow")  # packages whose releases may change the last bits
 
 
-def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int) -> dict[str, object] | None:
+def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str) -> dict[str, object] | None:
     """Everything beside the variant that decides features; None where the data set says nothing of its images.
 
     The number of threads, and which of two cards of one kind, are not in it: they can change the last bits.
@@ -41,7 +41,7 @@ def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int) -> dict[str
     Raises:
         ItaeError: `.images` that can't be those of the data set.
     """
-    images = fingerprint(dataset, in_order=True)
+    images = fingerprint(dataset)
     if images and len(dataset) != len(dataset.images):
         raise ItaeError(f"a data set of {len(dataset):,} items has {len(dataset.images):,} .images: give it as many")
     return images and {

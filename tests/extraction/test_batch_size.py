@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.batches import fitting_batch_size, is_out_of_memory, resolve_batch_size
-from tests.conftest import as_backbone, tiny_vit
+from itae_utils.extraction import batches
+from itae_utils.extraction.batches import chosen_batch_size, fitting_batch_size, is_out_of_memory, resolve_batch_size
+from tests.conftest import array_dataset, as_backbone, tiny_vit
 
 CPU = torch.device("cpu")
 ERRORS = {
@@ -113,3 +114,15 @@ def test_automatic_elsewhere_tries_the_model_s_own_pass(monkeypatch):
     backbone = dataclasses.replace(as_backbone(tiny_vit()), model=model, device=torch.device("meta"))
     assert resolve_batch_size("auto", backbone) == 16
     assert tried == [(64, 3, 32, 32), (32, 3, 32, 32), (16, 3, 32, 32)]
+
+
+def test_an_automatic_batch_size_stays_the_first_that_was_chosen(tmp_path, monkeypatch):
+    """Features, θ and observations ask one after the other, and what fits a GPU changes meanwhile."""
+    backbone, dataset = as_backbone(tiny_vit()), array_dataset(5)
+    on_gpu = dataclasses.replace(backbone, device=torch.device("cuda"))
+    fitting = iter([128, 64, 32])
+    monkeypatch.setattr(batches, "resolve_batch_size", lambda size, _: next(fitting) if size == "auto" else size)
+    assert [chosen_batch_size("auto", on_gpu, dataset, tmp_path) for _ in range(3)] == [128] * 3
+    assert chosen_batch_size("auto", on_gpu, array_dataset(6), tmp_path) == 64, "other images"
+    assert chosen_batch_size(7, on_gpu, dataset, tmp_path) == 7
+    assert chosen_batch_size("auto", on_gpu, dataset, None) == 32

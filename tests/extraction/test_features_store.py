@@ -1,6 +1,5 @@
 """Extraction over a store: nothing twice, nothing stale, nothing lost."""
 
-import dataclasses
 import tracemalloc
 from pathlib import Path
 
@@ -11,13 +10,11 @@ from PIL import Image
 
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import features as features_module
 from itae_utils.extraction import job
-from itae_utils.extraction.features import earlier_batch_size, extract_features
+from itae_utils.extraction.features import extract_features
 from itae_utils.method.setting import ITAE
 from itae_utils.store.housekeeping import holdings
 from itae_utils.store.store import open_store
-from itae_utils.store.variants import entry_key
 from tests.conftest import MadeDataset, array_dataset, as_backbone, tiny_vit
 
 BATCH = 2
@@ -211,17 +208,6 @@ def test_memory_is_bounded_by_a_shard(backbone, tmp_path):
     assert many - few < 360 * 9 * backbone.dim * 4 / 4  # a quarter of what the further features take
 
 
-def test_an_automatic_batch_size_stays_what_it_was(backbone, dataset, tmp_path):
-    store = open_store(tmp_path)
-    assert earlier_batch_size(store, entry_key(backbone, dataset, 0)) is None
-    for size in (2, 4):
-        extract_features(backbone, dataset, {"it": None}, batch_size=size, store=store)
-    extract_features(backbone, array_dataset(3), {"it": None}, batch_size=8, store=store)
-    assert earlier_batch_size(store, entry_key(backbone, dataset, 0)) == 4
-    assert earlier_batch_size(store, entry_key(dataclasses.replace(backbone, name="other"), dataset, 0)) is None
-    assert earlier_batch_size(store, None) is None
-
-
 def test_a_torch_data_set_of_one_s_own_can_be_kept(backbone, tmp_path):
     class Own(torch.utils.data.Dataset):
         images = array_dataset(5).images
@@ -249,18 +235,3 @@ def test_a_file_is_no_store(backbone, dataset, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ItaeError, match=r"file' is a file: name a folder"):
         extract_features(backbone, dataset, grid(2), batch_size=BATCH, store=tmp_path / "file")
-
-
-def test_a_gpu_is_asked_what_fits_only_where_nothing_was_begun(backbone, dataset, tmp_path, monkeypatch):
-    on_gpu, asked = dataclasses.replace(backbone, device=torch.device("cuda")), []
-    monkeypatch.setattr(features_module, "resolve_batch_size", lambda size, _: asked.append(size) or 6)
-    monkeypatch.setattr(features_module, "compute", lambda *_arguments, **_options: None)
-    for _ in range(2):
-        extract_features(on_gpu, dataset, {"it": None}, store=tmp_path)
-    assert asked == ["auto", 6]
-
-
-@pytest.mark.parametrize("size", [0, -1, 1.5, True, "big", None])
-def test_odd_batch_sizes_are_refused(backbone, dataset, size):
-    with pytest.raises(ItaeError, match=r"batch_size=.* is not a number of images"):
-        extract_features(backbone, dataset, {"it": None}, batch_size=size)
