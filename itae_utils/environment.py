@@ -1,4 +1,4 @@
-"""The environment variables that set a user's defaults; no other module reads them.
+"""The environment variables that set defaults; no other module reads them.
 
 | variable | meaning | default |
 |---|---|---|
@@ -7,19 +7,20 @@
 | ITAE_STORE | feature store: a folder, an fsspec URL, or "none" | ITAE_CACHE/store |
 | ITAE_DASK | Dask cluster for extraction: an address, or local:N | none |
 | ITAE_PROGRESS | 0 hides progress bars | shown on a terminal |
-| ITAE_TIMEOUT | seconds until a server must have given its first answer | 8 |
-| HF_ENDPOINT | server of weights, as `huggingface_hub` reads it | its own |
+| ITAE_TIMEOUT | seconds to wait for a server's answer | 8 |
+| HF_ENDPOINT | server of weights, as `huggingface_hub` reads it | huggingface_hub's |
 """
 
-import math
 import os
 from pathlib import Path
 
 from itae_utils.errors import ItaeError
 
+LONGEST_TIMEOUT = 86_400  # seconds: sockets overflow at some larger number
+
 
 def cache_folder() -> Path:
-    """Return the folder of file hashes and, by default, features."""
+    """Return the folder of file hashes and, unless ITAE_STORE is set, of features."""
     return Path(os.environ.get("ITAE_CACHE") or "~/.cache/itae").expanduser()
 
 
@@ -29,36 +30,47 @@ def data_folder() -> Path:
 
 
 def named_store() -> str | None:
-    """Return the feature store that the user names; None if the default folder is to be used."""
+    """Return the feature store named by the user, or None for the default folder."""
     return os.environ.get("ITAE_STORE") or None
 
 
 def named_cluster() -> str | None:
-    """Return the Dask cluster that the user names, if any."""
+    """Return the Dask cluster named by the user, if any."""
     return os.environ.get("ITAE_DASK") or None
 
 
 def hides_progress() -> bool:
-    """Return whether progress bars are switched off."""
+    """Return True if progress bars are switched off."""
     return os.environ.get("ITAE_PROGRESS") == "0"
 
 
 def hub_server() -> str | None:
-    """Return the server of weights, if it is not the usual one."""
+    """Return the server of weights named by the user, if any."""
     return os.environ.get("HF_ENDPOINT") or None
 
 
 def network_timeout() -> float:
-    """Return the seconds that a server has for its first answer.
+    """Return the number of seconds to wait for a server's answer.
 
     Raises:
-        ItaeError: ITAE_TIMEOUT is not a positive number.
+        ItaeError: ITAE_TIMEOUT is not a number above 0 and up to `LONGEST_TIMEOUT`.
     """
     text = os.environ.get("ITAE_TIMEOUT") or "8"
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise ItaeError(f"ITAE_TIMEOUT={text!r} is not a number of seconds: use a positive number, such as 30")
+    if not 0 < seconds <= LONGEST_TIMEOUT:  # nor NaN
+        raise ItaeError(f"ITAE_TIMEOUT={text!r} is not a time limit: use seconds above 0, up to {LONGEST_TIMEOUT}")
     return seconds
+
+
+def for_a_kernel(import_path: Path) -> dict[str, str]:
+    """Return this process's environment for a notebook's kernel, which shows figures inline and no progress bars.
+
+    Args:
+        import_path: folder that the kernel imports packages from first.
+    """
+    paths = os.pathsep.join(filter(None, [str(import_path), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "ITAE_PROGRESS": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "PYTHONPATH": paths}

@@ -1,9 +1,10 @@
-"""Files that are replaced in one step."""
+"""Write files in one step, so that no reader and no crash sees half of one."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -11,26 +12,30 @@ from pathlib import Path
 
 from itae_utils.errors import ItaeError
 
-PACKAGE = Path(str(resources.files("itae_utils")))  # an ordinary folder: nothing here runs from an archive
+PACKAGE = Path(str(resources.files("itae_utils")))  # an ordinary folder: the package does not run from a zip
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Make `folder` where it is missing.
+    """Make `folder` and its parents if they are missing.
 
     Raises:
-        ItaeError: it can't be made.
+        ItaeError: the folder can't be made.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ItaeError(f"output folder {str(folder)!r} can't be made ({error.strerror}): name another") from error
+        raise ItaeError(f"output folder {str(folder)!r} can't be made ({error.strerror}): choose another") from error
     return Path(folder)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends well and vanishes when it doesn't."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Yield a path to write to; replace `path` by that file when the block ends, or delete it if the block fails.
+
+    Several writers may replace one `path` at the same time: the last one to end wins.
+    """
+    # Not tempfile.mkstemp: only their owner may read its files, and the umask can't be read safely with threads.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         yield part
         os.replace(part, path)
@@ -39,11 +44,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON in one step."""
+    """Write `content` as JSON, replacing the file in one step."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, short."""
+    """Return an error's message in one line of at most 200 characters, or its type if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

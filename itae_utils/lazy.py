@@ -1,4 +1,4 @@
-"""Public names that import their module when they are first used: torch and friends take seconds."""
+"""Public names that import their module on first use, because importing torch takes seconds."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 def lazy_names(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
-    """Return `__getattr__`, `__dir__` and `__all__` of a package.
+    """Return `__getattr__`, `__dir__` and `__all__` for a package.
 
     Args:
-        package: its name.
-        modules: the public names of each of its modules, such as {"data.datasets": ["load_dataset"]}.
+        package: the package's name.
+        modules: the public names by module, such as {"data.datasets": ["load_dataset"]}.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
     public = sorted(module_of)

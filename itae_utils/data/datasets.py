@@ -1,8 +1,8 @@
-"""Image data sets by name: what there is, where it is downloaded from, and folders of one's own."""
+"""Image data sets by name: the registry, the loader, and how each one is downloaded and read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
@@ -20,15 +20,15 @@ from itae_utils.errors import ItaeError, unknown_name
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """A map-style data set, as torch's `DataLoader` takes it, of (PIL RGB image, int label); -1 without labels.
+    """A map-style data set of (PIL RGB image, int label) for torch's `DataLoader`; the label is -1 without labels.
 
     Attributes:
-        name: what `load_dataset` was asked for.
-        split: which part of the data this is, in words, with its size.
-        source: where the images come from, in words.
-        images: what the items are made from: uint8 arrays (H, W) or (H, W, 3), or paths of files.
+        name: the name given to `load_dataset`.
+        split: a description of the part of the data used, with its size.
+        source: a description of where the images come from.
+        images: uint8 arrays (H, W) or (H, W, 3), or paths of files.
         targets: (n,) int64, or None without labels.
-        classes: the name of each label, or None.
+        classes: the name of each label, or None without labels.
         skipped: unreadable files that were left out.
     """
 
@@ -57,27 +57,28 @@ def load_dataset(
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> ImageDataset:
-    """The data set called `name`, one of `DATASETS`; its test split, downloaded on first use where it must be.
+    """Load the test split of one of `DATASETS`, downloading it on first use.
 
     Args:
-        name: `imagefolder:PATH` is a folder of class folders, or a flat folder of images without labels, as is one with
-            a single class folder.
-        root: the folder for downloads; by default the environment's ITAE_DATA, else ~/.cache/itae/data.
-        limit: at most so many images, every class by its share (exact to one image), in their usual order.
-        seed: of the draw that `limit` makes.
-        on_error: "skip" decodes all files first and leaves out the unreadable ones, see `.skipped`; with "raise" a
-            damaged file is an error at once where its header tells, else when it is decoded.
+        name: a key of `DATASETS`. `imagefolder:PATH` is a folder of class folders, or a flat folder of images; a flat
+            folder or a single class folder gives no labels.
+        root: the folder for downloads, by default ITAE_DATA or ~/.cache/itae/data.
+        limit: the largest number of images. The subset keeps the images' order and each class's share, to within one
+            image.
+        seed: seed of the random choice that `limit` makes.
+        on_error: "skip" decodes every file first and leaves out unreadable ones, see `.skipped`. "raise" checks the
+            headers first; a file that is damaged further on raises when it is decoded.
 
     Raises:
-        ItaeError: a name, limit or on_error that isn't legal; a folder that is missing, empty of images, or both flat
-            and not; an unreadable image; a download that fails.
+        ItaeError: the name, limit or on_error is not valid; the folder is missing, holds no image, or holds images
+            beside class folders; an image is unreadable; a download fails.
     """
     if on_error not in ("raise", "skip"):
-        raise ItaeError(f"on_error={on_error!r} is not known: use 'raise' or 'skip'")
+        raise ItaeError(f"on_error={on_error!r} is not valid: use 'raise' or 'skip'")
     if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
-        raise ItaeError(f"limit={limit!r} is not a number of images: use 1 or more, or None for all")
+        raise ItaeError(f"limit={limit!r} is not a number of images: use a whole number from 1, or None for all")
     if name == "imagefolder:":
-        raise ItaeError(f"{name!r} names no folder: write imagefolder:PATH")
+        raise ItaeError(f"{name!r} lacks a folder: write imagefolder:PATH")
     folder = image_folder(name)
     if folder is None and name not in DATASETS:
         raise unknown_name("data set", name, DATASETS, see="itae datasets")
@@ -98,7 +99,7 @@ def load_dataset(
 
 
 def _choose(total: int, targets: np.ndarray | None, limit: int, seed: int) -> np.ndarray:
-    """Sorted indices of `limit` images, stratified by largest remainders; which classes win a tie is drawn too."""
+    """Return sorted indices of `limit` images, stratified by largest remainders; ties are broken at random."""
     rng = np.random.default_rng(seed)
     if targets is None:
         return np.sort(rng.permutation(total)[:limit])
@@ -111,25 +112,26 @@ def _choose(total: int, targets: np.ndarray | None, limit: int, seed: int) -> np
 
 
 def _read_digits(_root: Path) -> Contents:
+    # imported here, like torchvision below: `itae datasets` needs neither and answers at once without them
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # exactly this conversion: the demo backbone was trained on it
+    # do not change this conversion: the demo backbone was trained on its output
     images = np.stack([np.round(image * (255 / 16)).astype(np.uint8) for image in digits.images])
     return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
 
 
 def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
-    """One of torchvision's sets; it unpacks and checks, we download, for it knows neither timeouts nor resuming."""
+    """Read one of torchvision's data sets. Torchvision unpacks and checks it; `fetch` can also time out and resume."""
     from torchvision import datasets
 
     reader = getattr(datasets, class_name)
     try:
         data = reader(root, **split)
-    except RuntimeError:  # its word for "not there, or damaged"
+    except RuntimeError:  # missing or damaged
         with one_at_a_time(root, class_name):
             try:
-                data = reader(root, **split)  # another process may have brought it by now
+                data = reader(root, **split)  # another process may have downloaded it by now
             except RuntimeError:
                 fetch(Archive(reader.url, reader.filename, reader.tgz_md5), root)
                 data = reader(root, **split, download=True)
@@ -139,7 +141,7 @@ def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
 
 
 def _read_tiny_imagenet(root: Path) -> Contents:
-    """The labelled validation split; classes in the order of their WordNet ids, each by the first of its names."""
+    """Read the labelled validation split; classes are sorted by WordNet id and called by the first of their names."""
     folder = root / "tiny-imagenet-200"
     if not folder.is_dir():
         with one_at_a_time(root, folder.name):
@@ -148,7 +150,7 @@ def _read_tiny_imagenet(root: Path) -> Contents:
     annotations, names = folder / "val/val_annotations.txt", folder / "words.txt"
     for needed in (annotations, names):
         if not needed.is_file():
-            raise ItaeError(f"{needed} is missing: remove {folder}, then it is unpacked anew")
+            raise ItaeError(f"{needed} is missing: remove {folder} and run again to unpack it")
     rows = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines()]
     words = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
     ids, targets = np.unique([row[1] for row in rows], return_inverse=True)
@@ -158,7 +160,17 @@ def _read_tiny_imagenet(root: Path) -> Contents:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `itae datasets` says of a data set; numbers are None where they depend on the user's folder."""
+    """Metadata of a data set, and how to read it.
+
+    Attributes:
+        images: number of images; None if it depends on the user's folder.
+        classes: number of classes, or None likewise.
+        split: the part of the data used.
+        megabytes: size of the download; 0 if there is none.
+        origin: a description of the source.
+        read: takes the download folder, or the user's; returns images, targets and class names.
+        unpacked: name of the unpacked folder below the download folder.
+    """
 
     images: int | None
     classes: int | None
@@ -195,13 +207,13 @@ TINY_IMAGENET = Archive(
 
 
 def unpacked_folder(name: str) -> Path | None:
-    """Where the archive of a data set is unpacked, whether it is there or not; None where nothing is downloaded."""
+    """Return the folder that a data set's archive is unpacked to, or None if the data set is not downloaded."""
     unpacked = DATASETS[name].unpacked if name in DATASETS else None
     return None if unpacked is None else data_folder() / unpacked
 
 
-def image_count(parameters: Mapping[str, object]) -> int:
-    """Number of images a notebook works on."""
-    folder = image_folder(parameters["dataset"])
-    images = len(read_folder(folder)[0]) if folder else DATASETS[parameters["dataset"]].images
-    return min(images, parameters.get("limit") or images)
+def image_count(name: str, limit: int | None = None) -> int:
+    """Return the number of images in a data set, at most `limit`; the images are not loaded."""
+    folder = image_folder(name)
+    images = len(read_folder(folder)[0]) if folder else DATASETS[name].images
+    return min(images, limit or images)

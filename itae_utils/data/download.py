@@ -1,4 +1,4 @@
-"""Downloads that end in a whole, checked file or in one clear line: resumed, timed out, renamed at the last moment."""
+"""Download archives: resumable, with a time limit, checked, and renamed to their final name last."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +21,15 @@ from typing import TypeVar
 from filelock import FileLock
 from tqdm import tqdm
 
+from itae_utils.environment import network_timeout
 from itae_utils.errors import ItaeError
 
-NETWORK_TIMEOUT = 8.0  # seconds: an offline machine hears within 10 what to do instead
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to download: `size` in bytes where we know it."""
+    """A file to download; `size` in bytes, if known."""
 
     url: str
     filename: str
@@ -39,7 +39,7 @@ class Archive:
 
 @contextmanager
 def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
-    """While open, no other process is between these lines for this name: it waits, then finds what this one made.
+    """Hold a lock file for `name` in `folder`, so that a second process waits and finds the first one's download.
 
     Raises:
         ItaeError: the folder can't be made.
@@ -53,7 +53,13 @@ def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """`archive` in `folder`, checked; what a broken-off download left behind is continued. Call it `one_at_a_time`."""
+    """Return the path of `archive` in `folder`, downloaded if missing; a partial download is resumed.
+
+    Call it within `one_at_a_time`.
+
+    Raises:
+        ItaeError: the download fails, or the file's MD5 is wrong.
+    """
     path = folder / archive.filename
     part = path.with_name(path.name + ".part")
     by_hand = f"put that file (MD5 {archive.md5}) into {folder} and run again"
@@ -65,7 +71,8 @@ def fetch(archive: Archive, folder: Path) -> Path:
         _download(archive, part)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise ItaeError(f"can't download {archive.url} ({reason}): if it stays so, {by_hand}") from error
+        remedy = "allow more seconds with ITAE_TIMEOUT" if isinstance(reason, TimeoutError) else "try again"
+        raise ItaeError(f"can't download {archive.url} ({reason}): {remedy}, or {by_hand}") from error
     if (found := _md5(part)) != archive.md5:
         part.unlink()
         raise ItaeError(f"{archive.url} gave a file with MD5 {found}, which was deleted: run again, or {by_hand}")
@@ -78,20 +85,22 @@ def _md5(path: Path) -> str:
 
 
 def _download(archive: Archive, part: Path) -> None:
-    """The rest of `archive.url` onto the end of `part`; OSError if it doesn't come whole."""
+    """Append the missing bytes of `archive` to `part`; raise OSError if they do not all arrive."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
+    seconds = network_timeout()
     try:
-        response = within(NETWORK_TIMEOUT, urllib.request.urlopen, request, timeout=NETWORK_TIMEOUT)
+        response = within(seconds, urllib.request.urlopen, request, timeout=seconds)
     except urllib.error.HTTPError as error:
+        error.close()
         if have and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # nothing is left to get; the checksum decides
+            return  # no byte is missing; the checksum decides
         raise
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             have = 0
         total = None if response.length is None else have + response.length
-        if archive.size and total not in (None, archive.size):  # a log-in page, say: keep it away from `part`
+        if archive.size and total not in (None, archive.size):  # such as a log-in page: don't overwrite `part` with it
             raise OSError(f"the server offers {total:,} bytes instead of {archive.size:,}")
         progress = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=archive.filename, disable=None)
         with part.open("ab" if have else "wb") as file, progress:
@@ -103,26 +112,34 @@ def _download(archive: Archive, part: Path) -> None:
 
 
 def within(seconds: float, ask: Callable[..., Answer], *args: object, **options: object) -> Answer:
-    """`ask(*args, **options)`, or an OSError after `seconds`, a true limit: the clients' own count no name look-ups."""
-    answered: Future = Future()
+    """Return `ask(*args, **options)`, or raise TimeoutError after `seconds`, DNS look-up included.
+
+    HTTP clients' own timeouts leave the look-up out, so `ask` runs in a thread. An answer that arrives late is closed.
+    """
+    answer: futures.Future = futures.Future()
 
     def run() -> None:
         try:
-            answered.set_result(ask(*args, **options))
+            deliver, outcome = answer.set_result, ask(*args, **options)
         except Exception as error:
-            answered.set_exception(error)
+            deliver, outcome = answer.set_exception, error
+        if answer.set_running_or_notify_cancel():
+            deliver(outcome)
+        elif hasattr(outcome, "close"):  # a response, or an HTTPError, which holds one
+            outcome.close()
 
     Thread(target=run, daemon=True).start()
     try:
-        return answered.result(timeout=seconds)
-    except TimeoutError as error:
-        if answered.done():
-            raise
-        raise OSError(f"no answer within {seconds:g} s") from error
+        futures.wait([answer], seconds)
+    finally:  # also when interrupted
+        late = answer.cancel()
+    if late:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
 
 
 def unpack(archive: Path, prefixes: tuple[str, ...], folder: Path) -> None:
-    """The members of a zip that start with one of `prefixes`, all of them or nothing, as `folder` beside it."""
+    """Extract the members of a zip that start with one of `prefixes`, all or none, as `folder` beside the archive."""
     scratch = Path(tempfile.mkdtemp(prefix="unpacking-", dir=folder.parent))
     try:
         with zipfile.ZipFile(archive) as file:

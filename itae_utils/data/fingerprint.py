@@ -1,4 +1,4 @@
-"""One number for a set of images: equal exactly where the images, their labels and their names are."""
+"""A SHA-256 that identifies a set of images or files by their content."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,77 +17,103 @@ from itae_utils.environment import cache_folder
 from itae_utils.errors import ItaeError
 from itae_utils.files import replacing
 
-RACY = 2e9  # nanoseconds: a file changed so lately may change again without a new time
+RACY = 2e9  # nanoseconds: a file changed this recently may change again within the resolution of its time stamp
+
+FileHash = tuple[int, int, int, str]  # size, modification time (ns), inode, SHA-256
 
 
 def fingerprint(dataset: Dataset) -> str | None:
-    """Return the SHA-256 over name, label and SHA-256 of the bytes of every image, in the data set's order; or None.
+    """Return the SHA-256 over the name, label and content of every image, in the data set's order.
 
-    Files are named by their path below the data set's folder, images in memory by their place, shape and type. The
-    hashes of files are kept in `cache_folder()` with size, time of change and inode, so an unchanged file is read
-    once. A data set that says nothing of its `images` has no fingerprint.
+    Files are named by their path below the data set's folder, images in memory by index, shape and type. File hashes
+    are cached, see `files_digest`. Return None if the data set has no `images`.
 
     Raises:
-        ItaeError: `images` that are neither paths nor arrays, or not as many as labels and items.
+        ItaeError: `images` are neither paths nor arrays, or their number differs from that of `targets`.
     """
     images, labels = getattr(dataset, "images", None), getattr(dataset, "targets", None)
     if images is None or not len(images):
         return None
     labels = [-1] * len(images) if labels is None else labels
     if len(labels) != len(images):
-        raise ItaeError(f"a data set has {len(images):,} .images and {len(labels):,} .targets: give it as many")
+        raise ItaeError(f"the data set has {len(images):,} .images and {len(labels):,} .targets: "
+                        "give one target per image")
     if isinstance(images[0], (str, Path)):
-        named = _of_files(getattr(dataset, "name", ""), list(map(Path, images)))
+        paths = [Path(os.path.abspath(path)) for path in images]
+        hashes = _hash_files(paths, _root(getattr(dataset, "name", ""), paths))
     elif all(isinstance(image, np.ndarray) for image in images):
-        named = _of_arrays(images)
+        hashes = _hash_arrays(images)
     else:
         raise ItaeError(f"a data set's .images must be paths or arrays, not {type(images[0]).__name__}")
-    lines = [f"{name}\t{int(label)}\t{digest}\n" for (name, digest), label in zip(named, labels, strict=True)]
+    return _digest(f"{name}\t{int(label)}\t{sha256}\n" for (name, sha256), label in zip(hashes, labels, strict=True))
+
+
+def files_digest(paths: Iterable[str | Path], folder: str | Path) -> str | None:
+    """Return the SHA-256 over the names below `folder` and the contents of files, in any order; None for no files.
+
+    File hashes are cached in `cache_folder()` with size, modification time and inode: an unchanged file is read once.
+    """
+    hashes = _hash_files([Path(os.path.abspath(path)) for path in paths], Path(os.path.abspath(folder)))
+    return _digest(f"{name}\t{sha256}\n" for name, sha256 in sorted(hashes)) if hashes else None
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, cached as in `files_digest`."""
+    path = Path(os.path.abspath(path))
+    return _hash_files([path], path.parent)[0][1]
+
+
+def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _of_arrays(images: np.ndarray | list[np.ndarray]) -> Iterator[tuple[str, str]]:
+def _root(name: str, paths: Sequence[Path]) -> Path:
+    """Return the folder of a data set: PATH of `imagefolder:PATH`, else the common one of its files."""
+    kind, _, folder = name.partition(":")
+    if kind == "imagefolder":
+        return Path(os.path.abspath(Path(folder).expanduser()))
+    return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def _hash_arrays(images: Iterable[np.ndarray]) -> Iterator[tuple[str, str]]:
     for index, image in enumerate(images):
         yield f"{index} {image.shape} {image.dtype}", hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
 
 
-def _of_files(name: str, paths: list[Path]) -> list[tuple[str, str]]:
-    paths = [Path(os.path.abspath(path)) for path in paths]
-    kind, _, folder = name.partition(":")
-    root = (Path(os.path.abspath(Path(folder).expanduser())) if kind == "imagefolder"
-            else Path(os.path.commonpath([path.parent for path in paths])))
-    memory = cache_folder() / "fingerprints" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
-    known = _remembered(memory)
+def _hash_files(paths: Sequence[Path], root: Path) -> list[tuple[str, str]]:
+    """Return the name below `root` and the SHA-256 of each file, both absolute paths."""
+    cache = cache_folder() / "fingerprints" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
+    cached = _read_cache(cache)
     names = [path.relative_to(root).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
-        seen = dict(zip(names, pool.map(lambda path, name: _seen(path, known.get(name)), paths, names), strict=True))
-    settled = {name: entry for name, entry in seen.items() if time.time_ns() - entry[1] > RACY}
-    if any(known.get(name) != entry for name, entry in settled.items()):
-        _remember(memory, known | settled)
-    return [(name, seen[name][-1]) for name in names]
+        found = dict(zip(names, pool.map(_hash_file, paths, map(cached.get, names)), strict=True))
+    settled = {name: entry for name, entry in found.items() if time.time_ns() - entry[1] > RACY}
+    if any(cached.get(name) != entry for name, entry in settled.items()):
+        _write_cache(cache, cached | settled)
+    return [(name, found[name][-1]) for name in names]
 
 
-def _seen(path: Path, known: tuple | None) -> tuple[int, int, int, str]:
-    """Size, time of change, inode and SHA-256 of a file, which is only read where the first three are new."""
+def _hash_file(path: Path, cached: FileHash | None) -> FileHash:
+    """Hash a file, unless its size, modification time and inode are the cached ones."""
     status = path.stat()
     state = (status.st_size, status.st_mtime_ns, status.st_ino)
-    if known and known[:3] == state:
-        return known
+    if cached and cached[:3] == state:
+        return cached
     with path.open("rb") as file:
         return *state, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remembered(memory: Path) -> dict[str, tuple]:
+def _read_cache(cache: Path) -> dict[str, FileHash]:
     try:
-        return {name: tuple(entry) for name, entry in json.loads(memory.read_text(encoding="utf-8")).items()}
+        return {name: tuple(entry) for name, entry in json.loads(cache.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # nothing yet, or damaged: the files are read
+        return {}  # missing or damaged: all files are read
 
 
-def _remember(memory: Path, entries: dict[str, tuple]) -> None:
+def _write_cache(cache: Path, entries: dict[str, FileHash]) -> None:
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(memory) as part:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache) as part:
             part.write_text(json.dumps(entries), encoding="utf-8")
     except OSError:
-        return  # a cache that can't be written only costs time
+        return  # without the cache, files are only read again

@@ -28,7 +28,7 @@ def save(path, image=None):
 
 
 def truncate(path, share=0.6):
-    """Cut a file off: its header is whole, its pixels aren't."""
+    """Cut off the end of an image file; its header stays whole."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
 
@@ -43,7 +43,7 @@ def to_tensor(image):
 
 
 class TestDigits:
-    def test_all_of_them(self):
+    def test_all_images_and_labels(self):
         from sklearn.datasets import load_digits
 
         dataset, digits = load_dataset("digits"), load_digits()
@@ -64,8 +64,8 @@ class TestDigits:
 
 
 class TestNames:
-    def test_unknown_names(self):
-        with pytest.raises(ItaeError, match=r"unknown data set 'cifar-10': did you mean cifar10.*itae datasets"):
+    def test_an_unknown_name(self):
+        with pytest.raises(ItaeError, match=r"'cifar-10'.* cifar10 .*itae datasets"):
             load_dataset("cifar-10")
 
     @pytest.mark.parametrize("limit", [0, -3, 1.5, "10", True])
@@ -73,19 +73,18 @@ class TestNames:
         with pytest.raises(ItaeError, match=re.escape(f"limit={limit!r}")):
             load_dataset("digits", limit=limit)
 
-    def test_bad_on_error(self):
-        with pytest.raises(ItaeError, match=r"on_error='ignore'.*'raise' or 'skip'"):
+    def test_a_bad_on_error(self):
+        with pytest.raises(ItaeError, match=r"on_error='ignore'.*'raise'.*'skip'"):
             load_dataset("digits", on_error="ignore")
 
-    def test_the_registry_says_what_there_is(self):
-        assert set(DATASETS) == {"digits", "cifar10", "cifar100", "stl10", "tiny-imagenet", "imagefolder:PATH"}
+    def test_the_registry_describes_the_digits(self):
         digits, info = load_dataset("digits"), DATASETS["digits"]
         assert (info.images, info.classes, info.megabytes) == (len(digits), len(digits.classes), 0)
 
 
 class TestLimit:
     def reference(self, targets, limit):
-        """Images of each class, by handing them out one at a time to the class that is furthest below its share."""
+        """Return the number of images per class, each given to the class that is furthest below its share."""
         shares = {c: np.count_nonzero(targets == c) * limit / len(targets) for c in np.unique(targets)}
         given = {c: int(share) for c, share in shares.items()}
         while sum(given.values()) < limit:
@@ -101,7 +100,7 @@ class TestLimit:
         expected = self.reference(targets, limit)
         assert Counter(targets[chosen].tolist()) == {c: count for c, count in expected.items() if count}
 
-    def test_ties_are_drawn(self):
+    def test_ties_are_broken_at_random(self):
         targets = np.repeat(np.arange(10), 10)
         winners = {tuple(targets[datasets._choose(100, targets, 5, seed)]) for seed in range(5)}
         assert len(winners) == 5
@@ -122,7 +121,7 @@ class TestLimit:
         assert not np.array_equal(first.images, other.images)
 
     @pytest.mark.parametrize("limit", [1797, 5000])
-    def test_more_than_there_are_is_all(self, limit):
+    def test_a_limit_above_the_size_changes_nothing(self, limit):
         dataset = load_dataset("digits", limit=limit)
         assert len(dataset) == 1797
         assert dataset.split == "all (1,797)"
@@ -168,7 +167,7 @@ class TestImageFolder:
         assert dataset.classes == ["cat", "dog"]
         assert Counter(dataset.targets.tolist()) == {0: 2, 1: 1}
 
-    def test_other_files_hidden_ones_and_empty_folders_do_not_count(self, tmp_path):
+    def test_other_files_hidden_files_and_empty_folders_do_not_count(self, tmp_path):
         save(tmp_path / "cat/1.png")
         save(tmp_path / "dog/1.png")
         save(tmp_path / ".thumbnails/2.png")
@@ -179,18 +178,12 @@ class TestImageFolder:
         assert dataset.classes == ["cat", "dog"]
         assert len(dataset) == 2
 
-    def test_linked_folders_are_followed(self, tmp_path):
-        save(tmp_path / "elsewhere/1.png")
-        save(tmp_path / "data/dog/1.png")
-        (tmp_path / "data/cat").symlink_to(tmp_path / "elsewhere")
-        assert load_dataset(f"imagefolder:{tmp_path / 'data'}").classes == ["cat", "dog"]
-
     def test_relative_paths_start_at_the_working_directory(self, tmp_path, monkeypatch):
         save(tmp_path / "data/1.png")
         monkeypatch.chdir(tmp_path)
         assert len(load_dataset("imagefolder:data")) == 1
 
-    def test_home_is_understood(self, tmp_path, monkeypatch):
+    def test_home_is_expanded(self, tmp_path, monkeypatch):
         save(tmp_path / "data/1.png")
         monkeypatch.setenv("HOME", str(tmp_path))
         assert len(load_dataset("imagefolder:~/data")) == 1
@@ -198,20 +191,20 @@ class TestImageFolder:
     def test_images_on_both_levels_are_refused(self, tmp_path):
         save(tmp_path / "cat/1.png")
         save(tmp_path / "stray.png")
-        with pytest.raises(ItaeError, match=r"beside its class folders, stray\.png"):
+        with pytest.raises(ItaeError, match=r"stray\.png"):
             load_dataset(f"imagefolder:{tmp_path}")
 
     def test_missing(self, tmp_path):
-        with pytest.raises(ItaeError, match=rf"{tmp_path}/none does not exist"):
+        with pytest.raises(ItaeError, match=f"{tmp_path}/none"):
             load_dataset(f"imagefolder:{tmp_path}/none")
 
     def test_a_file(self, tmp_path):
-        with pytest.raises(ItaeError, match="is a file"):
+        with pytest.raises(ItaeError, match=r"1\.png"):
             load_dataset(f"imagefolder:{save(tmp_path / '1.png')}")
 
     def test_without_images(self, tmp_path):
         (tmp_path / "cat").mkdir()
-        with pytest.raises(ItaeError, match=rf"{tmp_path} holds no image"):
+        with pytest.raises(ItaeError, match=rf"{tmp_path} .*\.png"):
             load_dataset(f"imagefolder:{tmp_path}")
 
     @pytest.mark.parametrize("name", ["imagefolder", "imagefolder:"])
@@ -229,7 +222,69 @@ class TestImageFolder:
         assert {image.size for image, _ in dataset} == {(32, 32)}
 
 
-def test_a_single_class_is_no_label(tmp_path):
+class TestLinks:
+    def labels(self, folder):
+        """Load a folder and return its images, by path below the folder, with their class."""
+        dataset = load_dataset(f"imagefolder:{folder}")
+        return {path.relative_to(folder).as_posix(): None if dataset.classes is None else dataset.classes[label]
+                for path, (_, label) in zip(dataset.images, dataset, strict=True)}
+
+    def link(self, path, target):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(target)
+
+    def test_a_link_to_a_folder_elsewhere_is_followed(self, tmp_path):
+        save(tmp_path / "elsewhere/deep/1.png")
+        save(tmp_path / "data/dog/1.png")
+        self.link(tmp_path / "data/cat", tmp_path / "elsewhere")
+        assert self.labels(tmp_path / "data") == {"cat/deep/1.png": "cat", "dog/1.png": "dog"}
+
+    def test_the_folder_itself_may_be_a_link(self, tmp_path):
+        save(tmp_path / "data/1.png")
+        self.link(tmp_path / "link", tmp_path / "data")
+        assert self.labels(tmp_path / "link") == {"1.png": None}
+
+    @pytest.mark.parametrize("links", [["a/up"], ["a/up", "b/up"], ["a/deep/up", "up"]])
+    def test_links_to_a_parent_folder_add_nothing(self, tmp_path, links):
+        """Two such links alone span 2 ** 40 paths before the system refuses to follow them."""
+        save(tmp_path / "a/1.png")
+        save(tmp_path / "b/1.png")
+        for link in links:
+            self.link(tmp_path / link, tmp_path)
+        assert self.labels(tmp_path) == {"a/1.png": "a", "b/1.png": "b"}
+
+    @pytest.mark.parametrize("link", ["a", "c", "b/a", "a/deep/c"])
+    def test_an_image_belongs_to_its_own_folder_and_not_to_a_link_to_that(self, tmp_path, link):
+        save(tmp_path / "b/1.png")
+        save(tmp_path / "d/1.png")
+        self.link(tmp_path / link, tmp_path / "b")
+        assert self.labels(tmp_path) == {"b/1.png": "b", "d/1.png": "d"}
+
+    def test_of_two_links_to_one_folder_the_first_counts(self, tmp_path):
+        save(tmp_path / "pool/1.png")
+        save(tmp_path / "data/z/1.png")
+        for name in "ba":
+            self.link(tmp_path / "data" / name, tmp_path / "pool")
+        assert self.labels(tmp_path / "data") == {"a/1.png": "a", "z/1.png": "z"}
+
+    def test_links_to_files_count_as_files(self, tmp_path):
+        save(tmp_path / "pool.png")
+        for name in ("a/1.png", "a/2.png", "b/1.png"):
+            self.link(tmp_path / "data" / name, tmp_path / "pool.png")
+        assert self.labels(tmp_path / "data") == {"a/1.png": "a", "a/2.png": "a", "b/1.png": "b"}
+
+    def test_a_broken_link_is_a_damaged_file_if_it_is_called_an_image(self, tmp_path):
+        save(tmp_path / "1.png")
+        self.link(tmp_path / "gone", tmp_path / "nowhere")
+        self.link(tmp_path / "loop", tmp_path / "loop")
+        assert self.labels(tmp_path) == {"1.png": None}
+        self.link(tmp_path / "2.png", tmp_path / "nowhere.png")
+        with pytest.raises(ItaeError, match=r"2\.png"):
+            load_dataset(f"imagefolder:{tmp_path}")
+        assert load_dataset(f"imagefolder:{tmp_path}", on_error="skip").skipped == [tmp_path / "2.png"]
+
+
+def test_a_single_class_gives_no_labels(tmp_path):
     for number in range(2):
         save(tmp_path / f"cats/{number}.png")
     dataset = load_dataset(f"imagefolder:{tmp_path}")
@@ -243,7 +298,7 @@ class TestDamagedFiles:
         save(tmp_path / "dog/1.png")
         return tmp_path
 
-    def test_what_is_no_image_is_named_at_once(self, folder):
+    def test_a_file_that_is_not_an_image_is_named_at_once(self, folder):
         (folder / "cat/2.png").write_text("not an image")
         with pytest.raises(ItaeError, match=r"cat/2\.png.*on_error='skip'") as caught:
             load_dataset(f"imagefolder:{folder}")
@@ -258,10 +313,10 @@ class TestDamagedFiles:
         truncated_jpeg(folder / "cat/2.jpg")
         dataset = load_dataset(f"imagefolder:{folder}")
         assert len(dataset) == 3
-        with pytest.raises(ItaeError, match=r"cat/2\.jpg.*truncated"):
+        with pytest.raises(ItaeError, match=r"cat/2\.jpg"):
             dataset[1]
 
-    def test_skip_leaves_them_out_and_says_which(self, folder):
+    def test_skip_leaves_them_out_and_lists_them(self, folder):
         (folder / "cat/0.png").write_text("not an image")
         truncated_jpeg(folder / "cat/2.jpg")
         (folder / "cat/3.png").write_bytes(b"")
@@ -285,9 +340,9 @@ class TestDamagedFiles:
             (tmp_path / f"cat/{number}-bad.png").write_text("not an image")
         assert len(load_dataset(f"imagefolder:{tmp_path}", on_error="skip", limit=6)) == 6
 
-    def test_nothing_left(self, tmp_path):
+    def test_a_folder_without_readable_images(self, tmp_path):
         (tmp_path / "0.png").write_text("not an image")
-        with pytest.raises(ItaeError, match=r"none of the 1 images can be read, .*0\.png"):
+        with pytest.raises(ItaeError, match=r"0\.png"):
             load_dataset(f"imagefolder:{tmp_path}", on_error="skip")
 
 
@@ -305,7 +360,7 @@ class TestOpenImage:
     def test_cmyk_jpeg(self, tmp_path):
         assert open_image(save(tmp_path / "x.jpg", picture(mode="CMYK"))).mode == "RGB"
 
-    def test_a_palette_with_transparency_makes_no_noise(self, tmp_path):
+    def test_a_palette_with_transparency_gives_no_warning(self, tmp_path):
         path = tmp_path / "x.png"
         picture(3, mode="P").save(path, transparency=bytes(range(100)))
         with warnings.catch_warnings():
@@ -319,10 +374,10 @@ class TestOpenImage:
 
     def test_floats_have_no_range(self, tmp_path):
         path = save(tmp_path / "x.tif", Image.fromarray(np.ones((2, 2), dtype=np.float32)))
-        with pytest.raises(ItaeError, match=r"x\.tif \(mode F has no known range"):
+        with pytest.raises(ItaeError, match=r"x\.tif.*mode F"):
             open_image(path)
 
-    def test_upright_as_the_camera_says(self, tmp_path):
+    def test_it_is_upright_by_its_exif_data(self, tmp_path):
         image, exif = picture(size=(6, 4)), Image.Exif()
         exif[0x0112] = 6  # orientation: turn by 90° to the right
         path = tmp_path / "x.png"

@@ -2,28 +2,33 @@ import hashlib
 import http.server
 import io
 import pickle
-import re
 import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import urllib.request
 import zipfile
 
 import numpy as np
 import pytest
 
-from itae_utils.data import datasets, download
+from itae_utils.data import datasets
 from itae_utils.data.datasets import load_dataset
+from itae_utils.data.download import within
 from itae_utils.errors import ItaeError
 from tests.data.test_datasets import picture, save, truncate
 from tests.loopback import Loopback
 
 
 class Server(Loopback):
-    """A loopback HTTP server for one folder, with or without support for Range, that keeps what it was asked for."""
+    """A loopback HTTP server for one folder that records its requests, with or without support for Range.
 
-    def __init__(self, folder, ranges=True, cut_after=None, delay=0):
+    It answers after `delay` seconds, sends `cut_after` bytes of the body at most, and then waits `stall` seconds.
+    """
+
+    def __init__(self, folder, ranges=True, cut_after=None, delay=0, stall=0):
         self.asked = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -44,6 +49,7 @@ class Server(Loopback):
                 handler.send_header("Content-Length", str(len(content) - start))
                 handler.end_headers()
                 handler.wfile.write(content[start:][:cut_after])
+                time.sleep(stall)
 
             def log_message(handler, *_args):
                 pass
@@ -53,7 +59,7 @@ class Server(Loopback):
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch):
-    """Whatever proxy the environment has, loopback is asked directly."""
+    """Bypass any proxy for the loopback address."""
     monkeypatch.setenv("no_proxy", "*")
 
 
@@ -64,7 +70,7 @@ def closed_port():
 
 
 def tiny_zip(path):
-    """A small archive in the layout of tiny-imagenet-200.zip: 3 classes, 6 validation images."""
+    """Write a small archive in the layout of tiny-imagenet-200.zip: 3 classes, 6 validation images."""
     ids = ["n02000000", "n01000000", "n03000000", "n01000000", "n03000000", "n02000000"]
     with zipfile.ZipFile(path, "w") as archive:
         rows, top = [], "tiny-imagenet-200"
@@ -83,7 +89,7 @@ def tiny_zip(path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """The archive on a disk, and a function that tells the loader to get it from a URL."""
+    """Return a function that makes the loader download a small archive from a URL; its `path` is the archive."""
     (tmp_path / "server").mkdir()
     path = tiny_zip(tmp_path / "server/tiny-imagenet-200.zip")
     content = path.read_bytes()
@@ -108,11 +114,6 @@ class TestTinyImageNet:
             assert image.mode == "RGB"
             assert label == dataset.targets[number]
             assert dataset.images[number].name == f"val_{number}.JPEG"
-
-    def test_the_real_archive_is_the_one_we_know(self):
-        archive = datasets.TINY_IMAGENET
-        assert archive.url == "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-        assert (archive.md5, archive.size) == ("90528d7ca1a48142e341f4ef8d21d0de", 248100043)
 
     def test_from_the_server_to_images(self, tiny, tmp_path):
         root = tmp_path / "new/data"
@@ -140,19 +141,19 @@ class TestTinyImageNet:
             load_dataset("tiny-imagenet")
         assert (tmp_path / ".cache/itae/data/tiny-imagenet-200").is_dir()
 
-    def test_an_archive_put_there_by_hand_needs_no_network(self, tiny, tmp_path):
+    def test_an_archive_saved_by_hand_needs_no_network(self, tiny, tmp_path):
         tiny(f"http://127.0.0.1:{closed_port()}")
         tiny.path.rename(tmp_path / tiny.path.name)
         self.check(load_dataset("tiny-imagenet", root=tmp_path))
 
-    def test_a_damaged_archive_put_there_by_hand_stays_and_is_named(self, tiny, tmp_path):
+    def test_a_damaged_archive_saved_by_hand_is_named_and_not_deleted(self, tiny, tmp_path):
         tiny(f"http://127.0.0.1:{closed_port()}")
         truncate(tiny.path)
-        with pytest.raises(ItaeError, match=rf"{tiny.path} is damaged"):
+        with pytest.raises(ItaeError, match=str(tiny.path)):
             load_dataset("tiny-imagenet", root=tiny.path.parent)
         assert tiny.path.exists()
 
-    def test_a_broken_off_download_goes_on_where_it_stopped(self, tiny, tmp_path):
+    def test_a_partial_download_is_resumed(self, tiny, tmp_path):
         content = tiny.path.read_bytes()
         (tmp_path / "tiny-imagenet-200.zip.part").write_bytes(content[:1000])
         with Server(tiny.path.parent) as server:
@@ -162,23 +163,23 @@ class TestTinyImageNet:
         assert (tmp_path / "tiny-imagenet-200.zip").read_bytes() == content
         assert not (tmp_path / "tiny-imagenet-200.zip.part").exists()
 
-    def test_a_server_that_cannot_resume_sends_all_again(self, tiny, tmp_path):
+    def test_a_server_that_cannot_resume_sends_the_whole_file(self, tiny, tmp_path):
         (tmp_path / "tiny-imagenet-200.zip.part").write_bytes(b"x" * 1000)
         with Server(tiny.path.parent, ranges=False) as server:
             tiny(server.url)
             self.check(load_dataset("tiny-imagenet", root=tmp_path))
 
-    def test_a_download_that_only_lacked_its_name(self, tiny, tmp_path):
+    def test_a_complete_download_is_only_renamed(self, tiny, tmp_path):
         (tmp_path / "tiny-imagenet-200.zip.part").write_bytes(tiny.path.read_bytes())
         with Server(tiny.path.parent) as server:
             tiny(server.url)
             self.check(load_dataset("tiny-imagenet", root=tmp_path))
 
-    def test_a_connection_that_is_cut_keeps_what_came(self, tiny, tmp_path):
+    def test_a_cut_connection_leaves_a_part_to_resume(self, tiny, tmp_path):
         content = tiny.path.read_bytes()
         with Server(tiny.path.parent, cut_after=700) as server:
             tiny(server.url)
-            with pytest.raises(ItaeError, match=r"connection was cut at 700 of [\d,]+ bytes"):
+            with pytest.raises(ItaeError, match="700"):
                 load_dataset("tiny-imagenet", root=tmp_path)
         assert (tmp_path / "tiny-imagenet-200.zip.part").read_bytes() == content[:700]
         assert not (tmp_path / "tiny-imagenet-200.zip").exists()
@@ -187,26 +188,26 @@ class TestTinyImageNet:
             self.check(load_dataset("tiny-imagenet", root=tmp_path))
             assert server.asked == [("/tiny-imagenet-200.zip", "bytes=700-")]
 
-    def test_a_wrong_checksum_is_named_and_nothing_is_kept(self, tiny, tmp_path):
+    def test_a_file_with_a_wrong_checksum_is_deleted(self, tiny, tmp_path):
         with Server(tiny.path.parent) as server:
             tiny(server.url, md5="0" * 32)
-            with pytest.raises(ItaeError, match=rf"{server.url}.* MD5 [0-9a-f]{{32}}, which was deleted"):
+            with pytest.raises(ItaeError, match=rf"{server.url}.* [0-9a-f]{{32}}"):
                 load_dataset("tiny-imagenet", root=tmp_path / "data")
         assert list((tmp_path / "data").glob("[!.]*")) == []
 
-    def test_an_answer_of_another_size_does_not_spoil_what_came_before(self, tiny, tmp_path):
+    def test_an_answer_of_another_size_does_not_overwrite_the_part(self, tiny, tmp_path):
         part = tmp_path / "tiny-imagenet-200.zip.part"
         part.write_bytes(b"x" * 1000)
         with Server(tiny.path.parent, ranges=False) as server:
             tiny(server.url, size=10_000_000)
-            with pytest.raises(ItaeError, match="instead of 10,000,000"):
+            with pytest.raises(ItaeError, match="10,000,000"):
                 load_dataset("tiny-imagenet", root=tmp_path)
         assert part.read_bytes() == b"x" * 1000
 
     def test_a_file_the_server_lacks(self, tiny, tmp_path):
         with Server(tmp_path) as server:
             tiny(server.url)
-            with pytest.raises(ItaeError, match=r"tiny-imagenet-200\.zip \(Not Found\)"):
+            with pytest.raises(ItaeError, match=r"tiny-imagenet-200\.zip .*Not Found"):
                 load_dataset("tiny-imagenet", root=tmp_path / "data")
 
     def test_unpacking_is_all_or_nothing(self, tiny, tmp_path, monkeypatch):
@@ -227,10 +228,10 @@ class TestTinyImageNet:
 
     def test_a_folder_that_was_rearranged(self, tmp_path):
         save(tmp_path / "tiny-imagenet-200/val/n01/1.png")
-        with pytest.raises(ItaeError, match=rf"val_annotations\.txt is missing: remove {tmp_path}/tiny-imagenet-200"):
+        with pytest.raises(ItaeError, match=r"val_annotations\.txt"):
             load_dataset("tiny-imagenet", root=tmp_path)
 
-    def test_a_full_disk_is_told_and_leaves_nothing_whole(self, tiny, tmp_path):
+    def test_a_full_disk_is_named_and_leaves_no_archive(self, tiny, tmp_path):
         (tmp_path / "data").mkdir()
         (tmp_path / "data/tiny-imagenet-200.zip.part").symlink_to("/dev/full")
         with Server(tiny.path.parent) as server:
@@ -239,14 +240,6 @@ class TestTinyImageNet:
                 load_dataset("tiny-imagenet", root=tmp_path / "data")
         assert not (tmp_path / "data/tiny-imagenet-200").exists()
         assert not (tmp_path / "data/tiny-imagenet-200.zip").exists()
-
-    def test_a_truncated_archive_is_refused(self, tiny, tmp_path):
-        truncate(tiny.path)
-        with Server(tiny.path.parent) as server:
-            tiny(server.url, size=tiny.path.stat().st_size)
-            with pytest.raises(ItaeError, match="which was deleted"):
-                load_dataset("tiny-imagenet", root=tmp_path / "data")
-        assert not list((tmp_path / "data").glob("*.zip*"))
 
     def test_two_processes_at_once_download_once(self, tiny, tmp_path):
         code = (
@@ -263,13 +256,13 @@ class TestTinyImageNet:
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(ItaeError, match=rf"{tmp_path}/file/data can't be made"):
+        with pytest.raises(ItaeError, match=f"{tmp_path}/file/data"):
             load_dataset("tiny-imagenet", root=tmp_path / "file/data")
 
 
 @pytest.fixture
 def small_archive(tmp_path, monkeypatch):
-    """Packs made files as one of torchvision's archives, and tells torchvision their checksums and where they are."""
+    """Return a function that packs files as one of torchvision's archives, and gives torchvision URL and checksums."""
     (tmp_path / "server").mkdir()
 
     def pack(reader, url, contents):
@@ -347,7 +340,7 @@ class TestNoNetwork:
         tiny(url)
         message = self.ask("tiny-imagenet", tmp_path / "data")
         assert f"{url}/tiny-imagenet-200.zip" in message
-        assert f"into {tmp_path / 'data'} and run again" in message
+        assert str(tmp_path / "data") in message
 
     @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
     def test_torchvision_sets(self, name, tmp_path, monkeypatch):
@@ -358,26 +351,73 @@ class TestNoNetwork:
         monkeypatch.setattr(reader, "url", url)
         message = self.ask(name, tmp_path / "data")
         assert url in message
-        assert f"put that file (MD5 {reader.tgz_md5}) into {tmp_path / 'data'} and run again" in message
+        assert reader.tgz_md5 in message
+        assert str(tmp_path / "data") in message
 
     def test_a_host_that_never_answers(self, tiny, tmp_path, monkeypatch):
-        monkeypatch.setattr(download, "NETWORK_TIMEOUT", 0.3)
-        with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        monkeypatch.setenv("ITAE_TIMEOUT", "0.3")
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections but never answers
             tiny(f"http://127.0.0.1:{silent.getsockname()[1]}")
-            assert re.search("timed out|no answer within 0.3 s", self.ask("tiny-imagenet", tmp_path / "data"))
+            assert "ITAE_TIMEOUT" in self.ask("tiny-imagenet", tmp_path / "data")
+
+    def test_a_host_that_stops_sending(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setenv("ITAE_TIMEOUT", "0.3")
+        with Server(tiny.path.parent, cut_after=700, stall=5) as server:
+            tiny(server.url)
+            assert "ITAE_TIMEOUT" in self.ask("tiny-imagenet", tmp_path / "data")
 
     def test_a_name_server_that_never_answers(self, tiny, tmp_path, monkeypatch):
-        """No socket timeout covers the look-up of a name, so this needs a limit of its own."""
-        monkeypatch.setattr(download, "NETWORK_TIMEOUT", 0.3)
+        """Socket timeouts do not cover DNS look-ups, so this needs a limit of its own."""
+        monkeypatch.setenv("ITAE_TIMEOUT", "0.3")
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
         tiny("http://nowhere.invalid")
         start = time.monotonic()
-        assert "no answer within 0.3 s" in self.ask("tiny-imagenet", tmp_path / "data")
+        message = self.ask("tiny-imagenet", tmp_path / "data")
         assert time.monotonic() - start < 3
+        assert "0.3 s" in message
+        assert "ITAE_TIMEOUT" in message
 
-    def test_the_default_limit_is_within_the_promise(self):
-        assert download.NETWORK_TIMEOUT < 10
+    def test_a_slow_host_gets_the_seconds_of_the_environment(self, tiny, tmp_path, monkeypatch):
+        with Server(tiny.path.parent, delay=0.5) as server:
+            tiny(server.url)
+            monkeypatch.setenv("ITAE_TIMEOUT", "0.1")
+            assert "ITAE_TIMEOUT" in self.ask("tiny-imagenet", tmp_path / "data")
+            monkeypatch.setenv("ITAE_TIMEOUT", "5")
+            assert len(load_dataset("tiny-imagenet", root=tmp_path / "data")) == 6
 
-    def test_nothing_is_asked_for_data_that_is_inside(self, monkeypatch):
-        monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
+    def test_an_embedded_data_set_makes_no_request(self, monkeypatch):
+        monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a request was made"))
         load_dataset("digits")
+
+
+class TestWithin:
+    @pytest.mark.parametrize("status", [200, 404])
+    def test_an_answer_that_comes_too_late_is_closed(self, status):
+        closed = threading.Event()
+
+        class Late(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                time.sleep(0.4)
+                self.send_response(status)
+                self.send_header("Content-Length", "10")
+                self.end_headers()
+                try:
+                    self.connection.recv(1)  # returns when the client closes the connection
+                finally:
+                    closed.set()
+
+            def log_message(self, *_args):
+                pass
+
+        with Loopback(Late) as server:
+            with pytest.raises(TimeoutError, match=r"0\.1 s") as caught:
+                within(0.1, urllib.request.urlopen, server.url, timeout=5)
+            assert closed.wait(3)
+        del caught  # kept until here: an answer that it refers to would be closed when it goes
+
+    def test_an_error_in_time_is_raised(self):
+        with pytest.raises(TimeoutError, match="own"):
+            within(5, self.fail)
+
+    def fail(self):
+        raise TimeoutError("own")

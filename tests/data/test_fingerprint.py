@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from itae_utils.data import fingerprint as module
-from itae_utils.data.fingerprint import fingerprint
+from itae_utils.data.fingerprint import files_digest, fingerprint
 from itae_utils.errors import ItaeError
 
 
@@ -19,12 +18,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def of(images, targets, name="made"):
+def dataset(images, targets=None, name="made"):
     return SimpleNamespace(name=name, images=images, targets=targets)
 
 
-def folder_of(tmp_path, name="pictures") -> list[Path]:
-    paths = [tmp_path / name / place for place in ("b/1.png", "a/2.png", "a/1.png")]
+def old_files(folder: Path) -> list[Path]:
+    """Write three files of ten bytes whose modification time is long ago."""
+    paths = [folder / name for name in ("b/1.png", "a/2.png", "a/1.png")]
     for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([number]) * 10)
@@ -33,98 +33,119 @@ def folder_of(tmp_path, name="pictures") -> list[Path]:
     return paths
 
 
-def test_files_are_hashed_as_said(tmp_path):
-    paths = folder_of(tmp_path)
-    lines = [f"{path.relative_to(tmp_path / 'pictures').as_posix()}\t{label}\t"
-             f"{hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path, label in zip(paths, (1, 0, 0), strict=True)]
-    expected = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-    assert fingerprint(of(paths, np.array([1, 0, 0]))) == expected
-    assert fingerprint(of(paths[::-1], np.array([0, 0, 1]))) == expected, "the order of reading doesn't matter"
-    assert fingerprint(of(paths, np.array([1, 0, 0]), f"imagefolder:{tmp_path / 'pictures'}")) == expected
+def overwrite(path: Path, content: bytes) -> None:
+    """Change a file's content but neither its inode nor its modification time."""
+    status = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_copy_of_a_folder_has_its_fingerprint(tmp_path):
-    first, second = (of(folder_of(tmp_path, name), None, f"imagefolder:{tmp_path / name}") for name in "xy")
-    assert fingerprint(first) == fingerprint(second)
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def test_a_changed_byte_label_name_or_number_changes_it(tmp_path):
-    paths = folder_of(tmp_path)
-    found = [fingerprint(of(paths, None)), fingerprint(of(paths, [0, 1, 2])), fingerprint(of(paths[:2], None))]
-    paths[0].write_bytes(b"other byte")
-    found.append(fingerprint(of(paths, None)))
-    found.append(fingerprint(of([paths[0].rename(paths[0].with_name("3.png")), *paths[1:]], None)))
-    assert len(set(found)) == 5
+class TestFiles:
+    def test_it_is_the_hash_of_names_labels_and_contents_in_order(self, tmp_path):
+        paths, labels = old_files(tmp_path / "pictures"), [1, 0, 0]
+        expected = sha256("".join(f"{name}\t{label}\t{sha256(bytes([number]) * 10)}\n" for number, (name, label) in
+                                  enumerate(zip(("b/1.png", "a/2.png", "a/1.png"), labels, strict=True))).encode())
+        assert fingerprint(dataset(paths, labels)) == expected
+        assert fingerprint(dataset(list(map(str, paths)), np.array(labels))) == expected
+        assert fingerprint(dataset(paths, labels, f"imagefolder:{tmp_path / 'pictures'}")) == expected
+        assert fingerprint(dataset(paths[::-1], labels[::-1])) != expected
+
+    def test_a_copy_of_a_folder_has_the_same_one(self, tmp_path):
+        first, second = (dataset(old_files(tmp_path / name), name=f"imagefolder:{tmp_path / name}") for name in "xy")
+        assert fingerprint(first) == fingerprint(second)
+
+    def test_a_changed_byte_label_name_or_number_changes_it(self, tmp_path):
+        paths = old_files(tmp_path / "pictures")
+        found = [fingerprint(dataset(paths)), fingerprint(dataset(paths, [0, 1, 2])), fingerprint(dataset(paths[:2]))]
+        paths[0].write_bytes(b"other byte")
+        found.append(fingerprint(dataset(paths)))
+        found.append(fingerprint(dataset([paths[0].rename(paths[0].with_name("3.png")), *paths[1:]])))
+        assert len(set(found)) == 5
 
 
-def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
-    paths = folder_of(tmp_path)
-    before = fingerprint(of(paths, None))
-    read = []
-    monkeypatch.setattr(module.hashlib, "file_digest",
-                        lambda file, kind: read.append(Path(file.name)) or hashlib.new(kind, file.read()))
-    assert fingerprint(of(paths, None)) == before
-    assert read == []
-    inode = paths[0].with_name("new")  # same size and time, another file
-    inode.write_bytes(b"x" * 10)
-    status = paths[0].stat()
-    os.utime(inode, ns=(status.st_atime_ns, status.st_mtime_ns))
-    inode.replace(paths[0])
-    assert fingerprint(of(paths, None)) != before
-    assert read == [paths[0]]
+class TestFilesDigest:
+    def test_it_is_the_hash_of_names_and_contents_in_any_order(self, tmp_path):
+        paths = old_files(tmp_path / "pictures")
+        expected = sha256("".join(f"{name}\t{sha256(bytes([number]) * 10)}\n" for name, number in
+                                  (("a/1.png", 2), ("a/2.png", 1), ("b/1.png", 0))).encode())
+        assert files_digest(paths, tmp_path / "pictures") == expected
+        assert files_digest(map(str, paths[::-1]), str(tmp_path / "pictures")) == expected
+        assert files_digest(paths, tmp_path) != expected
+        assert files_digest(paths[1:], tmp_path / "pictures") != expected
+
+    def test_no_files_have_none(self, tmp_path):
+        assert files_digest([], tmp_path) is None
+
+    def test_it_shares_the_cache_of_fingerprints(self, tmp_path):
+        paths = old_files(tmp_path / "pictures")
+        fingerprint(dataset(paths))
+        overwrite(paths[0], b"unnoticed.")
+        unchanged = old_files(tmp_path / "copy")
+        assert files_digest(paths, tmp_path / "pictures") == files_digest(unchanged, tmp_path / "copy")
 
 
-def test_files_changed_just_now_are_read_again(tmp_path):
-    paths = folder_of(tmp_path)
-    paths[0].write_bytes(b"first.....")
-    before, status = fingerprint(of(paths, None)), paths[0].stat()
-    paths[0].write_bytes(b"second....")
-    os.utime(paths[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # as a coarse clock would have it
-    assert fingerprint(of(paths, None)) != before
+class TestCache:
+    def test_an_unchanged_file_is_read_once(self, tmp_path):
+        paths = old_files(tmp_path / "pictures")
+        before = fingerprint(dataset(paths))
+        overwrite(paths[0], b"unnoticed.")
+        assert fingerprint(dataset(paths)) == before, "size, time and inode are the same: not read again"
+        other = paths[0].with_name("other")  # same size and time, another inode
+        other.write_bytes(b"x" * 10)
+        status = paths[0].stat()
+        os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+        other.replace(paths[0])
+        assert fingerprint(dataset(paths)) != before
+
+    def test_a_file_changed_just_now_is_read_again(self, tmp_path):
+        paths = old_files(tmp_path / "pictures")
+        paths[0].write_bytes(b"first.....")
+        before = fingerprint(dataset(paths))
+        overwrite(paths[0], b"second....")  # within the resolution of a coarse clock
+        assert fingerprint(dataset(paths)) != before
+
+    @pytest.mark.parametrize("text", ["", "[1]", '{"a/1.png": 3}', "{"])
+    def test_a_damaged_cache_is_replaced(self, tmp_path, cache, text):
+        paths = old_files(tmp_path / "pictures")
+        before = fingerprint(dataset(paths))
+        (file,) = (cache / "fingerprints").iterdir()
+        file.write_text(text, encoding="utf-8")
+        assert fingerprint(dataset(paths)) == before
+        assert len(json.loads(file.read_text(encoding="utf-8"))) == 3
+
+    def test_a_cache_that_cannot_be_written_is_not_needed(self, tmp_path, monkeypatch):
+        paths = old_files(tmp_path / "pictures")
+        expected = fingerprint(dataset(paths))
+        (tmp_path / "file").write_text("", encoding="utf-8")
+        monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "file"))
+        assert fingerprint(dataset(paths)) == expected
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"a/1.png": 3}', "{"])
-def test_a_damaged_cache_costs_nothing_but_time(tmp_path, cache, text):
-    paths = folder_of(tmp_path)
-    before = fingerprint(of(paths, None))
-    (memory,) = (cache / "fingerprints").iterdir()
-    memory.write_text(text, encoding="utf-8")
-    assert fingerprint(of(paths, None)) == before
-    assert len(json.loads(memory.read_text(encoding="utf-8"))) == 3
-
-
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "file"))
-    assert len(fingerprint(of(folder_of(tmp_path), None))) == 64
-
-
-def test_arrays():
+def test_arrays_are_identified_by_content_shape_type_order_and_label():
     images = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
-    whole = fingerprint(of(images, np.array([0, 1, 0])))
-    assert whole == fingerprint(of(list(images.copy()), [0, 1, 0]))
-    others = [of(images, None), of(images[::-1], [0, 1, 0]), of(images.reshape(3, 2, 8), [0, 1, 0]),
-              of(images.view(np.int8), [0, 1, 0]), of(images[:2], [0, 1])]
+    whole = fingerprint(dataset(images, np.array([0, 1, 0])))
+    assert whole == fingerprint(dataset(list(images.copy()), [0, 1, 0]))
+    others = [dataset(images), dataset(images[::-1], [0, 1, 0]), dataset(images.reshape(3, 2, 8), [0, 1, 0]),
+              dataset(images.view(np.int8), [0, 1, 0]), dataset(images[:2], [0, 1])]
     assert len({whole, *map(fingerprint, others)}) == 6
 
 
-def test_a_data_set_of_one_s_own_needs_nothing_but_images(tmp_path):
+def test_a_custom_data_set_needs_images_only():
     images = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
-    assert fingerprint(SimpleNamespace(images=images)) == fingerprint(of(images, None))
-    paths = [tmp_path / name for name in ("a.png", "b.png")]
-    for path in paths:
-        path.write_bytes(path.name.encode())
-    by_text = SimpleNamespace(images=list(map(str, paths)), targets=[0, 1])
-    assert fingerprint(by_text) == fingerprint(SimpleNamespace(images=paths, targets=[0, 1]))
+    assert fingerprint(SimpleNamespace(images=images)) == fingerprint(dataset(images))
 
 
-def test_images_that_cannot_be_told_or_counted():
-    with pytest.raises(ItaeError, match=r"\.images must be paths or arrays, not list"):
-        fingerprint(of([[1, 2]], None))
-    with pytest.raises(ItaeError, match=r"has 2 \.images and 3 \.targets"):
-        fingerprint(of(np.zeros((2, 4, 4)), [0, 1, 0]))
-
-
-def test_a_data_set_of_another_kind_has_none():
+def test_a_data_set_without_images_has_none():
     assert fingerprint(SimpleNamespace(name="x", targets=None)) is None
-    assert fingerprint(of([], None)) is None
+    assert fingerprint(dataset([])) is None
+
+
+def test_images_of_another_type_or_number_are_refused():
+    with pytest.raises(ItaeError, match=r"\.images.* list"):
+        fingerprint(dataset([[1, 2]]))
+    with pytest.raises(ItaeError, match=r"2 \.images.* 3 \.targets"):
+        fingerprint(dataset(np.zeros((2, 4, 4)), [0, 1, 0]))
