@@ -1,4 +1,4 @@
-"""What is measured against what: one batch of images brought to `[CLS]` features, the ways people would do it."""
+"""The contenders: ways to compute the `[CLS]` features of one batch of images."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import timm
 import torch
+from torch import Tensor, nn
 
+from benchmarks.timing import Conditions
 from itae_utils.method.anatomy import block_inputs
 from itae_utils.method.artifacts import qkv_norms
 from itae_utils.method.attention import attenuate
 from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
+from itae_utils.models.backbones import reset_layer_scale
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+Contender = Callable[[Tensor], dict[str, Tensor]]  # images (B, 3, H, W) -> features (B, dim) by variant
 
-    from benchmarks.timing import Conditions
-Contender = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # images (B, 3, H, W) -> features (B, dim) by variant
-
-FROM = ("key", "query", "value")
-SHARES = (0.05, 0.01, 0.02, 0.1, 0.2)  # θ at these quantiles of the norms: there are artifacts in every variant
-STRIDE = 7  # through the grid of settings: any first few are spread over sources, attenuations and shares
-COUNTS = (0, 1, 8, 48)  # variants of the one pass
+SOURCE_ORDER = ("key", "query", "value")
+SHARES = (0.05, 0.01, 0.02, 0.1, 0.2)  # θ is one of these quantiles of the norms, so every variant has artifacts
+STRIDE = 7  # step through the grid of settings: the first few cover all sources, attenuations and shares
+COUNTS = (0, 1, 8, 48)  # numbers of variants in the one pass
 PLAIN = "plain forward_features"
 PREFIX = "prefix alone"
 TRANSFORMERS = "transformers Dinov2Model, SDPA"
@@ -33,26 +32,26 @@ EAGER = "eager attention with a hook, 1 variant"
 
 
 def ours(count: int) -> str:
-    """The name of the one pass with so many variants beside the baseline."""
+    """Return the name of the one pass with `count` variants and the baseline."""
     return f"ours, {count} variant{'s' * (count != 1)}"
 
 
 def loop(count: int) -> str:
-    """The name of the loop over so many variants."""
+    """Return the name of the loop over `count` variants."""
     return f"loop, {count} variants"
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model to measure, and how much of it at a time.
+    """A model and its workload.
 
     Attributes:
-        timm_name: the model.
-        backbone: its name to `load_backbone`.
-        batches: images at a time by kind of device, "cpu" and "cuda".
-        looped: variants that the loop runs.
-        image_size: pixels a side.
-        options: what is changed in the model.
+        timm_name: the model's name in timm.
+        backbone: the model's name in `load_backbone`.
+        batches: batch size by kind of device, "cpu" and "cuda".
+        looped: number of variants in the loop.
+        image_size: pixels per side.
+        options: changed settings of the timm model.
     """
 
     timm_name: str
@@ -74,11 +73,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One model and one batch.
+    """A timm model with random weights and one batch of images.
 
     Attributes:
         size: key of `SIZES`.
-        model: the timm model, random weights.
+        model: the timm model.
         images: (B, 3, H, W), on the model's device.
     """
 
@@ -87,34 +86,31 @@ class Workload:
     images: Tensor
 
 
-def make_workload(size: str, how: Conditions) -> Workload:
-    """A model of that size and a batch of random images, the same every time."""
+def make_workload(size: str, conditions: Conditions) -> Workload:
+    """Make a model of that size and a batch of random images, with a fixed seed."""
     entry = SIZES[size]
     torch.manual_seed(0)
-    images = torch.randn(how.batch or entry.batches[how.kind], 3, entry.image_size, entry.image_size)
-    return Workload(size, make_model(size).to(how.device), images.to(how.device))
+    images = torch.randn(conditions.batch or entry.batches[conditions.kind], 3, entry.image_size, entry.image_size)
+    return Workload(size, make_model(size).to(conditions.device), images.to(conditions.device))
 
 
 def make_model(size: str) -> nn.Module:
-    """The timm model with random weights.
+    """Make a timm model with random weights whose features depend on its attention.
 
-    As they come, LayerScale's factors of 1e-5 and an even attention would hide every edit. So they are 1 here, and the
-    logits 9 times as far apart: it takes the same time, and whether two ways agree means something.
+    LayerScale's initial factors of 1e-5 and nearly uniform attention would hide every edit, and contenders would agree
+    for that reason alone. So LayerScale is set to 1 and the logits are scaled by 9, which does not change the time.
     """
-    import timm
-
     entry = SIZES[size]
     model = timm.create_model(entry.timm_name, img_size=entry.image_size, num_classes=0, global_pool="token",
                               dynamic_img_size=True, **dict(entry.options))
+    reset_layer_scale(model)
     for block in model.blocks:
-        torch.nn.init.ones_(block.ls1.gamma)
-        torch.nn.init.ones_(block.ls2.gamma)
         block.attn.qkv.weight.data *= 3
     return model.eval().requires_grad_(False)
 
 
 def make_transformers_model(model: nn.Module) -> nn.Module:
-    """A `Dinov2Model` of the same shape with random weights, and SDPA attention."""
+    """Make a `transformers` `Dinov2Model` of the same shape with random weights and SDPA attention."""
     from transformers import Dinov2Config, Dinov2Model
 
     patch = model.patch_embed.patch_size[0]
@@ -124,15 +120,15 @@ def make_transformers_model(model: nn.Module) -> nn.Module:
     return Dinov2Model(config).eval().requires_grad_(False)
 
 
-def make_variants(work: Workload, count: int, how: Conditions) -> dict[str, ITAE]:
-    """So many settings with thresholds from the model's own norms; the first is the paper's method at 5 % of the keys.
+def make_variants(work: Workload, count: int, conditions: Conditions) -> dict[str, ITAE]:
+    """Make `count` settings; the first is the paper's method with 5 % of the patches as artifacts by their keys.
 
-    Thresholds lie in the middle between two norms, so that rounding moves no patch across.
+    Each threshold lies midway between two measured norms, so that rounding moves no patch across it.
     """
-    with how.running():
+    with conditions.running():
         norms = {source: values.double().flatten().sort().values
                  for source, values in qkv_norms(work.model, work.images).items()}
-    grid = list(itertools.product(SHARES, ATTENUATIONS, FROM))
+    grid = list(itertools.product(SHARES, ATTENUATIONS, SOURCE_ORDER))
     chosen = {}
     for number in range(count):
         share, attenuation, source = grid[number * STRIDE % len(grid)]
@@ -143,15 +139,15 @@ def make_variants(work: Workload, count: int, how: Conditions) -> dict[str, ITAE
 
 
 def contender_names(size: str) -> list[str]:
-    """What is measured at that size."""
+    """Return the names of the contenders at that size, in the order of `make_contenders`."""
     return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), EAGER, loop(SIZES[size].looped)]
 
 
-def make_contenders(work: Workload, how: Conditions) -> dict[str, Contender]:
-    """What is measured, by name. Settings are made here, so that a call is nothing but one batch's work."""
+def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contender]:
+    """Return the contenders by name. Settings are made here, so that a call does the work of one batch only."""
     model, last = work.model, len(work.model.blocks) - 1
-    variants = make_variants(work, max(COUNTS), how)
-    transformers_model = functools.cache(lambda: make_transformers_model(model).to(work.images.device))  # if it's used
+    variants = make_variants(work, max(COUNTS), conditions)
+    transformers_model = functools.cache(lambda: make_transformers_model(model).to(work.images.device))  # on first use
 
     def first(count: int) -> dict[str, ITAE]:
         return dict(itertools.islice(variants.items(), count))
@@ -172,16 +168,16 @@ def make_contenders(work: Workload, how: Conditions) -> dict[str, Contender]:
 
 
 def looped_once(model: nn.Module, images: Tensor, itae: ITAE) -> Tensor:
-    """One variant, one full forward pass."""
+    """Return the features of one variant from one full forward pass."""
     with attenuate(model, itae):
-        return model.forward_features(images)[:, 0].clone()  # a view would hold all tokens of every variant
+        return model.forward_features(images)[:, 0].clone()  # a view would keep all tokens in memory
 
 
 def hooked_once(model: nn.Module, images: Tensor, itae: ITAE) -> Tensor:
-    """One variant as most published code does it: attention maps made in every block, the last one edited by a hook.
+    """Return the features of one variant as most published code computes them: a hook edits the last attention map.
 
-    Fused attention has no maps, so such code turns it off for the whole model. An edit of weights after the softmax is
-    the paper's edit of logits before it: the artifacts' weights become the smallest, and the row is brought to 1.
+    Fused attention has no maps, so such code disables it in the whole model. Editing weights after the softmax equals
+    the paper's edit of logits before it: the artifacts get the row's smallest weight, and the row is renormalised.
     """
     last, prefix, seen = model.blocks[-1].attn, model.num_prefix_tokens, {}
 

@@ -11,16 +11,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from itae_utils.figures.style import PALETTE, ReportFigure, styled
 
-NEAR = (0.75, 1.25)  # of a plain pass: what is told apart on a linear scale
+NEAR = (0.75, 1.25)  # plain passes on the linear scale
 
 
 @styled
 def benchmark(rows: Sequence[Mapping[str, object]], conditions: str) -> Figure:
-    """Time and peak memory of every way to the features, against one plain forward pass of the same model and batch.
+    """Draw each contender's time and peak memory relative to one plain forward pass of the same model and batch.
 
     Args:
-        rows: of headings "passes" and, where it was measured, "memory"; keys heading, size, what, ratio, low, high.
-        conditions: device, threads and precision, in words.
+        rows: from `summarize`. Headings "passes" and, if measured, "memory" are drawn.
+        conditions: the legend's title: device, threads and precision.
     """
     times = [row for row in rows if row["heading"] == "passes"]
     memory = [row for row in rows if row["heading"] == "memory"]
@@ -44,7 +44,7 @@ def benchmark(rows: Sequence[Mapping[str, object]], conditions: str) -> Figure:
 
 
 def _dots(axes: Axes, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> None:
-    """Medians with their spread, a colour a size, sizes a little apart so that none hides another."""
+    """Draw medians with their spread, one colour per size; sizes are shifted so that none hides another."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     for size, shift, color in zip(sizes, np.linspace(-0.2, 0.2, len(sizes)), PALETTE, strict=False):
         own = [row for row in rows if row["size"] == size]

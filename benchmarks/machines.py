@@ -1,15 +1,14 @@
-"""Extraction by Dask beside the same without it: what workers gain, what a shard costs, what a lost worker costs.
+"""Compare extraction with and without Dask: the gain from workers, the cost per shard and the cost of a lost worker.
 
     python -m benchmarks.machines [--images 40000] [--many 200000]
 
-One worker is one thread, and so is what it is compared with. The model is the embedded demo, the images are made as
-they are read. Times are taken in turns; what is told is the median of the ratios within a round, with their range.
-`--many` images then go through one process and through two workers, and the memory of each is watched.
+A worker has one thread, and so has the run without Dask. The model is the embedded demo; the images are generated when
+read. Times are taken in turns, and the table shows the median of the ratios within a round, with their range. Then
+`--many` images go through one process and through two workers, and the memory of each process is recorded.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import statistics
@@ -23,13 +22,23 @@ from pathlib import Path
 
 import click
 import numpy as np
+import psutil
+import torch
+from distributed import Client
 from PIL import Image
 
+import itae_utils as itae
+from itae_utils.extraction.job import shard_size
+from itae_utils.extraction.workers import local_cluster
+from itae_utils.files import make_folder, write_json
+from itae_utils.models.backbones import load_backbone
+
 VARIANTS = 8
+DISTURB_AFTER = 1.5  # seconds
 
 
 class MadeImages:
-    """A sequence of pictures that are made when they are asked for, each from its number."""
+    """A sequence of pictures, each generated from its index when read."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -45,7 +54,7 @@ class MadeImages:
 
 @dataclass(frozen=True)
 class MadeDataset:
-    """`MadeImages` as the package takes a data set."""
+    """A data set of `MadeImages` without labels."""
 
     images: MadeImages
     name: str = "made"
@@ -60,35 +69,48 @@ class MadeDataset:
 
 @dataclass
 class Timed:
-    """Seconds of a run, and its highest memory in the first and in the last fifth of the time, in MB, by process."""
+    """Time and memory of a run.
+
+    Attributes:
+        seconds: the run's time.
+        memory: peak memory early and late in the run, in MB, by process; see `early_and_late`.
+    """
 
     seconds: float
     memory: dict[int, tuple[float, float]]
 
 
-def run(images: int, client: object = None, disturb: Callable[[], None] | None = None) -> Timed:
-    """Extract the features of made images into a new store, and watch the memory of all processes involved."""
-    import itae_utils as itae
+def run(images: int, client: Client | None = None, disturb: Callable[[], None] | None = None) -> Timed:
+    """Extract the features of `images` pictures into a new store, and record the memory of the processes that compute.
 
+    Args:
+        images: number of images.
+        client: a `distributed.Client`; None computes in this process.
+        disturb: called `DISTURB_AFTER` seconds after the start.
+
+    Raises:
+        RuntimeError: the run ended before `disturb`, or some image was not computed.
+    """
     settings = {f"v{number}": itae.ITAE("key", 1.0 + number / 10) for number in range(1, VARIANTS)}
     pids = [os.getpid()] if client is None else list(client.run(os.getpid).values())
-    backbone, dataset = itae.load_backbone("demo", device="cpu"), MadeDataset(MadeImages(images))
+    backbone, dataset = load_backbone("demo", device="cpu"), MadeDataset(MadeImages(images))
     with tempfile.TemporaryDirectory() as store, watched(pids) as memory:
-        if disturb is not None:
-            threading.Timer(1.5, disturb).start()
+        timer = threading.Timer(DISTURB_AFTER, disturb or (lambda: None))
+        timer.start()
         start = time.perf_counter()
         features = itae.extract_features(backbone, dataset, {"baseline": None, **settings}, store=store, client=client)
         seconds = time.perf_counter() - start
+        timer.cancel()
+        if disturb is not None and seconds < DISTURB_AFTER:
+            raise RuntimeError(f"the run ended after {seconds:.1f} s, before a worker was killed: use more --images")
         if set(features.computed.values()) != {images}:
             raise RuntimeError("not every image was computed")
-    return Timed(seconds, {pid: first_and_last(seen) for pid, seen in memory.items()})
+    return Timed(seconds, {pid: early_and_late(seen) for pid, seen in memory.items()})
 
 
 @contextmanager
 def watched(pids: list[int]) -> Iterator[dict[int, list[float]]]:
-    """Resident memory of processes in MB, ten times a second."""
-    import psutil
-
+    """Record the resident memory of processes in MB, ten times per second."""
     seen: dict[int, list[float]] = {pid: [] for pid in pids}
     done = threading.Event()
 
@@ -109,37 +131,30 @@ def watched(pids: list[int]) -> Iterator[dict[int, list[float]]]:
         thread.join()
 
 
-def first_and_last(values: list[float]) -> tuple[float, float]:
-    """The highest of the second fifth (the first is the start), and of the last."""
+def early_and_late(values: list[float]) -> tuple[float, float]:
+    """Return the maximum of the second fifth (the first is the start-up) and of the last fifth."""
     fifth = max(1, len(values) // 5)
     return max(values[fifth:2 * fifth] or [0.0]), max(values[-fifth:] or [0.0])
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Return the median, lowest and highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def kill_a_worker(client: object) -> None:
-    """End one worker process without warning."""
+def kill_a_worker(client: Client) -> None:
+    """Kill the process of one worker."""
     os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
 
 
 def compare(images: int, rounds: int) -> dict[str, object]:
-    """Rounds of: without Dask, one worker, two workers, two of which one is killed."""
-    import torch
-    from distributed import Client
-
-    from itae_utils.extraction.job import shard_size
-    from itae_utils.extraction.workers import local_cluster
-    from itae_utils.models.backbones import load_backbone
-
+    """Time rounds of four runs: without Dask, one worker, two workers, and two workers of which one is killed."""
     torch.set_num_threads(1)
     shards = -(-images // shard_size(load_backbone("demo", device="cpu"), 64))
     times: dict[str, list[float]] = {"alone": [], "one": [], "two": [], "killed": []}
     with (local_cluster("local:1", threads=1) as one, Client(one) as first,
           local_cluster("local:2", threads=1) as two, Client(two) as second):
-        for client in (None, first, second):  # what is imported is imported now
+        for client in (None, first, second):  # a warm-up, which also imports all modules
             run(2000, client)
         for number in range(rounds):
             times["alone"].append(run(images).seconds)
@@ -155,11 +170,7 @@ def compare(images: int, rounds: int) -> dict[str, object]:
 
 
 def many_images(images: int) -> dict[str, object]:
-    """Memory over a long run: in one process, and in two workers."""
-    from distributed import Client
-
-    from itae_utils.extraction.workers import local_cluster
-
+    """Record time and memory of a long run in one process and in two workers."""
     found: dict[str, object] = {"images": images}
     with local_cluster("local:2", threads=1) as cluster, Client(cluster) as client:
         for name, who in (("one process", None), ("two workers", client)):
@@ -171,24 +182,24 @@ def many_images(images: int) -> dict[str, object]:
 
 
 @click.command()
-@click.option("--images", type=click.IntRange(1), default=40_000, show_default=True, help="Of a timed run.")
+@click.option("--images", type=click.IntRange(1), default=40_000, show_default=True, help="Images per timed run.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--many", type=click.IntRange(0), default=200_000, show_default=True, help="Of the long run; 0: none.")
+@click.option("--many", type=click.IntRange(0), default=200_000, show_default=True, help="Images of the long run.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("reports/machines.json"), show_default=True)
 def main(images: int, rounds: int, many: int, output: Path) -> None:
-    """Print what was measured, and write every number to a file."""
+    """Print the results, and write every number to a file."""
     os.environ["ITAE_PROGRESS"] = "0"
     found: dict[str, object] = {"compare": compare(images, rounds)}
     for name, each in found["compare"]["ratios"].items():
         click.echo(f"{name:<34} {each['median']:.3f}  ({each['low']:.3f} to {each['high']:.3f})")
     cost, alone = found["compare"]["seconds a shard"], statistics.median(found["compare"]["seconds"]["alone"])
     low, median, high = (1000 * cost[name] for name in ("low", "median", "high"))
-    click.echo(f"Dask adds {median:.0f} ms a shard ({low:.0f} to {high:.0f}), "
-               f"{cost['median'] * found['compare']['shards'] / alone:.1%} of its work")
+    click.echo(f"Dask adds {median:.0f} ms per shard ({low:.0f} to {high:.0f}), "
+               f"{cost['median'] * found['compare']['shards'] / alone:.1%} of the time without Dask")
     if many:
         found["many"] = many_images(many)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    make_folder(output.parent)
+    write_json(output, found)
 
 
 if __name__ == "__main__":

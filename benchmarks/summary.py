@@ -1,4 +1,4 @@
-"""What was measured as ratios, a row each, beside the design's target where there is one."""
+"""Turn measured times and bytes into ratios, one per row, and compare them with their targets."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 
 from benchmarks.contenders import COUNTS, EAGER, PLAIN, SIZES, loop, ours
 
-TIME = {ours(1): {"S": 0.92, "B": 0.92, "L": 0.98}, ours(48): {"S": 0.97, "B": 0.97, "L": 1.02}}  # at most
-MEMORY = {ours(count): 1.1 for count in COUNTS}  # at most
-FASTER = 45  # at least, than the loop at 48 variants
-FROM_FILES = 0.95  # at least, on a GPU
+TIME = {ours(1): {"S": 0.92, "B": 0.92, "L": 0.98}, ours(48): {"S": 0.97, "B": 0.97, "L": 1.02}}  # upper limits
+MEMORY = {ours(count): 1.1 for count in COUNTS}  # upper limits
+FASTER = 45  # lower limit: time of the loop over 48 variants ÷ time of the one pass
+FROM_FILES = 0.95  # lower limit on a GPU
 HEADINGS = {
     "passes": "time ÷ plain forward_features",
     "loop": "time ÷ ours with as many variants",
     "rate": "share of a matrix product's rate",
     "memory": "peak memory above the weights ÷ plain forward_features",
-    "files": "images a second ÷ bare forward",
+    "files": "images per second ÷ bare forward",
     "kmeans": "share of the time",
-    "scaling": "time ÷ that for a tenth",
+    "scaling": "time ÷ time of the smaller run",
     "store": "time ÷ cold",
 }
 
@@ -27,14 +27,14 @@ Row = dict[str, object]
 
 
 def summarize(run: Mapping[str, object]) -> list[Row]:
-    """Every ratio of a run, in the order of `HEADINGS`.
+    """Return every ratio of a run, in the order of `HEADINGS`.
 
     Args:
-        run: what `bench.json` holds for one environment.
+        run: the entry of one environment in `bench.json`.
 
     Returns:
-        Keys heading (of `HEADINGS`), size, what, ratio (the median over the repeats), low, high (over the repeats),
-        target ("≤ 0.92", or None) and verdict ("met", "missed by 0.030", or None).
+        Rows with the keys heading (a key of `HEADINGS`), size, what, ratio, low, high (median, lowest and highest over
+        the repeats), target ("≤ 0.92", or None) and verdict ("met", "missed by 0.030", or None).
     """
     on_gpu = run["environment"]["on_gpu"]
     sections = {"passes": _passes, "memory": _memory, "kmeans": _kmeans, "scaling": _scaling, "store": _store,
@@ -45,7 +45,7 @@ def summarize(run: Mapping[str, object]) -> list[Row]:
 
 
 def table(run: Mapping[str, object]) -> Iterator[str]:
-    """A run in lines of text: what the models are, then every ratio below its heading."""
+    """Yield a run as lines of text: the models, then every ratio below its heading."""
     for size, found in run.get("passes", {}).items():
         yield from _described(size, found)
     shown = None
@@ -61,10 +61,10 @@ def table(run: Mapping[str, object]) -> Iterator[str]:
 def _described(size: str, found: Mapping) -> Iterator[str]:
     plain, agreement = np.median(found["seconds"][PLAIN]), found["agreement"]
     yield (f"ViT-{size}: {found['model']}, {found['image_size']} px, batch {found['batch']}, "
-           f"times of {len(found['seconds'][PLAIN])} repeats: median, lowest – highest")
-    yield f"  a plain pass takes {plain:.3g} s, {found['batch'] / plain:.3g} images a second"
-    yield (f"  equal ways differ by {agreement['largest_difference']:.1g} at most, "
-           f"every variant changes a feature by {agreement['smallest_effect']:.1g} at least")
+           f"{len(found['seconds'][PLAIN])} repeats: median, lowest – highest")
+    yield f"  a plain pass takes {plain:.3g} s, {found['batch'] / plain:.3g} images per second"
+    yield (f"  contenders with equal features differ by {agreement['largest_difference']:.1g} at most, "
+           f"each variant changes a feature by {agreement['smallest_effect']:.1g} at least")
 
 
 def _passes(size: str, found: Mapping) -> Iterator[Row]:

@@ -1,10 +1,10 @@
-"""How well θ is found without labels: precision and recall over a grid of made mixtures of norms.
+"""Precision and recall of θ found without labels, over a grid of synthetic mixtures of norms.
 
     python benchmarks/thresholds.py [--repeats 5]
 
-The log norms are a bulk, normal or skewed, and a low mode some separations D (Ashman's) below it. A cell says how often
-a threshold was found, and the precision and recall of what lies at or below it, averaged over those times. Where there
-is no low mode at all, "found" counts false alarms.
+The log norms are a bulk, normal or skewed, and a low mode at a distance D (Ashman's) below it. Each row shows how often
+a threshold was found, and the mean precision and recall of the patches at or below it. With share 0 there is no low
+mode, and "found" is the rate of false alarms.
 """
 
 import click
@@ -18,14 +18,14 @@ BULKS = {
     "normal": lambda rng, size: rng.normal(0, SIGMA, size),
     "skewed low": lambda rng, size: SIGMA * (4 - rng.gamma(4, 1, size)) / 2,
     "skewed high": lambda rng, size: SIGMA * (rng.gamma(4, 1, size) - 4) / 2,
-}  # all with mean 0 and standard deviation SIGMA
+}  # each with mean 0 and standard deviation SIGMA
 SEPARATIONS = (3.0, 4.0, 6.0, 10.0)
 SHARES = (0.0, 0.001, 0.005, 0.02, 0.1, 0.2)
 SIZES = (2_000, 25_000, 130_000)
 
 
 def measure(bulk: str, separation: float, share: float, size: int, repeats: int) -> dict[str, float]:
-    """One cell: how often θ was found, mean precision and recall of those times."""
+    """Return a row of the table: how often θ was found, and its mean precision and recall."""
     outcomes = []
     for seed in range(repeats):
         rng = np.random.default_rng([seed, size])
@@ -42,13 +42,13 @@ def measure(bulk: str, separation: float, share: float, size: int, repeats: int)
 
 
 @click.command()
-@click.option("--repeats", default=5, show_default=True, help="Draws a cell.")
+@click.option("--repeats", default=5, show_default=True, help="Draws per row.")
 def main(repeats: int) -> None:
     """Print the table."""
-    cells = [measure(bulk, separation, share, size, repeats)
-             for bulk in BULKS for size in SIZES for share in SHARES
-             for separation in (SEPARATIONS if share else SEPARATIONS[:1])]
-    table = pd.DataFrame(cells)
+    rows = [measure(bulk, separation, share, size, repeats)
+            for bulk in BULKS for size in SIZES for share in SHARES
+            for separation in (SEPARATIONS if share else SEPARATIONS[:1])]
+    table = pd.DataFrame(rows)
     with pd.option_context("display.max_rows", None, "display.width", 120):
         click.echo(table.to_string(index=False, float_format="{:.3f}".format, na_rep="–"))
 

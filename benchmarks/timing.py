@@ -1,4 +1,4 @@
-"""Under which conditions things are measured, and times taken in turns, so that the machine's moods hit all alike."""
+"""The conditions of a measurement, and times taken in turns so that a busy moment affects all contenders alike."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 
 @dataclass(frozen=True)
 class Conditions:
-    """How to measure.
+    """The conditions of a measurement.
 
     Attributes:
         device: "cpu", "cuda" or "cuda:N".
         precision: "fp32" or "bf16" (autocast).
-        repeats: how often everything is timed.
-        batch: images at a time; None is the size's own.
-        say: is told what is going on.
+        repeats: number of times per contender.
+        batch: batch size; None for the model's default.
+        log: called with progress messages.
     """
 
     device: str = "cpu"
     precision: str = "fp32"
     repeats: int = 1
     batch: int | None = None
-    say: Callable[[str], None] = lambda words: None
+    log: Callable[[str], None] = lambda message: None
 
     @property
     def kind(self) -> str:
@@ -36,43 +36,43 @@ class Conditions:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """How models are run: no gradients, and bfloat16 autocast where it is asked for."""
+        """Run models without gradients, and in bfloat16 autocast if `precision` is "bf16"."""
         with torch.inference_mode(), torch.autocast(self.kind, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
-    def wait(self) -> None:
-        """Until a GPU has done what it was given."""
+    def synchronize(self) -> None:
+        """Wait until a GPU has finished its work."""
         if self.kind == "cuda":
             torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of one call, until the device is done."""
-        self.wait()
+        """Return the time of one call, until the device has finished."""
+        self.synchronize()
         start = time.perf_counter()
         call()
-        self.wait()
+        self.synchronize()
         return time.perf_counter() - start
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], how: Conditions, *, turns: int = 1,
+def interleaved(calls: Mapping[str, Callable[[], object]], conditions: Conditions, *, turns: int = 1,
                 once: Collection[str] = ()) -> dict[str, list[float]]:
-    """Seconds of each call in each repeat, taken in turns; every turn starts one further on than the last.
+    """Time calls in turns; return the seconds of each call in each repeat. Every turn begins with the next call.
 
     Args:
-        calls: by name.
-        how: holds the number of repeats.
-        turns: of a repeat, whose time is the median of them: a busy moment then spoils a turn, not the repeat.
-        once: calls that are long enough to be run in the first turn alone.
+        calls: the calls by name.
+        conditions: holds the number of repeats.
+        turns: turns per repeat. A repeat's time is their median, so that a busy moment spoils a turn, not the repeat.
+        once: names of long calls, which run in the first turn of a repeat only.
     """
     names, seconds = list(calls), {name: [] for name in calls}
-    for repeat in range(how.repeats):
-        how.say(f"repeat {repeat + 1} of {how.repeats}")
+    for repeat in range(conditions.repeats):
+        conditions.log(f"repeat {repeat + 1} of {conditions.repeats}")
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(turns):
             start = (repeat * turns + turn) % len(names)
             for name in names[start:] + names[:start]:
                 if turn == 0 or name not in once:
-                    taken[name].append(how.seconds(calls[name]))
+                    taken[name].append(conditions.seconds(calls[name]))
         for name, values in taken.items():
             seconds[name].append(statistics.median(values))
     return seconds
