@@ -1,4 +1,4 @@
-# `make report` and `make test` set up what they need; nothing has to be installed before but Python 3.11 and make.
+# `make report` and `make test` set up everything they need except Python 3.11 and make.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
@@ -17,18 +17,19 @@ test-all: $(READY) lint
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-# Some 20 minutes on two cores; a piece of it: make bench BENCH="--parts passes --sizes S"
+# About 20 minutes on two cores; for a part of it: make bench BENCH="--parts passes --sizes S"
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 
-# Made anew when it is missing or older than the project file or the lock.
+# Made again when it is missing or older than the project file or the lock.
 $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	touch $(READY)
 
+# Reports stay: they may hold hours of work.
 clean:
-	rm -rf .venv reports/*-* reports/interactive
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
 from itae_utils.errors import ItaeError
+from itae_utils.files import make_folder, replacing
+from itae_utils.method.setting import SOURCES
 
 
 class Failure(click.ClickException):
@@ -27,7 +28,7 @@ class Failure(click.ClickException):
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Turns bad input into one line and exit status 2, Ctrl-C into one and 130, a disk that fails into one and 1."""
+    """Report bad input in one line with exit status 2, Ctrl-C with 130, and a failing disk with 1."""
     try:
         yield
     except getattr(click.exceptions, "NoArgsIsHelpError", ()):
@@ -38,19 +39,19 @@ def in_one_line() -> Iterator[None]:
     except ItaeError as error:
         raise Failure(" ".join(str(error).split()), 2) from error
     except OSError as error:
-        if error.errno == errno.EPIPE:  # nobody reads on: click's to handle
+        if error.errno == errno.EPIPE:  # the reader has gone; click handles it
             raise
-        told = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
-        raise Failure(" ".join(told.split()), 1) from error
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
+        raise Failure(" ".join(message.split()), 1) from error
     except KeyboardInterrupt as interrupt:
         raise Failure("interrupted", 130) from interrupt
 
 
 class Group(click.Group):
-    """Says whatever goes wrong in one line."""
+    """A group of commands whose errors are one line."""
 
     def make_context(self, *arguments: object, **options: object) -> click.Context:
-        """Read the options before a command's name."""
+        """Parse the options before a command's name."""
         with in_one_line():
             return super().make_context(*arguments, **options)
 
@@ -63,43 +64,35 @@ class Group(click.Group):
 FEATURE_FORMATS = (".npz", ".parquet")
 
 
-def _threshold(_context: click.Context, _option: click.Parameter, value: str | None) -> float | str | None:
-    if value in (None, "auto"):
-        return value
-    try:
-        return float(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither a number nor auto") from error
-
-
 def _folder(_context: click.Context, _option: click.Parameter, value: str | None) -> Path | None:
     if value is not None and (not value or "\0" in value):
-        raise click.BadParameter(f"{value!r} is no folder")
+        raise click.BadParameter(f"{value!r} is not a folder")
     return None if value is None else Path(value)
 
 
-def _use_store(_context: click.Context, _option: click.Parameter, place: str | None) -> None:
-    """Notebooks run in processes of their own: what is chosen reaches them by the environment."""
-    if place is not None:
-        from itae_utils.store.store import open_store
+def _validated(_context: click.Context, option: click.Parameter, text: str | None) -> object:
+    """Read an option's value and validate it by the rules of the notebooks' parameter of that name."""
+    from itae_utils.report.parameters import parse_value
+    from itae_utils.report.rules import check_values
 
-        store = open_store(place)
-        if store is not None:
-            _ = store.zarr  # a URL that nothing opens is told now
-        os.environ["ITAE_STORE"] = "none" if store is None else store.place
+    if text is None:
+        return None
+    value = parse_value(text)
+    check_values({option.name: value})
+    return value
 
 
 store_option = click.option(
-    "--store", metavar="PLACE", expose_value=False, callback=_use_store,
-    help="Where features are kept: a folder, an fsspec URL such as s3://bucket/name, or none.  "
+    "--store", metavar="PLACE",
+    help="Where features are stored: a folder, an fsspec URL such as s3://bucket/name, or none.  "
          "[default: ITAE_STORE, else a folder in the user's cache]")
 dask_option = click.option(
     "--dask", metavar="WHERE",
-    help="Extract on Dask workers: tcp://… is a cluster's address, local:N makes N processes here.")
+    help="Extract on Dask workers: tcp://… is a cluster's address, local:N starts N processes.  [default: ITAE_DASK]")
 backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
 source_option = click.option(
-    "--source", type=click.Choice(["query", "key", "value"]), default="key", show_default=True,
-    help="Whose norms tell the artifacts.")
+    "--source", type=click.Choice(SOURCES), default="key", show_default=True,
+    help="The vector whose norm identifies artifacts.")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -110,59 +103,56 @@ def main() -> None:
 
 @main.command()
 @click.option("--profile", default="demo", show_default=True, help="A profile's name, or a YAML file.")
-@click.option("--backbone", help="Instead of the profile's; `itae backbones` lists them.")
-@click.option("--dataset", help="Instead of the profile's; `itae datasets` lists them, imagefolder:PATH is your own.")
+@click.option("--backbone", help="Replaces the profile's; `itae backbones` lists them.")
+@click.option("--dataset", help="Replaces the profile's; `itae datasets` lists them, imagefolder:PATH is your own.")
 @click.option("--only", help="Numbers of the notebooks to run, such as 01,03.")
 @click.option("-p", "--parameter", "parameters", type=(str, str), multiple=True, metavar="NAME VALUE",
-              help="Set a parameter of the notebooks; may be repeated.")
+              help="Set a parameter or an option of the notebooks; may be repeated.")
 @click.option("--output", callback=_folder, metavar="FOLDER",
-              help="Where to write; default reports/<profile>-<backbone>-<dataset>.")
-@click.option("--force", is_flag=True,
-              help="Run all notebooks, those too that ran before in this folder and would not come out otherwise now.")
+              help="Folder to write; default reports/<profile>-<backbone>-<dataset>.")
+@click.option("--force", is_flag=True, help="Also run notebooks that have not changed since they last ran.")
 @store_option
 @dask_option
 @click.option("--from", "repeated", type=click.Path(path_type=Path), metavar="REPORT",
-              help="Run again what this report ran, and compare weights and images; default output REPORT-repeated.")
-@click.option("--dry-run", is_flag=True, help="Say what would be run, kept and downloaded, with its disk and time.")
+              help="Run a report again, and compare weights and images; default output REPORT-repeated.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be run, reused and downloaded.")
 @click.pass_context
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
-    parameters: tuple[tuple[str, str], ...], output: Path | None, force: bool, dask: str | None, repeated: Path | None,
-    dry_run: bool,
+    parameters: tuple[tuple[str, str], ...], output: Path | None, force: bool, store: str | None, dask: str | None,
+    repeated: Path | None, dry_run: bool,
 ) -> None:
     """Run the notebooks and write a report.
 
-    Notebooks whose parameters, inputs and code are what they were when they last ran through are kept as they are.
-    Exit status 1 when a notebook failed; the report is written all the same and says so.
+    Notebooks whose parameters, inputs and code have not changed since they last succeeded are reused. The exit status
+    is 1 if a notebook failed; the report is written all the same and names it.
     """
+    from itae_utils.report.estimate import dry_run as describe
     from itae_utils.report.parameters import parse_value
-    from itae_utils.report.report import kept_runs, plan_report, repeat_report, run_report
+    from itae_utils.report.report import plan_report, repeat_report, run_report, unchanged_runs
 
-    by_option = {"backbone": backbone, "dataset": dataset}
-    _refuse_twice([*(name for name in by_option if by_option[name] is not None), *(name for name, _ in parameters)])
+    places = {name: value for name, value in (("store", store), ("dask", dask)) if value is not None}
+    names = [name for name, value in (("backbone", backbone), ("dataset", dataset)) if value is not None]
+    _refuse_twice([*names, *places, *(name for name, _ in parameters)])
     if repeated:
         given = [name for name in ("profile", "backbone", "dataset", "only", "parameters", "force", "dry_run")
                  if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
-            raise ItaeError("--from runs a report again as it was: give nothing beside it but --output")
-        with _cluster(dask):
-            written = repeat_report(repeated, output=output, say=click.echo)
+            raise ItaeError("--from repeats a report as it was: use it only with --output, --store and --dask")
+        written = repeat_report(repeated, output=output, parameters=places, say=click.echo)
     else:
         asked = {
             "profile": profile,
             "backbone": backbone,
             "dataset": dataset,
             "only": [number.strip().zfill(2) for number in only.split(",")] if only is not None else None,
-            "parameters": {name: parse_value(text) for name, text in parameters},
+            "parameters": {name: parse_value(text) for name, text in parameters} | places,
         }
         if dry_run:
-            from itae_utils.report.estimate import dry_run as describe
-
             plan = plan_report(**asked)
-            click.echo("\n".join(describe(plan, () if force else kept_runs(plan, output))))
+            click.echo("\n".join(describe(plan, () if force else unchanged_runs(plan, output))))
             return
-        with _cluster(dask):
-            written = run_report(**asked, output=output, force=force, say=click.echo)
+        written = run_report(**asked, output=output, force=force, say=click.echo)
     for error, (first, *others) in written.failures.items():
         more = f" and {len(others)} more" if others else ""
         click.echo(f"{first.folder}{more}: {error}", err=True)
@@ -176,35 +166,25 @@ def _refuse_twice(names: Iterable[str]) -> None:
             raise ItaeError(f"{name} is given {times} times: give it once")
 
 
-def _cluster(dask: str | None) -> AbstractContextManager:
-    """While open, notebooks find the Dask cluster that was asked for, if any."""
-    if dask is None:
-        return nullcontext()
-    from itae_utils.extraction.workers import in_environment
-
-    return in_environment(dask)
-
-
 @main.command()
 @store_option
 @dask_option
 @backbone_option
 @click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
-@click.option("--limit", type=click.IntRange(min=1), help="A stratified sample of so many images.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time; default: chosen by the device.")
-@click.option("--threshold", default="auto", show_default=True, callback=_threshold, help="A number, or auto.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take a stratified sample of so many images.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images per batch; default: chosen for the device.")
+@click.option("--threshold", default="auto", show_default=True, callback=_validated, help="A number, or auto.")
 @source_option
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A .npz or .parquet file.")
 def extract(
-    dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None, threshold: float | str,
-    source: str, output: Path,
+    store: str | None, dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None,
+    threshold: float | str, source: str, output: Path,
 ) -> None:
     """Write a data set's features to a file.
 
-    Both as the model gives them (baseline) and with ITAE (itae), and the labels (targets) where there are any.
+    The file holds the model's own features (baseline), those with ITAE (itae), and the labels (targets) if any.
     """
     import itae_utils as itae
-    from itae_utils.files import make_folder
 
     if output.suffix not in FEATURE_FORMATS:
         raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FEATURE_FORMATS)}")
@@ -212,9 +192,9 @@ def extract(
         raise ItaeError(f"--output {str(output)!r} is a folder: name a file")
     variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
     images, model = itae.load_dataset(dataset, limit=limit), itae.load_backbone(backbone)
-    with _cluster(dask):
-        make_folder(output.parent)
-        features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto")
+    make_folder(output.parent)
+    features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto", store=store or "auto",
+                                     client=dask or "auto")
     about = {
         **features.settings, "weights_sha256": model.weights_sha256, "dataset": images.name, "split": images.split,
         "classes": images.classes and list(images.classes), "source": source, "thresholds": {**features.thresholds},
@@ -224,10 +204,8 @@ def extract(
 
 
 def _save_features(path: Path, arrays: dict, targets: object, about: dict) -> None:
-    """Features by variant, labels as `targets` where there are any, and what they were made with as JSON, `about`."""
+    """Write features by variant, labels as `targets` if any, and their settings as JSON in `about`."""
     import numpy as np
-
-    from itae_utils.files import replacing
 
     labels = {} if targets is None else {"targets": np.asarray(targets)}
     with replacing(path) as part, part.open("wb") as file:
@@ -248,10 +226,10 @@ def _save_features(path: Path, arrays: dict, targets: object, about: dict) -> No
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @backbone_option
-@click.option("--threshold", callback=_threshold, help="A number; default: found from all the given images together.")
+@click.option("--threshold", callback=_validated, help="A number; default: fitted to all the given images together.")
 @source_option
 @click.option("--output", type=click.Path(path_type=Path), default="inspection.png", show_default=True,
-              help="The figure; its ending says the format.")
+              help="The figure; its ending decides the format.")
 def inspect(images: tuple[Path, ...], backbone: str, threshold: float | str | None, source: str, output: Path) -> None:
     """Draw norms, attention and artifacts of images."""
     from itae_utils import figures
@@ -259,48 +237,48 @@ def inspect(images: tuple[Path, ...], backbone: str, threshold: float | str | No
 
     figures.check_figure_path(output)
     found = inspect_images(images, backbone=backbone, source=source, threshold=threshold)
-    figures.save_as(figures.inspection(found.looks, found.source, found.block, found.threshold), output)
+    figures.save_as(figures.inspection(found.images, found.source, found.block, found.threshold), output)
     click.echo("\n".join([*found.lines, f"{output} written"]))
 
 
-@main.group()
-def store() -> None:
-    """See what features are kept, and make room."""
+@main.group("store")
+def store_group() -> None:
+    """List stored features, and remove some."""
 
 
-@store.command("list")
+@store_group.command("list")
 @store_option
-def list_store() -> None:
-    """List what the feature store holds and its size, the longest unused first."""
-    from itae_utils.store.housekeeping import format_size, holdings, table
+def list_store(store: str | None) -> None:
+    """List the contents of the feature store and their size, the longest unused first."""
+    from itae_utils.store.housekeeping import format_size, list_entries, table
     from itae_utils.store.store import store_in_use
 
-    place = store_in_use()
-    found = holdings(place)
+    place = store_in_use(store or "auto")
+    found = list_entries(place)
     if found:
         _echo_table(*table(found))
-    click.echo(f"{place.place}: {format_size(sum(holding.size for holding in found))}")
+    click.echo(f"{place.place}: {format_size(sum(entry.size for entry in found))}")
 
 
-@store.command()
+@store_group.command()
 @store_option
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Remove what wasn't used for so long.")
+@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Remove entries unused for so long.")
 @click.option("--max-size", metavar="SIZE", help="Remove the longest unused until the rest fits, such as 20GB.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-def prune(older_than: float | None, max_size: str | None, dry_run: bool) -> None:
-    """Remove kept features by age or size; they are computed again when needed. Not while a run uses the store."""
-    from itae_utils.store.housekeeping import format_size, holdings, parse_size, prune, table
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
+def prune(store: str | None, older_than: float | None, max_size: str | None, dry_run: bool) -> None:
+    """Remove stored features by age or size; they are recomputed when needed. Not while a run uses the store."""
+    from itae_utils.store.housekeeping import format_size, list_entries, parse_size, prune, table
     from itae_utils.store.store import store_in_use
 
     if older_than is None and max_size is None:
-        raise ItaeError("say what to remove: --older-than DAYS, --max-size SIZE, or both")
-    most, place = None if max_size is None else parse_size(max_size), store_in_use()
+        raise ItaeError("name the entries to remove: --older-than DAYS, --max-size SIZE, or both")
+    most, place = None if max_size is None else parse_size(max_size), store_in_use(store or "auto")
     gone = prune(place, older_than=None if older_than is None else 86400 * older_than, max_size=most, dry_run=dry_run)
     if gone:
         _echo_table(*table(gone))
     verb = "would be removed from" if dry_run else "removed from"
-    click.echo(f"{format_size(sum(holding.size for holding in gone))} {verb} {place.place}, "
-               f"{format_size(sum(holding.size for holding in holdings(place)))} {'are there' if dry_run else 'stay'}")
+    click.echo(f"{format_size(sum(entry.size for entry in gone))} {verb} {place.place}, "
+               f"{format_size(sum(entry.size for entry in list_entries(place)))} {'are there' if dry_run else 'remain'}")
 
 
 @main.command()

@@ -101,7 +101,8 @@ def as_backbone(model, image_size: int = 32, truth=None, precision: str = "fp32"
 
     config = {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return Backbone("tiny", model, make_transform(image_size, "resize", config), image_size, "resize",
-                    torch.device("cpu"), precision, "random weights", truth, weights_sha256(model))
+                    torch.device("cpu"), precision, "random weights", "random", truth,
+                    weights_sha256(model))
 
 
 def dataset_tensor(backbone, dataset) -> torch.Tensor:
@@ -120,10 +121,4 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ITAE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("ITAE_STORE", "none")
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.inference_mode():
         yield

@@ -1,4 +1,4 @@
-"""Whatever is given wrongly is told in one line, with exit status 2, and leaves nothing behind."""
+"""Bad input is reported in one line, with exit status 2, and leaves nothing behind."""
 
 import json
 import random
@@ -20,8 +20,8 @@ COUNT = 200
 LETTERS = "abcxyz0189 -_.,:;/\\'\"{}[]<>()*?!%&$#@~^|äßθ字\t\n\x1b\u2028"
 WHOLE = ["limit", "image_size", "sample", "examples", "clusters", "seeds", "n_init", "batch_size", "seed"]
 CHOICES = ["source", "attenuation", "preprocess", "pos_embed", "precision", "on_error"]
-RECORD = {"schema": 2, "profile": "demo", "description": "", "grid": {}, "notebooks": [
-    {"notebook": "01_artifact_discovery", "cell": "", "parameters": {"backbone": "demo"}}]}
+RECORD = {"schema": 3, "profile": "demo", "description": "", "grid": {}, "notebooks": [
+    {"notebook": "01_artifact_discovery", "pairing": "", "parameters": {"backbone": "demo"}}]}
 
 
 def word(rng: random.Random) -> str:
@@ -76,12 +76,12 @@ def wrong_type(rng, folder):
 def malformed_yaml(rng, folder):
     return ["report", "-p", rng.choice(WHOLE), rng.choice([
         "[1", "{a", "'", '"', "a: b: c", "[1, 2}", "&", "*unknown", "!!python/object:os.system x", "!x 1", "%", "@",
-        "`", "2024-13-45", "1" * 5000, "[" * 5000, "- a\n b: c: d", "\x00", "\x07", "? :", "=", "<<", "0b", "._"])]
+        "`", "0100", "1:30", "1" * 5000, "[" * 5000, "- a\n b: c: d", "\x00", "\x07", "? :", "=", "<<", "0b", "._"])]
 
 
 def out_of_range(rng, folder):
     name, value = rng.choice([
-        *((name, value) for name in WHOLE for value in (-1, -(10**9), 2**31, 10**30, "1e3", ".inf")),
+        *((name, value) for name in WHOLE for value in (-1, -(10**9), 2**31, 10**30, "1e30", ".inf")),
         *((name, 0) for name in WHOLE if name != "seed"), ("clusters", 1), ("clusters", 1798),
         ("alpha", 0), ("alpha", 1), ("alpha", -0.5), ("alpha", 2), ("alpha", ".nan"), ("alpha", ".inf"),
         ("threshold", -1), ("threshold", ".nan"), ("threshold", ".inf"), ("percents", "[0]"), ("percents", "[100]"),
@@ -146,7 +146,7 @@ def bad_record(rng, folder):
     if rng.random() < 0.5:
         del where[key]
     else:
-        where[key] = {"cell": "../zz", "notebook": "zz", "parameters": {"zz": 3}}.get(key, 3)
+        where[key] = {"pairing": "../zz", "notebook": "zz", "parameters": {"zz": 3}}.get(key, 3)
     text = rng.choice([json.dumps(record), "", "{", "[]", "null", json.dumps(record)])
     (folder / "record" / "report.json").write_text(text, encoding="utf-8")
     return ["report", "--from", rng.choice(["record", "record", "record", "nowhere", "file", ""])]
@@ -199,12 +199,12 @@ def state(folder: Path) -> dict[str, bytes | None]:
 
 
 def check(arguments: list[str], status: int, stdout: str, stderr: str) -> None:
-    told = f"{arguments!r} gave {status}, {stdout!r}, {stderr[-2000:]!r}"
-    assert status == 2, told
-    assert stdout == "", told
-    assert stderr.startswith("Error: "), told
-    assert stderr.endswith("\n"), told
-    assert len(stderr.splitlines()) == 1, told
+    context = f"{arguments!r} gave {status}, {stdout!r}, {stderr[-2000:]!r}"
+    assert status == 2, context
+    assert stdout == "", context
+    assert stderr.startswith("Error: "), context
+    assert stderr.endswith("\n"), context
+    assert len(stderr.splitlines()) == 1, context
 
 
 def cases(folder: Path, count: int):

@@ -1,4 +1,4 @@
-"""What the project's own files promise: environments that agree, light imports, a README whose example runs."""
+"""The project's own files: environments that agree, documents whose examples run and whose links lead somewhere."""
 
 import re
 import subprocess
@@ -53,10 +53,30 @@ def test_every_public_name_can_be_had_and_is_documented():
         _ = itae_utils.attenuat
 
 
-def test_the_readme_s_python_examples_run_one_after_the_other(tmp_path):
-    """What is marked `py` instead needs a cluster."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_python_examples_of_the_documents_run_one_after_the_other(tmp_path):
+    """Blocks marked `py` instead need a cluster."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/faults.md"))
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
-    code = "".join(blocks)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", "".join(blocks)], cwd=tmp_path, capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_only_one_module_reads_the_environment():
+    readers = {path.name for path in (ROOT / "itae_utils").rglob("*.py")
+               if re.search(r"os\.(environ|getenv)", path.read_text(encoding="utf-8"))}
+    assert readers == {"environment.py"}
+
+
+@pytest.mark.parametrize("path", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name)
+def test_links_and_paths_in_the_documents_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / target).exists(), target
+    for target in re.findall(r"\btests/[\w/]+\.py", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -75,18 +75,18 @@ def write_notebooks(folder: Path) -> Path:
 
 
 COLLECT = """\
-from itae_utils.collection import collect, sources
+from itae_utils.analysis.collection import collect, sources
 from itae_utils.results import collected_provenance, write_results
-cells, left_out = collect(results_dir)
-print('COLLECTED', *(cell.title for cell in cells))
+pairings, left_out = collect(results_dir)
+print('COLLECTED', *(pairing.title for pairing in pairings))
 write_results(
-    output_dir, notebook="04_collects", provenance=collected_provenance(sources(cells, results_dir)), thresholds={},
+    output_dir, notebook="04_collects", provenance=collected_provenance(sources(pairings, results_dir)), thresholds={},
     rows=[], figures=[], parameters={"results_dir": results_dir},
-    headline=[{"label": "cells", "value": len(cells), "note": "collected"}]);"""
+    headline=[{"label": "pairings", "value": len(pairings), "note": "collected"}]);"""
 
 
 def write_grid(folder: Path) -> Path:
-    """Notebooks 01 and 03, which measure, 04, which collects; and the profiles `demo` and `grid`, of two cells."""
+    """Notebooks 01 and 03, which measure, 04, which collects; and the profiles `demo` and `grid`, of two pairings."""
     (folder / "profiles").mkdir(parents=True)
     (folder / "profiles" / "demo.yaml").write_text("common: {backbone: demo, dataset: digits}\n", encoding="utf-8")
     (folder / "profiles" / "grid.yaml").write_text(

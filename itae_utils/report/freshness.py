@@ -1,125 +1,127 @@
-"""Which notebooks need not run again: those that ran through, and whose parameters, inputs and code are as they were.
+"""Which notebooks need not run again: those that succeeded, and whose parameters, inputs and code have not changed.
 
-A run that went through leaves a mark, `run.json`, last of all and in one step: the signature of what decided it, and
-the SHA-256 of every file it left. A later run with the same signature finds the mark, checks the files, and is spared.
-Nothing is ever downloaded for a signature, and what can't be told is run.
+A successful run writes `run.json` last and in one step: the signature of everything that decided it, and the SHA-256 of
+every file it wrote. A later run with the same signature verifies the files and is skipped. Computing a signature never
+downloads anything. If any part is unknown, the notebook runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from itae_utils.data.datasets import DATASETS, unpacked_folder
-from itae_utils.data.fingerprint import fingerprint
+from itae_utils.data.fingerprint import files_digest
 from itae_utils.data.folders import image_folder, read_folder
+from itae_utils.environment import data_folder, hub_server
 from itae_utils.files import PACKAGE, write_json
 from itae_utils.models.hub import cached_weights
 from itae_utils.models.registry import BACKBONES
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.plan import Step
-from itae_utils.results import PACKAGES, _version, read_results
+from itae_utils.report.rules import recorded
+from itae_utils.results import PACKAGES, read_results, version_of
 
 MARK = "run.json"
-MARK_SCHEMA = 1
+MARK_SCHEMA = 2
 CODE = ("*.py", "*.safetensors", "*.json")  # of the package: its modules, the embedded weights, the schema
 DRAWING = ("matplotlib", "seaborn", "pandas", "pillow")  # packages that decide figures and tables, beside PACKAGES
-ENVIRONMENT = ("HF_ENDPOINT", "ITAE_DATA")  # where weights and images come from
 
-State = dict[str, object]  # what decides a run, by part; None for what can't be told
+State = dict[str, object]  # what decides a run, by part; None for a part that is unknown
 
 
-def find_kept(steps: Sequence[Step]) -> dict[str, dict]:
-    """The marks of those steps that need not run again, by the step's folder.
+def find_unchanged(steps: Sequence[Step]) -> dict[str, dict]:
+    """Return the contents of `run.json` of the steps that need not run again, by the step's folder.
 
     Args:
-        steps: of a report in order, told all they will be told: also the folder each writes to, and collects from.
+        steps: of a report in order, with all their parameters: also the folder each writes to, and collects from.
     """
-    marks = {step.folder: mark for step in steps if (mark := _read_mark(_place(step), step.notebook))}
+    marks = {step.folder: mark for step in steps if (mark := _read_mark(_output(step), step.notebook))}
     marked = [step for step in steps if step.folder in marks]
-    same = {step.folder for step, state in zip(marked, look(marked), strict=True)
+    same = {step.folder for step, state in zip(marked, _states(marked), strict=True)
             if signature(state) == marks[step.folder]["signature"]}
-    to_come = [_place(step) for step in steps if step.folder not in same]
+    to_run = [_output(step) for step in steps if step.folder not in same]
     return {step.folder: marks[step.folder] for step in marked if step.folder in same and not (
-        step.notebook.collects and any(_touches(_source(step), folder) for folder in to_come))}
+        step.notebook.collects and any(_overlap(_source(step), folder) for folder in to_run))}
 
 
-def look(steps: Iterable[Step]) -> list[State]:
-    """What decides each step's run, as it is now; every data set and all weights are looked at once."""
+def current_state(step: Step) -> State:
+    """Return everything that decides a step's run, as it is now."""
+    return next(_states([step]))
+
+
+def _states(steps: Iterable[Step]) -> Iterable[State]:
+    """Yield each step's state; every data set and all weights are examined once."""
     images, weights, common = cache(_images), cache(_weights), _common()
-    states = []
     for step in steps:
-        told = {name: value for name, value in step.parameters.items() if name != "output_dir"}
-        state = common | {"parameters": told, "notebook": _or_none(partial(_cells, step.notebook))}
-        if "dataset" in told:
-            state["images"] = _or_none(partial(images, told["dataset"]))
-        if "backbone" in told:
-            state["weights"] = _or_none(partial(weights, told["backbone"], told.get("checkpoint")))
+        parameters = recorded({name: value for name, value in step.parameters.items() if name != "output_dir"})
+        state = common | {"parameters": parameters, "notebook": _or_none(partial(_cells, step.notebook))}
+        if dataset := step.setting("dataset"):
+            state["images"] = _or_none(partial(images, dataset))
+        if backbone := step.setting("backbone"):
+            state["weights"] = _or_none(partial(weights, backbone, step.setting("checkpoint")))
         if step.notebook.collects:
-            state["collected"] = _or_none(partial(_collected, _source(step), _place(step)))
-        states.append(state)
-    return states
+            state["collected"] = _or_none(partial(_collected, _source(step), _output(step)))
+        yield state
 
 
 def signature(state: State) -> str | None:
-    """SHA-256 of what decides a run; None where a part of it can't be told."""
+    """Return the SHA-256 of everything that decides a run; None if a part of it is unknown."""
     if None in state.values():
         return None
     try:
         return hashlib.sha256(json.dumps(state, sort_keys=True, allow_nan=False).encode()).hexdigest()
     except (TypeError, ValueError):
-        return None  # a parameter that JSON has no word for
+        return None  # JSON has no form for a parameter
 
 
 def leave_mark(step: Step, before: State, seconds: float) -> None:
-    """Mark a run that has gone through, unless what decided it changed meanwhile, or it lacks a figure it names.
+    """Write `run.json` for a successful run, unless its inputs changed while it ran or a figure is missing.
 
     Args:
-        step: as in `find_kept`.
-        before: what decided it when it began; what was not there then may have been brought by it.
-        seconds: how long it took.
+        step: as in `find_unchanged`.
+        before: its state when it began; a part that was unknown then may have been downloaded by the run.
+        seconds: its duration.
     """
-    (after,) = look([step])
-    folder, found = _place(step), signature(after)
-    left = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")}
+    after, folder = current_state(step), _output(step)
+    found = signature(after)
+    written = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*"))
+               if path.is_file() and not path.name.startswith(".")}
     same = all(before[part] in (None, after[part]) for part in after)
-    if found and same and _needed(folder, step.notebook) <= set(left):
+    if found and same and _needed(folder, step.notebook) <= set(written):
         write_json(folder / MARK, {
             "schema": MARK_SCHEMA, "signature": found, "parameters": after["parameters"], "seconds": seconds,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"), "files": left,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"), "files": written,
         })
 
 
 def _read_mark(folder: Path, notebook: Notebook) -> dict | None:
-    """The mark in a run's folder, where all is there that the run left, byte for byte."""
+    """Read `run.json` of a run's folder; None if a file of the run is missing or changed."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        told = mark["schema"] == MARK_SCHEMA and mark["signature"] and mark["seconds"] >= 0
-        whole = told and _needed(folder, notebook) <= set(mark["files"]) and all(
+        valid = mark["schema"] == MARK_SCHEMA and mark["signature"] and mark["seconds"] >= 0
+        whole = valid and _needed(folder, notebook) <= set(mark["files"]) and all(
             _sha256(folder / name) == digest for name, digest in mark["files"].items())
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # never marked, or damaged
+        return None  # not written, or damaged
     return mark if whole else None
 
 
 def _needed(folder: Path, notebook: Notebook) -> set[str]:
-    """The files without which a run is not whole: the executed notebook, its numbers, the figures they name."""
+    """Return the files that a complete run has: the executed notebook, its results and the figures they name."""
     figures = read_results(folder / "results.json")["figures"]
     return {f"{notebook.name}.ipynb", "results.json"} | {
         f"figures/{name}.{kind}" for name in figures for kind in ("png", "pdf")}
 
 
-def _place(step: Step) -> Path:
+def _output(step: Step) -> Path:
     return Path(str(step.parameters["output_dir"]))
 
 
@@ -127,25 +129,25 @@ def _source(step: Step) -> Path:
     return Path(str(step.parameters["results_dir"]))
 
 
-def _touches(folder: Path, other: Path) -> bool:
+def _overlap(folder: Path, other: Path) -> bool:
     return folder.is_relative_to(other) or other.is_relative_to(folder)
 
 
-def _or_none(tell: Callable[[], object]) -> object | None:
-    """What `tell` tells; None where it fails, for whatever reason: then the notebook is run, and says it better."""
+def _or_none(compute: Callable[[], object]) -> object | None:
+    """Return `compute()`, or None if it raises; the notebook then runs and reports the error itself."""
     try:
-        return tell()
+        return compute()
     except Exception:
         return None
 
 
 def _common() -> State:
-    """What decides the run of any notebook."""
+    """Return the state that all notebooks share."""
     return {
         "code": _or_none(_code),
-        "versions": {name: _version(name) for name in (*PACKAGES, *DRAWING)} | {"python": platform.python_version()},
-        "environment": {name: os.environ.get(name, "") for name in ENVIRONMENT},
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: version_of(name) for name in (*PACKAGES, *DRAWING)} | {"python": platform.python_version()},
+        "environment": {"hub": hub_server() or "", "data": str(data_folder())},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 
@@ -156,48 +158,44 @@ def _code() -> str:
 
 
 def _cells(notebook: Notebook) -> list[object]:
-    """Kind, source and tags of each cell; what an editor notes beside them doesn't count."""
+    """Return type, source and tags of each cell; other metadata does not count."""
     cells = json.loads(notebook.path.read_text(encoding="utf-8"))["cells"]
     return [[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])] for cell in cells]
 
 
 def _images(dataset: str) -> str | None:
-    """What tells the images of a data set: the bytes of its files; those of the digits come with scikit-learn."""
+    """Return the hash of a data set's files; those of embedded data sets belong to a package's version."""
     if folder := image_folder(dataset):
         paths, _, _ = read_folder(folder)
-        return _of_files(paths, folder)
+        return files_digest(paths, folder)
     if not DATASETS[dataset].megabytes:
         return "embedded"
     place = unpacked_folder(dataset)
-    return _of_files([path for path in place.rglob("*") if path.is_file()], place)
+    return files_digest([path for path in place.rglob("*") if path.is_file()], place)
 
 
 def _weights(backbone: str, checkpoint: str | None) -> str | list | None:
-    """What tells the weights: the bytes of a checkpoint, the file that the hub's client keeps; else it is code."""
+    """Return the hash of a checkpoint, or path, size and time of the file in the hub's cache, named by its SHA-256."""
     if checkpoint is not None:
         path = Path(checkpoint)
-        return _of_files([each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path], path.parent)
+        files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
+        return files_digest(files, path.parent)
     entry = BACKBONES.get(backbone)
     if entry and entry.timm_name is None:
         return "embedded"
     path = cached_weights(entry.timm_name if entry else backbone)
     if path is None:
         return None
-    path = path.resolve()  # named by its SHA-256
+    path = path.resolve()
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def _collected(results_dir: Path, own: Path) -> str | None:
-    """The bytes of every results.json below a folder, and of the figures beside it; without the collector's own."""
+    """Return the hash of all results.json below a folder and of the figures beside them, except the collector's."""
     results = [path for path in results_dir.rglob("results.json") if own not in path.parents]
     figures = [path for each in results for path in (each.parent / "figures").glob("*.p*") if path.is_file()]
-    return _of_files(results + figures, results_dir)
-
-
-def _of_files(paths: Sequence[Path], folder: Path) -> str | None:
-    """The fingerprint of files, by their path below a folder; None for none. An unchanged file is read once."""
-    return fingerprint(SimpleNamespace(name=f"imagefolder:{folder}", images=list(paths), targets=None))
+    return files_digest(results + figures, results_dir)
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The report's pages: one a notebook, with its code out of sight, and the index. They load nothing from elsewhere."""
+"""Render the report's pages: one per notebook, with its code hidden, and the index. They load no other resources."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from traitlets.config import Config
 
 from itae_utils.files import PACKAGE, replacing
 from itae_utils.report.parameters import Notebook
+from itae_utils.report.rules import recorded
 from itae_utils.report.runs import Report, Run
 from itae_utils.results import is_collection
 
 TEMPLATES = PACKAGE / "report/templates"
-SCORES = ("acc", "nmi", "ari")  # shown in this order; other metrics only where none of these could be measured
+SCORES = ("acc", "nmi", "ari")  # shown in this order; other metrics are shown only if none of these was measured
 SCORES_NOTEBOOK = "03"
 SHOWN_TYPES = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
 
@@ -32,7 +33,7 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
 
     Args:
         run: of the notebook.
-        selected: the notebooks beside it, itself included, in reading order.
+        selected: the notebooks of its group, itself included, in reading order.
         output: the report's folder.
     """
     place = selected.index(run.notebook)
@@ -57,7 +58,7 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
 
 
 def _presentable(notebook: NotebookNode) -> NotebookNode:
-    """Without papermill's marks, and stderr only of cells that failed; images are named after their section."""
+    """Drop papermill's marks, and stderr except of failed cells; give images the name of their section as alt text."""
     notebook.cells = [cell for cell in notebook.cells
                       if cell.source.strip() and "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
     section = ""
@@ -76,7 +77,7 @@ def _presentable(notebook: NotebookNode) -> NotebookNode:
 
 
 def index_page(report: Report) -> Path:
-    """Write `index.html` in one step; all that it says comes from the notebooks' `results.json`."""
+    """Write `index.html` in one step, from the notebooks' `results.json` alone."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
@@ -103,7 +104,7 @@ def index_page(report: Report) -> Path:
         parameter_keys=list(dict.fromkeys(run.notebook.key for run in report.runs)),
         covers={run.label: run.results["figures"][0] for run in report.runs if run.results and run.results["figures"]},
         seconds=sum(run.seconds for run in report.runs),
-        kept=sum(run.kept for run in report.runs),
+        reused=sum(run.reused for run in report.runs),
     )
     with replacing(report.index) as part:
         part.write_text(page, encoding="utf-8")
@@ -111,25 +112,25 @@ def index_page(report: Report) -> Path:
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by their cell of the grid; what runs over all of it comes first, under the empty name."""
+    """Return the runs by pairing; runs over all pairings come first, under the empty name."""
     groups: dict[str, list[Run]] = {"": []}
     for run in runs:
-        groups.setdefault(run.cell, []).append(run)
-    return {cell: members for cell, members in groups.items() if members}
+        groups.setdefault(run.pairing, []).append(run)
+    return {pairing: members for pairing, members in groups.items() if members}
 
 
 def _values(runs: Sequence[Run], parameter: str) -> list[str]:
-    """The distinct values of a parameter over all runs."""
+    """Return the distinct values of a parameter over all runs."""
     return list(dict.fromkeys(str(run.parameters[parameter]) for run in runs if parameter in run.parameters))
 
 
 def score_table(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
-    """Mean and standard deviation over seeds, variants down and metrics across, in the order of `rows`.
+    """Return mean and standard deviation over seeds, a row per variant and a column per metric, in the order of `rows`.
 
     Returns:
-        {"metrics": names, "unit": whether all values are in [0, 1], "spread": whether there are several seeds,
+        {"metrics": names, "unit": whether all values are in [0, 1], "spread": whether any variant has several seeds,
         "rows": [{"variant", "backbone", "cells": [(mean, sd or None, number of seeds) or None]}]}; None without rows.
-        `backbone` is None where there is one for all.
+        `backbone` is None if all rows have the same.
     """
     values: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -152,12 +153,12 @@ def _spread(values: Sequence[float]) -> tuple[float, float | None, int]:
 
 
 def _facts(measured: Mapping[str, dict], named: bool) -> list[tuple[str, list[str]]]:
-    """What was run, as labels and texts.
+    """Return the settings of the runs, as labels and texts.
 
     Args:
         measured: results by label of the run.
-        named: whether hashes are told with the name of what they are of; else a text that not all runs share is
-            followed by the labels of those that do.
+        named: whether hashes are shown with the name of their model or data set; otherwise a text that not all runs
+            share is followed by the labels of those that do.
     """
     def of(thing: dict, text: str | None) -> str | None:
         return f"{thing['name']}: {text}" if named and text else text
@@ -176,24 +177,25 @@ def _facts(measured: Mapping[str, dict], named: bool) -> list[tuple[str, list[st
         "System": lambda p: f"Python {p['python']} · {p['platform']}",
     }
     measuring = {label: results for label, results in measured.items() if not is_collection(results)}
-    facts = [(label, _distinct(which, lambda results, tell=tell: tell(results["provenance"]), labelled=not named))
-             for wanted, which in ((own, measuring), (common, measured)) for label, tell in wanted.items()]
+    facts = [(label, _distinct(which, lambda results, text_of=text_of: text_of(results["provenance"]),
+                               labelled=not named))
+             for wanted, which in ((own, measuring), (common, measured)) for label, text_of in wanted.items()]
     dates = [results["provenance"]["date"] for results in measured.values()]
     return [(label, texts) for label, texts in facts if texts] + [
         ("Date", [min(dates)[:16].replace("T", " ") + " UTC"]) for _ in dates[:1]]
 
 
 def _distinct(
-    measured: Mapping[str, dict], tell: Callable[[dict], str | None], *, labelled: bool = True
+    measured: Mapping[str, dict], text_of: Callable[[dict], str | None], *, labelled: bool = True
 ) -> list[str]:
-    """What each run's results tell, once; where they don't all tell the same, with the labels of those that do."""
-    told = defaultdict(list)
+    """Return the distinct texts of all runs' results; if there are several, each with the labels of its runs."""
+    texts = defaultdict(list)
     for label, results in measured.items():
-        if text := tell(results):
-            told[text].append(label)
-    if len(told) == 1 or not labelled:
-        return list(told)
-    return [f"{text} ({', '.join(labels)})" for text, labels in told.items()]
+        if text := text_of(results):
+            texts[text].append(label)
+    if len(texts) == 1 or not labelled:
+        return list(texts)
+    return [f"{text} ({', '.join(labels)})" for text, labels in texts.items()]
 
 
 def _versions(results: dict) -> str:
@@ -201,11 +203,13 @@ def _versions(results: dict) -> str:
 
 
 def _parameter_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Each parameter with its value in each notebook, all its values where it ran with several, or a dash."""
+    """Return each parameter and option with its values in each notebook, or a dash."""
     tables: dict[str, list[Mapping[str, object]]] = defaultdict(list)
     for run in runs:
-        tables[run.notebook.key].append(run.results["parameters"] if run.results else run.parameters)
-    names = dict.fromkeys(name for ran in tables.values() for table in ran for name in table if name != "output_dir")
+        parameters = run.results["parameters"] if run.results else recorded(run.parameters)
+        tables[run.notebook.key].append({**parameters, **parameters.get("options", {})})
+    names = dict.fromkeys(name for ran in tables.values() for table in ran for name in table
+                          if name not in ("output_dir", "options"))
     return [(name, [" | ".join(dict.fromkeys(_shown(table[name]) for table in ran if name in table)) or "–"
                     for ran in tables.values()]) for name in names]
 
@@ -215,7 +219,7 @@ def _shown(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_shown, value))
-    return "none" if value is None else str(value).replace(" %", "\u00a0%")  # a line must not end before the sign
+    return "none" if value is None else str(value).replace(" %", "\u00a0%")  # a line must not break before the sign
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a report will run: which notebooks with which parameters, once or for every cell of a grid."""
+"""What a report will run: which notebooks with which parameters, once or for each pairing of a grid."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from itae_utils.errors import ItaeError
-from itae_utils.report.parameters import (
-    AXES,
-    Notebook,
-    Profile,
-    check_backbone,
-    check_clusters,
-    check_dataset,
-    check_values,
-    find_notebooks,
-    read_profile,
-    resolve,
-    select,
-)
+from itae_utils.data.datasets import DATASETS, image_count
+from itae_utils.data.folders import check_header, image_folder, read_folder
+from itae_utils.errors import ItaeError, unknown_name
+from itae_utils.method.anatomy import patches_along
+from itae_utils.models.backbones import stock_model
+from itae_utils.models.registry import BACKBONES
+from itae_utils.report.parameters import AXES, Notebook, Profile, find_notebooks, read_profile, resolve, select
+from itae_utils.report.rules import check_values
+from itae_utils.store.store import open_store
+
+HEADERS = 1000  # files whose headers are read before anything runs; the notebooks read all
+FEWEST_IMAGES = 4  # two clusters of two images
 
 
 @dataclass(frozen=True)
@@ -31,29 +29,47 @@ class Step:
     """One run of a notebook.
 
     Attributes:
-        notebook: what is run.
-        told: the parameters it is told, by name; the others keep their defaults.
-        cell: the part of the grid it belongs to; empty without a grid and for what runs once over all of it.
+        notebook: the notebook.
+        given: the parameters it gets, by name; the others keep their defaults.
+        pairing: the backbone and data set of the grid that it belongs to, as a folder's name; empty without a grid, and
+            for a notebook that runs once over all pairings.
     """
 
     notebook: Notebook
-    told: dict[str, object]
-    cell: str = ""
+    given: dict[str, object]
+    pairing: str = ""
 
     @property
     def folder(self) -> str:
-        """Where it writes, seen from the report's folder."""
-        return f"{self.cell}/{self.notebook.name}".removeprefix("/")
+        """The folder it writes to, relative to the report's."""
+        return f"{self.pairing}/{self.notebook.name}".removeprefix("/")
 
     @property
     def parameters(self) -> dict[str, object]:
-        """What it runs with, defaults included."""
-        return self.notebook.defaults | self.told
+        """The parameters it runs with, defaults included."""
+        return self.notebook.defaults | self.given
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Its parameters and options, in one mapping."""
+        return {**self.notebook.options, **self.parameters.get("options", {}), **self.parameters}
+
+    def setting(self, name: str) -> object:
+        """Return the value of a parameter or an option; None if the notebook has neither."""
+        return self.settings.get(name)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a report in order; `name` is for its folder where none is given, `grid` is empty without one."""
+    """The steps of a report in order.
+
+    Attributes:
+        name: of its folder, if none is given.
+        profile: its name.
+        description: of the profile.
+        grid: empty without one.
+        steps: in order.
+    """
 
     name: str
     profile: str
@@ -63,16 +79,17 @@ class Plan:
 
 
 def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Mapping[str, object]) -> Plan:
-    """The plan for the notebooks of a folder; see `run_report`.
+    """Plan a run of the notebooks of a folder; see `run_report`.
 
     Args:
         folder: of the notebooks, with `profiles` in it.
         profile: a name, or a file.
         only: numbers of notebooks; None for all that can run.
-        given: parameters by name, before the profile's. A list for an axis of its grid replaces that axis.
+        given: parameters by name; they take precedence over the profile's. A list for an axis of its grid replaces that
+            axis.
 
     Raises:
-        ItaeError: unknown names, mistyped values, nothing to collect from.
+        ItaeError: unknown names, invalid values, no results to collect.
     """
     notebooks = find_notebooks(folder)
     settings = read_profile(profile, folder / "profiles")
@@ -82,33 +99,34 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
                for name in AXES if measures and name in settings.grid and name in given}
     grid = settings.grid | by_hand if measures else {}
     given = {name: value for name, value in given.items() if name not in grid}
-    steps, cells = [], [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    told = [resolve(notebooks, selected, settings, given | cell) for cell in cells]
-    for parameters in told:
+    pairings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    resolved = [resolve(notebooks, selected, settings, given | pairing) for pairing in pairings]
+    steps = []
+    for parameters in resolved:
         steps += [Step(notebook, parameters[notebook.key], _axes_name(notebook, parameters) if grid else "")
                   for notebook in selected if not notebook.collects]
-    steps += [Step(notebook, told[0][notebook.key]) for notebook in selected if notebook.collects]
+    steps += [Step(notebook, resolved[0][notebook.key]) for notebook in selected if notebook.collects]
     check_steps(steps)
     if not measures:
-        name = safe_name(steps[0].notebook.name, Path(str(steps[0].told["results_dir"])).name)
+        name = safe_name(steps[0].notebook.name, Path(str(steps[0].given["results_dir"])).name)
     elif grid:
         name = safe_name(settings.name, *(_short(value) for values in by_hand.values() for value in values))
     else:
-        name = safe_name(settings.name, _axes_name(selected[0], told[0]))
+        name = safe_name(settings.name, _axes_name(selected[0], resolved[0]))
     return Plan(name, settings.name, settings.description, grid, tuple(steps))
 
 
 def _selected(
     notebooks: list[Notebook], only: Sequence[str] | None, settings: Profile, given: Mapping[str, object]
 ) -> list[Notebook]:
-    """The notebooks to run; those that collect only where there is something to collect."""
-    def told_where(notebook: Notebook) -> bool:
-        return any("results_dir" in told for told in (
+    """Return the notebooks to run; those that collect results only if there are results to collect."""
+    def has_source(notebook: Notebook) -> bool:
+        return any("results_dir" in values for values in (
             given, settings.common, settings.of_notebook.get(notebook.key, {})))
 
     chosen = select(notebooks, only)
     grid = settings.grid and any(not notebook.collects for notebook in chosen)
-    ready = [notebook for notebook in chosen if not notebook.collects or grid or told_where(notebook)]
+    ready = [notebook for notebook in chosen if not notebook.collects or grid or has_source(notebook)]
     if only is not None and len(ready) < len(chosen):
         missing = next(notebook.name for notebook in chosen if notebook not in ready)
         raise ItaeError(f"{missing} collects the results of a report: name its folder with -p results_dir FOLDER, "
@@ -117,30 +135,87 @@ def _selected(
 
 
 def check_steps(steps: Iterable[Step]) -> None:
-    """Refuse what no notebook could load, find or use, before several of them fail on it."""
+    """Validate what the steps will load and write, before any notebook runs.
+
+    Values were validated when the parameters were resolved. Problems that only the images or the weights themselves can
+    show appear when a notebook runs.
+
+    Raises:
+        ItaeError: names the value and the remedy.
+    """
     steps = list(steps)
-    parameters = [step.parameters for step in steps]
-    for told in parameters:
-        check_values(told)
-    for about in dict.fromkeys((told["dataset"], told.get("on_error", "raise"))
-                               for told in parameters if "dataset" in told):
-        check_dataset(*about)
-    for told in parameters:
-        check_clusters(told)
-    for about in dict.fromkeys((told["backbone"], told.get("checkpoint"), told.get("image_size"))
-                               for told in parameters if "backbone" in told):
-        check_backbone(*about)
-    for folder in (step.told["results_dir"] for step in steps if "results_dir" in step.told):
+    measuring = [step for step in steps if not step.notebook.collects]
+    for step in steps:
+        check_values(step.parameters)
+    for dataset, on_error in dict.fromkeys((step.setting("dataset"), step.setting("on_error")) for step in measuring):
+        check_dataset(dataset, on_error)
+    for step in measuring:
+        check_clusters(step)
+    for names in dict.fromkeys((step.setting("backbone"), step.setting("checkpoint"), step.setting("image_size"))
+                               for step in measuring):
+        check_backbone(*names)
+    for place in dict.fromkeys(step.setting("store") for step in measuring):
+        check_store(place)
+    for folder in (step.given["results_dir"] for step in steps if "results_dir" in step.given):
         if not os.path.isdir(folder):
-            raise ItaeError(f"results_dir {folder!r}: there is no such folder")
+            raise ItaeError(f"results_dir={folder!r} does not exist: give the folder of a report")
     folder, times = Counter(step.folder for step in steps).most_common(1)[0]
     if times > 1:
         raise ItaeError(f"{times} runs would write to the same folder {folder}: give one of them another name")
 
 
-def _axes_name(notebook: Notebook, told: Mapping[str, Mapping[str, object]]) -> str:
-    """Backbone and data set of a notebook's run, as a name for a folder."""
-    parameters = notebook.defaults | told[notebook.key]
+def check_dataset(name: str | None, on_error: str | None = "raise") -> None:
+    """Refuse an unknown data set, and a folder without images, with images on two levels, or with damaged ones.
+
+    Headers are read for the first thousand files; with on_error="skip" damaged files are no error.
+    """
+    if name is None:
+        return
+    if folder := image_folder(name):
+        if not os.path.isdir(folder):  # unlike pathlib's, it takes any text
+            raise ItaeError(f"data set {name!r}: there is no such folder")
+        paths, _, _ = read_folder(folder)
+        for path in paths[:HEADERS] if on_error != "skip" else ():
+            check_header(path)
+    elif name not in DATASETS:
+        raise unknown_name("data set", name, DATASETS, "`itae datasets`")
+
+
+def check_backbone(name: str | None, checkpoint: str | None, image_size: int | None) -> None:
+    """Refuse an unknown backbone, an unsupported one, and a checkpoint or image size that does not fit it."""
+    if name is None:
+        return
+    entry = BACKBONES.get(name)
+    patch = entry.patch if entry else stock_model(name).patch_embed.patch_size[0]
+    if checkpoint is not None and entry and entry.timm_name is None:
+        raise ItaeError(f"{name} has its own weights: checkpoint={checkpoint!r} needs a timm name")
+    if checkpoint is not None and not os.path.exists(str(checkpoint)):
+        raise ItaeError(f"checkpoint={checkpoint!r} does not exist: give a file or folder of weights")
+    if image_size is not None:
+        patches_along(image_size, patch)
+
+
+def check_store(place: str | None) -> None:
+    """Refuse a feature store that can't be opened: an unknown kind of URL, or a file."""
+    if store := open_store(place):
+        _ = store.zarr
+
+
+def check_clusters(step: Step) -> None:
+    """Refuse more clusters than images, and too few images to cluster at all."""
+    if "clusters" not in step.parameters:
+        return
+    clusters, images = step.parameters["clusters"], image_count(step.setting("dataset"), step.setting("limit"))
+    if images < FEWEST_IMAGES:
+        raise ItaeError(f"{images:,} images are too few to cluster: use at least {FEWEST_IMAGES}, or leave out "
+                        f"notebook {step.notebook.key}")
+    if clusters and clusters > images:
+        raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
+
+
+def _axes_name(notebook: Notebook, given: Mapping[str, Mapping[str, object]]) -> str:
+    """Return backbone and data set of a notebook's run, as a name for a folder."""
+    parameters = notebook.defaults | given[notebook.key]
     return safe_name(*(_short(parameters[axis]) for axis in AXES if axis in parameters))
 
 
@@ -150,5 +225,5 @@ def _short(value: object) -> str:
 
 
 def safe_name(*words: str) -> str:
-    """A name for a folder from words."""
+    """Join words to a name for a folder."""
     return re.sub(r"[^\w.-]+", "-", "-".join(words))

@@ -1,21 +1,25 @@
-"""Run the notebooks and leave a report: a page for each, and an index that says what was run and what came out."""
+"""Run the notebooks and write a report: a page per notebook, and an index with the settings and the main results."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from itae_utils.errors import ItaeError
-from itae_utils.files import PACKAGE, make_folder, write_json
-from itae_utils.report.freshness import MARK, find_kept, leave_mark, look
-from itae_utils.report.kernel import execute, kernel_of_this_python
+from itae_utils.extraction.workers import cluster_address
+from itae_utils.files import make_folder, write_json
+from itae_utils.report.freshness import MARK, current_state, find_unchanged, leave_mark
+from itae_utils.report.kernel import execute
 from itae_utils.report.pages import index_page, notebook_page
-from itae_utils.report.parameters import check_text
+from itae_utils.report.parameters import notebooks_folder
 from itae_utils.report.plan import Plan, Step, make_plan
+from itae_utils.report.rules import check_encoding
 from itae_utils.report.runs import Report, Run, differences, make_record, plan_again, read_record
 from itae_utils.results import add_seconds, read_results
 
@@ -31,31 +35,31 @@ def run_report(
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Report:
-    """Run the notebooks with papermill and write `output/index.html`, last of all and in one step.
+    """Run the notebooks with papermill and write `output/index.html`.
 
-    A notebook that ran through in `output` before is not run again where its parameters, its inputs and the code are
-    what they were. One that fails leaves what it had done, the others still run, and the index says so. Where the
-    profile has a grid, the notebooks run for each of its cells into `output/<backbone>-<dataset>`, and those that
-    collect results once over everything in `output`, what earlier runs left in other cells included.
+    An existing report in `output` is replaced; a notebook whose parameters, inputs and code have not changed since it
+    last succeeded there is reused. If a notebook fails, its page shows how far it came, the others still run, and the
+    index names it. The index is written last, in one step. If the profile has a grid, the notebooks run for each of its
+    pairings into `output/<backbone>-<dataset>`; notebooks that collect results run once, over everything in `output`.
 
     Args:
         profile: a name among `notebooks/profiles`, or a YAML file of that kind.
-        backbone: instead of the profile's; instead of all backbones of its grid.
-        dataset: instead of the profile's; instead of all data sets of its grid.
-        only: numbers of the notebooks to run, such as ["01", "03"]; None for all, but for those that collect where
-            there is neither a grid nor a `results_dir`.
-        parameters: instead of the notebooks' and the profile's, by name.
-        output: folder to write; default `reports/<profile>-<backbone>-<dataset>` below the working directory, of a grid
-            `reports/<profile>` and what was given instead of its lists. A report that is there already is replaced.
-        force: run what is unchanged too.
-        say: gets a line when a notebook starts and ends, or is kept.
+        backbone: replaces the profile's, or all backbones of its grid.
+        dataset: replaces the profile's, or all data sets of its grid.
+        only: numbers of the notebooks to run, such as ["01", "03"]; None runs all, but those that collect results only
+            if there is a grid or a `results_dir`.
+        parameters: parameters and options by name; they take precedence over the profile's and the notebooks'.
+        output: folder to write; default `reports/<profile>-<backbone>-<dataset>` below the working directory, for a
+            grid `reports/<profile>` followed by the values that replace its lists.
+        force: also run notebooks that have not changed.
+        say: receives a line when a notebook starts and ends, or is reused.
 
     Raises:
-        ItaeError: unknown names or illegal values, before anything is run or written; an output folder that can't be
-            made.
+        ItaeError: unknown names or invalid values, before anything is run or written; an output folder that can't be
+            written or that another report is being written to.
     """
     plan = plan_report(profile=profile, backbone=backbone, dataset=dataset, only=only, parameters=parameters)
-    return _write_report(plan, _folder_of(plan, output), force, say)
+    return _write_report(plan, output_folder(plan, output), force, say)
 
 
 def plan_report(
@@ -66,101 +70,129 @@ def plan_report(
     only: Sequence[str] | None = None,
     parameters: Mapping[str, object] | None = None,
 ) -> Plan:
-    """What `run_report` would run; nothing is run or written."""
+    """Return what `run_report` would run; nothing is run or written."""
     given = {name: value for name, value in (("backbone", backbone), ("dataset", dataset)) if value is not None}
     return make_plan(notebooks_folder(), profile, only, given | dict(parameters or {}))
 
 
-def kept_runs(plan: Plan, output: str | Path | None = None) -> set[str]:
-    """Folders of the steps that `run_report` would not run again, for an earlier run of theirs is in `output`."""
-    output = _folder_of(plan, output)
-    return set(find_kept([_placed(step, output) for step in plan.steps]))
+def unchanged_runs(plan: Plan, output: str | Path | None = None) -> set[str]:
+    """Return the folders of the steps that `run_report` would reuse from an earlier report in `output`."""
+    output = output_folder(plan, output)
+    return set(find_unchanged([_placed(step, output) for step in plan.steps]))
 
 
 def repeat_report(
-    folder: str | Path, *, output: str | Path | None = None, say: Callable[[str], None] = print
+    folder: str | Path, *, output: str | Path | None = None, parameters: Mapping[str, object] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Report:
-    """Run again what the report in `folder` says it ran, and say where weights or images are no longer the same.
+    """Run a report again from its record, and report weights or images that have changed since.
 
     Args:
-        folder: a report.
+        folder: of a report.
         output: folder to write; default `<folder>-repeated`.
-        say: gets a line when a notebook starts and ends, and a line for each difference.
+        parameters: parameters and options by name that replace the record's.
+        say: receives a line when a notebook starts and ends, and a line for each difference.
 
     Raises:
-        ItaeError: there is no record in `folder`, or one of another schema; a notebook or parameter that is no more.
+        ItaeError: `folder` has no record, or one of another schema; a notebook or parameter does not exist any more.
     """
     folder = Path(folder).resolve()
     record = read_record(folder)
-    report = _write_report(
-        plan_again(record, notebooks_folder()), Path(output or f"{folder}-repeated").resolve(), True, say)
+    plan = plan_again(record, notebooks_folder(), parameters or {})
+    report = _write_report(plan, Path(output or f"{folder}-repeated").resolve(), True, say)
     for line in differences(record, make_record(report)):
         say(line)
     return report
 
 
-def notebooks_folder() -> Path:
-    """The notebooks: inside the package where it was installed from a wheel, beside it in a checkout."""
-    installed = PACKAGE / "_notebooks"
-    return installed if installed.is_dir() else PACKAGE.parent / "notebooks"
-
-
-def _folder_of(plan: Plan, output: str | Path | None) -> Path:
+def output_folder(plan: Plan, output: str | Path | None) -> Path:
+    """Return the folder that a report is written to."""
     return Path(output or Path("reports") / plan.name).resolve()
 
 
 def _write_report(plan: Plan, output: Path, force: bool, say: Callable[[str], None]) -> Report:
-    check_text("output", str(output))
-    if any(step.told.get("results_dir") == str(output) for step in plan.steps):
-        raise ItaeError(f"the report in {output} would be replaced by the one that collects it: name another --output")
-    make_folder(output)
+    check_encoding("output", str(output))
+    if any(step.given.get("results_dir") == str(output) for step in plan.steps):
+        raise ItaeError(f"output={str(output)!r} is the report whose results are collected: name another --output")
     steps = [_placed(step, output) for step in plan.steps]
-    kept = {} if force else find_kept(steps)
-    _remove_old(output, [step for step in steps if step.folder not in kept])
-
-    runs = []
-    with kernel_of_this_python() if len(kept) < len(steps) else nullcontext():
+    with ExitStack() as stack:
+        clusters = {key: stack.enter_context(cluster_address(*key)) for key in dict.fromkeys(map(_cluster, steps))
+                    if key is not None}
+        make_folder(output)
+        stack.enter_context(_only_writer(output))
+        unchanged = {} if force else find_unchanged(steps)
+        _remove_old(output, [step for step in steps if step.folder not in unchanged])
+        runs = []
         for step in steps:
-            run = _keep(step, kept[step.folder]["seconds"], say) if step.folder in kept else _run(step, say)
-            notebook_page(run, [other.notebook for other in steps if other.cell == step.cell], output)
+            run = (_reuse(step, unchanged[step.folder]["seconds"], say) if step.folder in unchanged
+                   else _run(step, clusters.get(_cluster(step)), say))
+            notebook_page(run, [other.notebook for other in steps if other.pairing == step.pairing], output)
             runs.append(run)
-    report = Report(output, plan.profile, plan.description, tuple(runs), plan.grid)
-    write_json(output / "report.json", make_record(report))
-    index_page(report)
+        report = Report(output, plan.profile, plan.description, tuple(runs), plan.grid)
+        write_json(output / "report.json", make_record(report))
+        index_page(report)
     return report
 
 
+@contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Lock a folder: two reports that write to it at once would delete each other's runs.
+
+    Raises:
+        ItaeError: another process holds the lock, or the folder can't be written.
+    """
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ItaeError(f"output={str(output)!r}: another report is being written there: wait for it, or name another "
+                        "--output") from error
+    except PermissionError as error:
+        raise ItaeError(f"output={str(output)!r} can't be written ({error.strerror}): name another --output") from error
+
+
 def _placed(step: Step, output: Path) -> Step:
-    """The step, told which folder to write to, and to collect from where nothing else was told."""
+    """Return the step with the folder it writes to, and the one it collects from unless that is given."""
     source = {"results_dir": str(output)} if step.notebook.collects else {}
-    return replace(step, told=source | step.told | {"output_dir": str(output / step.folder)})
+    return replace(step, given=source | step.given | {"output_dir": str(output / step.folder)})
+
+
+def _cluster(step: Step) -> tuple[str, str | None] | None:
+    """Return the Dask cluster that a step names, with the store its workers need; None for no cluster."""
+    where = step.setting("dask")
+    return None if where in (None, "auto") else (where, step.setting("store"))
 
 
 def _remove_old(output: Path, steps: Sequence[Step]) -> None:
-    """Nothing of an earlier report may be taken for a part of this one, but for the runs that are kept."""
-    marks = [f"{step.folder}/{MARK}" for step in steps]
+    """Delete the earlier report's files, except for runs that are reused.
+
+    Raises:
+        ItaeError: one of them can't be deleted.
+    """
     try:
-        for name in ("index.html", "report.json", *marks):
+        for name in ("index.html", "report.json", *(f"{step.folder}/{MARK}" for step in steps)):
             (output / name).unlink(missing_ok=True)
+        for folder in (output / step.folder for step in steps):
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
     except OSError as error:
-        raise ItaeError(f"{output / name} can't be removed ({error.strerror}): name another --output") from error
-    for step in steps:
-        shutil.rmtree(output / step.folder, ignore_errors=True)
+        raise ItaeError(f"{error.filename} can't be removed ({error.strerror}): name another --output") from error
 
 
-def _keep(step: Step, seconds: float, say: Callable[[str], None]) -> Run:
-    say(f"{step.folder} unchanged, kept (took {seconds:.1f} s)")
-    results = read_results(Path(step.told["output_dir"]) / "results.json")
-    return Run(step.notebook, step.parameters, seconds, None, results, step.cell, kept=True)
+def _reuse(step: Step, seconds: float, say: Callable[[str], None]) -> Run:
+    say(f"{step.folder} unchanged, reused (took {seconds:.1f} s)")
+    results = read_results(Path(step.given["output_dir"]) / "results.json")
+    return Run(step.notebook, step.parameters, seconds, None, results, step.pairing, reused=True)
 
 
-def _run(step: Step, say: Callable[[str], None]) -> Run:
-    """Execute one notebook; all that it writes goes to its folder."""
+def _run(step: Step, cluster: str | None, say: Callable[[str], None]) -> Run:
+    """Execute one notebook; everything that it writes goes to its folder."""
     say(f"{step.folder} …")
-    notebook, folder = step.notebook, make_folder(step.told["output_dir"])
-    (before,) = look([step])
+    notebook, folder = step.notebook, make_folder(step.given["output_dir"])
+    before = current_state(step)
+    given = step.given if cluster is None else step.given | {"options": step.given["options"] | {"dask": cluster}}
     start, results = time.perf_counter(), None
-    error = execute(notebook.path, folder / notebook.path.name, step.told)
+    error = execute(notebook.path, folder / notebook.path.name, given)
     seconds = time.perf_counter() - start
     if (folder / "results.json").exists() or error is None:
         try:
@@ -170,4 +202,4 @@ def _run(step: Step, say: Callable[[str], None]) -> Run:
     say(f"{step.folder} {'failed after' if error else 'took'} {seconds:.1f} s")
     if error is None:
         leave_mark(step, before, seconds)
-    return Run(notebook, step.parameters, seconds, error, results, step.cell)
+    return Run(notebook, step.parameters, seconds, error, results, step.pairing)

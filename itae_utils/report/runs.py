@@ -1,4 +1,4 @@
-"""A report's own record, `report.json`: what was run with what, enough to run it again and to compare."""
+"""The runs of a report, and its own record, `report.json`: enough to run it again and to compare."""
 
 from __future__ import annotations
 
@@ -7,10 +7,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jsonschema import Draft202012Validator
+
 from itae_utils.errors import ItaeError
 from itae_utils.report.parameters import Notebook, Profile, find_notebooks, resolve
 from itae_utils.report.plan import Plan, Step, check_steps, safe_name
+from itae_utils.report.rules import recorded
 from itae_utils.results import is_collection
+
+RECORD_SCHEMA = 3
+RECORD = Draft202012Validator({  # what `plan_again` reads
+    "type": "object",
+    "required": ["profile", "description", "grid", "notebooks"],
+    "properties": {
+        "profile": {"type": "string"},
+        "description": {"type": "string"},
+        "grid": {"type": "object", "additionalProperties": {"type": "array"}},
+        "notebooks": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["notebook", "pairing", "parameters"],
+                "properties": {
+                    "notebook": {"type": "string"},
+                    "pairing": {"type": "string"},
+                    "parameters": {"type": "object"},
+                },
+            },
+        },
+    },
+})
 
 
 @dataclass(frozen=True)
@@ -18,13 +45,14 @@ class Run:
     """One notebook's run.
 
     Attributes:
-        notebook: what was run.
-        parameters: what it ran with, defaults included.
-        seconds: how long it took.
-        error: what stopped it, in one line; None where it ran through.
-        results: what it measured; None where it didn't get there.
-        cell: the part of the grid it belongs to; empty without a grid and for what runs once over all of it.
-        kept: whether it is an earlier run, of which nothing has changed since.
+        notebook: the notebook.
+        parameters: the parameters it ran with, defaults included.
+        seconds: its duration.
+        error: the error that stopped it, in one line; None if it succeeded.
+        results: its results; None if it stopped before it wrote them.
+        pairing: the backbone and data set of the grid that it belongs to; empty without a grid, and for a notebook that
+            runs once over all pairings.
+        reused: whether it is an earlier run, reused because nothing has changed since.
     """
 
     notebook: Notebook
@@ -32,28 +60,36 @@ class Run:
     seconds: float
     error: str | None
     results: dict | None
-    cell: str = ""
-    kept: bool = False
+    pairing: str = ""
+    reused: bool = False
 
     @property
     def folder(self) -> str:
-        """Where its page, results and figures are, seen from the report's folder."""
-        return f"{self.cell}/{self.notebook.name}".removeprefix("/")
+        """The folder of its page, results and figures, relative to the report's."""
+        return f"{self.pairing}/{self.notebook.name}".removeprefix("/")
 
     @property
     def page(self) -> str:
-        """Its page, seen from the report's folder."""
+        """Its page, relative to the report's folder."""
         return f"{self.folder}/{self.notebook.name}.html"
 
     @property
     def label(self) -> str:
-        """What it is called in tables: "03", and in a grid "demo-digits 03"."""
-        return f"{self.cell} {self.notebook.key}".strip()
+        """Its name in tables: "03", and in a grid "demo-digits 03"."""
+        return f"{self.pairing} {self.notebook.key}".strip()
 
 
 @dataclass(frozen=True)
 class Report:
-    """A written report: its folder, and the runs in it in reading order; `grid` is empty where there is none."""
+    """A written report.
+
+    Attributes:
+        folder: that it is in.
+        profile: name of its profile.
+        description: of the profile.
+        runs: in reading order.
+        grid: of the profile; empty without one.
+    """
 
     folder: Path
     profile: str
@@ -68,21 +104,18 @@ class Report:
 
     @property
     def failed(self) -> tuple[Run, ...]:
-        """Runs that did not go through."""
+        """The runs that failed."""
         return tuple(run for run in self.runs if run.error)
 
     @property
     def failures(self) -> dict[str, list[Run]]:
-        """The runs that did not go through, by what stopped them."""
+        """The runs that failed, by error."""
         return {error: [run for run in self.failed if run.error == error]
                 for error in dict.fromkeys(run.error for run in self.failed)}
 
 
-RECORD_SCHEMA = 2
-
-
 def make_record(report: Report) -> dict[str, object]:
-    """The record of a report; what only its own folder decides is left out of the parameters."""
+    """Return the record of a report, without the parameters that only depend on its folder."""
     return {
         "schema": RECORD_SCHEMA,
         "profile": report.profile,
@@ -92,90 +125,86 @@ def make_record(report: Report) -> dict[str, object]:
         "notebooks": [
             {
                 "notebook": run.notebook.name,
-                "cell": run.cell,
+                "pairing": run.pairing,
                 "page": run.page,
                 "results": f"{run.folder}/results.json" if run.results else None,
                 "seconds": round(run.seconds, 1),
-                "kept": run.kept,
+                "reused": run.reused,
                 "error": run.error,
-                "parameters": {name: value for name, value in run.parameters.items()
+                "parameters": {name: value for name, value in recorded(run.parameters).items()
                                if name != "output_dir" and (name, value) != ("results_dir", str(report.folder))},
-                **_used(run),
+                **_inputs(run),
             }
             for run in report.runs
         ],
     }
 
 
-def _used(run: Run) -> dict[str, object]:
-    """Which weights and images a run used; None where that isn't known."""
+def _inputs(run: Run) -> dict[str, object]:
+    """Return the hashes of the weights and images that a run used; None if they are unknown."""
     about = {} if run.results is None or is_collection(run.results) else run.results["provenance"]
     return {"weights": about.get("backbone", {}).get("weights_sha256"),
             "images": about.get("dataset", {}).get("fingerprint")}
 
 
 def read_record(folder: Path) -> dict[str, object]:
-    """The record of the report in `folder`.
+    """Read the record of the report in `folder`.
 
     Raises:
-        ItaeError: there is none, or it is of another schema or damaged.
+        ItaeError: it does not exist, has another schema or is damaged.
     """
     path = folder / "report.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ItaeError(f"{path} can't be read ({error.strerror}): only a whole report can be repeated") from error
+        raise ItaeError(f"{path} can't be read ({error.strerror}): only a complete report can be repeated") from error
     except ValueError as error:
-        raise ItaeError(f"{path} is no JSON: run the report anew") from error
+        raise ItaeError(f"{path} is not JSON: run the report again") from error
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != RECORD_SCHEMA:
-        raise ItaeError(f"{path} is of schema {schema!r}, but {RECORD_SCHEMA} is needed: run the report anew")
-    if not _is_whole(record):
-        raise ItaeError(f"{path} is damaged: run the report anew")
+        raise ItaeError(f"{path} has schema {schema!r}, but {RECORD_SCHEMA} is needed: run the report again")
+    # A pairing must be the name of one folder, so that a record can't write elsewhere.
+    if not RECORD.is_valid(record) or any(entry["pairing"] != safe_name(entry["pairing"]).strip(".")
+                                          for entry in record["notebooks"]):
+        raise ItaeError(f"{path} is damaged: run the report again")
     return record
 
 
-def _is_whole(record: dict[str, object]) -> bool:
-    """Whether a record has what running it again takes; a cell's name is that of one folder."""
-    def typed(thing: object, types: Mapping[str, type]) -> bool:
-        return isinstance(thing, dict) and all(isinstance(thing.get(name), kind) for name, kind in types.items())
+def plan_again(record: Mapping[str, object], folder: Path, given: Mapping[str, object]) -> Plan:
+    """Plan the runs of a record with the notebooks that are in `folder` now.
 
-    return (
-        typed(record, {"profile": str, "description": str, "grid": dict, "notebooks": list})
-        and bool(record["notebooks"])
-        and all(isinstance(values, list) for values in record["grid"].values())
-        and all(typed(entry, {"notebook": str, "cell": str, "parameters": dict})
-                and entry["cell"] == safe_name(entry["cell"]).strip(".") for entry in record["notebooks"])
-    )
-
-
-def plan_again(record: Mapping[str, object], folder: Path) -> Plan:
-    """The plan that runs what a record says was run, with the notebooks in `folder` as they are now.
+    Args:
+        record: from `read_record`.
+        folder: of the notebooks.
+        given: parameters by name that replace the record's.
 
     Raises:
-        ItaeError: a notebook, parameter or name that is no more.
+        ItaeError: a notebook, parameter or name does not exist any more.
     """
     notebooks = {notebook.name: notebook for notebook in find_notebooks(folder)}
     nothing, steps = Profile(record["profile"], "", {}, {}), []
     for entry in record["notebooks"]:
         if entry["notebook"] not in notebooks:
-            raise ItaeError(f"the record's notebook {entry['notebook']!r} is no more: there are {', '.join(notebooks)}")
+            raise ItaeError(f"the record's notebook {entry['notebook']!r} does not exist: choose from "
+                            f"{', '.join(notebooks)}")
         notebook = notebooks[entry["notebook"]]
-        told = resolve([notebook], [notebook], nothing, entry["parameters"])[notebook.key]
-        steps.append(Step(notebook, told, entry["cell"]))
+        values = entry["parameters"] | notebook.place(given)
+        if "options" in values:
+            values["options"] = {**entry["parameters"].get("options", {}), **values["options"]}
+        steps.append(Step(notebook, resolve([notebook], [notebook], nothing, values)[notebook.key], entry["pairing"]))
     check_steps(steps)
     return Plan("", record["profile"], record["description"], record["grid"], tuple(steps))
 
 
 def differences(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
-    """A line for each backbone and data set whose bytes are not those of the earlier record; one line where all are."""
+    """Return a line for each backbone and data set whose bytes differ between two records, or one line if none do."""
     lines, known = {}, 0
     for old, new in zip(before["notebooks"], after["notebooks"], strict=True):
         for kind, parameter in (("weights", "backbone"), ("images", "dataset")):
-            told = old.get(kind), new[kind]
-            known += None not in told
-            if None not in told and told[0] != told[1]:
+            hashes = old.get(kind), new[kind]
+            known += None not in hashes
+            if None not in hashes and hashes[0] != hashes[1]:
                 name = new["parameters"][parameter]
-                lines[f"{name}: its {kind} differ from the record's ({told[0][:12]} then, {told[1][:12]} now)"] = None
+                lines[f"{name}: its {kind} have changed ({hashes[0][:12]} in the record, {hashes[1][:12]} now)"] = None
     same = "weights and images are those of the record" if known else "the record names no weights or images to compare"
     return list(lines) or [same]

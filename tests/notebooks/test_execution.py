@@ -92,7 +92,7 @@ def test_discovery_says_what_was_found(run):
     text, found = words(shown["01_artifact_discovery"]), results(output, "01_artifact_discovery")
     planted = case in ("planted", "no labels")
     assert ("No artifacts were found" in text) == (case == "nothing found")
-    assert ("Artifacts could not be looked for" in text) == (case == "no labels, nothing found")
+    assert ("Too few patches to look for artifacts" in text) == (case == "no labels, nothing found")
     assert ("attention_shares" in found["figures"]) == planted
     assert (found["thresholds"]["‖key‖, last block"] is not None) == planted
     assert ({"precision", "recall"} <= {row["metric"] for row in found["rows"]}) == planted

@@ -2,16 +2,16 @@ import json
 import os
 import shutil
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from itae_utils.models import registry
-from itae_utils.report import freshness, pages, report, runs
+from itae_utils.report import freshness, report, runs
 from itae_utils.report.freshness import MARK
 from itae_utils.report.pages import notebook_page
 from itae_utils.report.plan import Step
@@ -19,7 +19,7 @@ from tests.pretended import Pretended
 from tests.tiny_notebooks import PARAMETERS, write_grid, write_notebook
 
 BOTH = ["out/01_first", "out/03_scores"]
-GRID = [f"{cell}-digits/{name}" for cell in ("demo", "demo-clean") for name in ("01_first", "03_scores")]
+GRID = [f"{pairing}-digits/{name}" for pairing in ("demo", "demo-clean") for name in ("01_first", "03_scores")]
 
 
 @pytest.fixture
@@ -28,9 +28,8 @@ def pretended(tmp_path, monkeypatch):
     folder, execute = write_grid(tmp_path / "nb"), Pretended()
     monkeypatch.setattr(report, "notebooks_folder", lambda: folder)
     monkeypatch.setattr(report, "execute", execute)
-    monkeypatch.setattr(report, "kernel_of_this_python", nullcontext)
-    monkeypatch.setattr(pages, "notebook_page", lambda *_: None)
-    monkeypatch.setattr(pages, "index_page", lambda written: written.index.touch())
+    monkeypatch.setattr(report, "notebook_page", lambda *_: None)
+    monkeypatch.setattr(report, "index_page", lambda written: written.index.touch())
     monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ITAE_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
@@ -61,7 +60,7 @@ def test_what_is_unchanged_is_not_run_again(pretended):
     assert pretended.take() == BOTH
     again = run()
     assert pretended.take() == []
-    assert [run.kept for run in again.runs] == [True, True]
+    assert [run.reused for run in again.runs] == [True, True]
     run(force=True)
     assert pretended.take() == BOTH
     run()
@@ -71,7 +70,7 @@ def test_what_is_unchanged_is_not_run_again(pretended):
 def test_a_mark_says_what_ran(pretended):
     made = run(parameters={"seed": 4})
     mark = json.loads((made.folder / "01_first" / MARK).read_text(encoding="utf-8"))
-    assert mark["schema"] == 1
+    assert mark["schema"] == freshness.MARK_SCHEMA
     assert len(mark["signature"]) == 64
     assert mark["parameters"] == {"backbone": "demo", "dataset": "digits", "limit": None, "seed": 4}
     assert mark["seconds"] == made.runs[0].seconds
@@ -127,25 +126,38 @@ def test_another_parameter_runs_all_that_take_it(pretended, tmp_path):
     assert pretended.take() == BOTH, "only the last run is kept"
 
 
-@pytest.mark.parametrize(("name", "changed"), [
-    ("_code", lambda: "other"), ("_version", lambda name: "9"),
-    ("PACKAGES", ("itae-utils", "numpy")), ("_code", lambda: 1 / 0)])
-def test_other_code_versions_or_devices_run_all(pretended, monkeypatch, name, changed):
+def change_code(monkeypatch, folder):
+    """The same package with one more module."""
+    shutil.copytree(freshness.PACKAGE, folder / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "package" / "new.py").touch()
+    monkeypatch.setattr(freshness, "PACKAGE", folder / "package")
+
+
+@pytest.mark.parametrize("change", [
+    change_code,
+    lambda monkeypatch, _: monkeypatch.setattr(freshness, "version_of", lambda name: "9"),
+    lambda monkeypatch, _: monkeypatch.setattr(freshness.platform, "python_version", lambda: "3.99"),
+    lambda monkeypatch, _: monkeypatch.setenv("HF_ENDPOINT", "http://localhost:1"),
+    lambda monkeypatch, _: (monkeypatch.setattr(torch.cuda, "is_available", lambda: True),
+                            monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")),
+])
+def test_other_code_versions_server_or_device_run_all(pretended, monkeypatch, tmp_path, change):
     run()
     pretended.take()
-    monkeypatch.setattr(freshness, name, changed)
+    change(monkeypatch, tmp_path)
     run()
     assert pretended.take() == BOTH
 
 
-def test_another_python_or_server_runs_all(pretended, monkeypatch):
+def test_store_workers_and_processes_decide_nothing(pretended, tmp_path):
+    for notebook in ("01_first", "03_scores"):
+        write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "options = {}\n")
     run()
-    monkeypatch.setattr(freshness.platform, "python_version", lambda: "3.99")
     pretended.take()
-    run()
-    assert pretended.take() == BOTH
-    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:1")
-    run()
+    made = run(parameters={"store": "elsewhere", "num_workers": 2})
+    assert pretended.take() == []
+    assert "elsewhere" not in (made.folder / "report.json").read_text(encoding="utf-8")
+    run(parameters={"image_size": 56})
     assert pretended.take() == BOTH
 
 
@@ -165,7 +177,7 @@ def test_code_is_modules_and_embedded_files_of_the_whole_package(tmp_path, monke
     (package / "templates" / "style.css").write_text("other", encoding="utf-8")
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "new.pyc").touch()
-    assert freshness._code() == found[-1], "pages are always rendered anew"
+    assert freshness._code() == found[-1], "pages are always rendered again"
 
 
 def edit_image(folder: Path) -> None:
@@ -317,7 +329,7 @@ def test_a_collection_of_another_report_is_kept_while_notebooks_run(pretended, t
     lambda folder: (folder / MARK).write_text("{"),
     lambda folder: (folder / MARK).write_text("[]"),
     lambda folder: (folder / MARK).write_text("{}"),
-    lambda folder: (folder / MARK).write_text((folder / MARK).read_text().replace('"schema": 1', '"schema": 0')),
+    lambda folder: (folder / MARK).write_text((folder / MARK).read_text().replace('"schema": 2', '"schema": 0')),
     lambda folder: (folder / MARK).write_text((folder / MARK).read_text().replace('"seconds": ', '"seconds": -')),
     lambda folder: (folder / MARK).write_text(json.dumps(json.loads((folder / MARK).read_text()) | {"files": {}})),
     lambda folder: (folder / "results.json").unlink(),
@@ -334,7 +346,7 @@ def test_what_is_not_whole_runs_again(pretended, tmp_path, damage):
     damage(tmp_path / "out" / "01_first")
     made = run()
     assert pretended.take() == ["out/01_first"]
-    assert [run.kept for run in made.runs] == [False, True]
+    assert [run.reused for run in made.runs] == [False, True]
 
 
 def test_a_mark_without_signature_marks_nothing(pretended, tmp_path, monkeypatch):
@@ -354,8 +366,8 @@ def test_a_figure_that_is_named_but_was_never_drawn(pretended, tmp_path):
     assert not list((tmp_path / "out").rglob(MARK))
 
 
-def test_pages_are_rendered_anew(pretended, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "notebook_page", notebook_page)
+def test_pages_are_always_rendered_again(pretended, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "notebook_page", notebook_page)
     run(only=["01"])
     page = tmp_path / "out" / "01_first" / "01_first.html"
     assert "03_scores" not in page.read_text(encoding="utf-8")
@@ -400,14 +412,14 @@ def test_after_being_stopped_midway_only_the_rest_runs(pretended, tmp_path, stop
     pretended.during = during
     with pytest.raises(stop):
         run()
-    left = {path.name for path in (tmp_path / "out").iterdir()}
+    left = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     assert left == {"01_first", "03_scores"}, "a report that isn't whole has neither index nor record"
     assert [path.parent.name for path in (tmp_path / "out").rglob(MARK)] == ["01_first"]
     assert pretended.take() == BOTH
     pretended.during = lambda parameters: None
     made = run()
     assert pretended.take() == ["out/03_scores"]
-    assert [run.kept for run in made.runs] == [True, False]
+    assert [run.reused for run in made.runs] == [True, False]
     assert {"index.html", "report.json"} <= {path.name for path in made.folder.iterdir()}
 
 
@@ -431,9 +443,9 @@ def test_every_data_set_and_all_weights_are_looked_at_once(pretended, monkeypatc
     monkeypatch.setattr(freshness, "_images", lambda name: asked.append(name) or "images")
     monkeypatch.setattr(freshness, "_weights", lambda *names: asked.append(names) or "weights")
     monkeypatch.setattr(freshness, "_code", lambda: asked.append("code") or "code")
-    steps = [Step(step.notebook, step.told | {"output_dir": "x", "results_dir": "."})
+    steps = [Step(step.notebook, step.given | {"output_dir": "x", "results_dir": "."})
              for step in report.plan_report(profile="grid").steps]
-    assert len(freshness.look(steps)) == 5
+    assert len(list(freshness._states(steps))) == 5
     assert sorted(map(str, asked)) == ["('demo', None)", "('demo-clean', None)", "code", "digits"]
 
 

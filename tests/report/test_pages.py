@@ -178,12 +178,12 @@ def test_index_tells_a_failure_of_several_notebooks_once(tmp_path):
     assert all(f">{notebook.name}</a>" in aside for notebook in NOTEBOOKS)
 
 
-@pytest.mark.parametrize(("seeds", "metric", "told"), [
-    (2, "acc", "Mean ± standard deviation"), (1, "acc", "The line under a number"), (1, "agreement", "no labels")])
-def test_index_explains_the_scores_that_it_shows(tmp_path, seeds, metric, told):
+@pytest.mark.parametrize(("seeds", "metric", "text"), [
+    (2, "acc", "Mean ± standard deviation"), (1, "acc", "The bar under a number"), (1, "agreement", "no labels")])
+def test_index_explains_the_scores_that_it_shows(tmp_path, seeds, metric, text):
     rows = [{**ROWS[0], "metric": metric, "seed": seed, "value": 0.5 + seed / 10} for seed in range(seeds)]
     page = index_of(tmp_path, run_of(NOTEBOOKS[-1], results={**RESULTS, "rows": rows}))
-    assert told in page
+    assert text in page
     assert ("standard deviation" in page) == (seeds > 1)
 
 

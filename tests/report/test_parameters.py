@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from itae_utils.errors import ItaeError
 from itae_utils.report.parameters import Profile, find_notebooks, fits, parse_value, read_profile, resolve, select
-from tests.tiny_notebooks import write_notebook, write_notebooks
+from tests.tiny_notebooks import PARAMETERS, write_notebook, write_notebooks
 
 
 def defaults_of(folder: Path, cell: str) -> dict:
@@ -72,8 +73,12 @@ def test_select(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "value"), [
-    ("3", 3), ("-3", -3), ("1e-3", 0.001), ("1E5", 1e5), ("2.5", 2.5), ("true", True), ("null", None), ("~", None),
+    ("3", 3), ("-3", -3), ("1e-3", 0.001), ("1E5", 100000), ("1e3", 1000), ("2.5e-1", 0.25), ("2.5", 2.5),
+    (".5", 0.5), ("-.inf", -math.inf), ("true", True), ("null", None), ("~", None),
     ("auto", "auto"), ("'3'", "3"), ("[1, 2]", [1, 2]), ("imagefolder:/a b", "imagefolder:/a b"), ("1e", "1e"),
+    # what YAML 1.1 reads otherwise: 64, 90, False, a date
+    ("0100", "0100"), ("010", "010"), ("1:30", "1:30"), ("no", "no"), ("on", "on"),
+    ("2024-01-02", "2024-01-02"), ("0o7", "0o7"),
 ])
 def test_values_are_yaml(text, value):
     got = parse_value(text)
@@ -81,17 +86,17 @@ def test_values_are_yaml(text, value):
     assert type(got) is type(value)
 
 
-@pytest.mark.parametrize("text", ["[1", "a: b: c", "2024-13-45", "9" * 5000, "[" * 5000, "!!python/name:os.system x"])
+@pytest.mark.parametrize("text", ["[1", "a: b: c", "9" * 5000, "[" * 5000, "!!python/name:os.system x"])
 def test_value_that_is_no_yaml(text):
     with pytest.raises(ItaeError, match="can't be read as a value") as refused:
         parse_value(text)
     assert repr(text) in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["[" * 5000, "2024-13-45: 1"])
+@pytest.mark.parametrize("text", ["[" * 5000, "a: \x00"])
 def test_profile_that_is_no_yaml(tmp_path, text):
     (tmp_path / "odd.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ItaeError, match="must be YAML"):
+    with pytest.raises(ItaeError, match="profile"):
         read_profile("odd", tmp_path)
 
 
@@ -123,7 +128,7 @@ def test_profiles_by_name_and_by_file(tmp_path):
 
 
 @pytest.mark.parametrize(("profile", "message"), [
-    ("demmo", "unknown profile 'demmo': choose from demo"), ("none.yaml", "can't be read")])
+    ("demmo", "'demmo'.*demo"), ("none.yaml", r"none\.yaml")])
 def test_missing_profiles_are_refused(tmp_path, profile, message):
     with pytest.raises(ItaeError, match=message):
         read_profile(profile, write_notebooks(tmp_path / "nb") / "profiles")
@@ -136,13 +141,13 @@ def test_a_profile_may_have_a_grid(tmp_path):
 
 @pytest.mark.parametrize("grid", ["{dataset: digits}", "{dataset: []}", "{seed: [1, 2]}"])
 def test_grids_of_another_shape_are_refused(tmp_path, grid):
-    with pytest.raises(ItaeError, match="grid must hold lists of backbone or dataset names"):
+    with pytest.raises(ItaeError, match="grid"):
         profile_of(tmp_path, f"grid: {grid}")
 
 
 @pytest.mark.parametrize("text", ["- a", "common: 3", "a: [", "just words", "common: [x]"])
 def test_profiles_of_another_shape_are_refused(tmp_path, text):
-    with pytest.raises(ItaeError, match="must be YAML"):
+    with pytest.raises(ItaeError, match="profile"):
         profile_of(tmp_path, text)
 
 
@@ -154,21 +159,21 @@ def notebooks(tmp_path):
 NONE = Profile("none", "", {}, {})
 
 
-def test_later_words_win_and_each_notebook_gets_its_own(notebooks):
-    profile = Profile("p", "", {"seed": 1, "limit": 10, "backbone": "x"}, {"01": {"seed": 2, "alpha": 1}})
-    told = resolve(notebooks, [notebooks[0], notebooks[2]], profile, {"backbone": "y", "k": 5})
-    assert told == {
-        "01": {"seed": 2, "limit": 10, "backbone": "y", "alpha": 1},
+def test_later_values_win_and_each_notebook_gets_its_own(notebooks):
+    profile = Profile("p", "", {"seed": 1, "limit": 10, "backbone": "x"}, {"01": {"seed": 2, "alpha": 0.5}})
+    given = resolve(notebooks, [notebooks[0], notebooks[2]], profile, {"backbone": "y", "k": 5})
+    assert given == {
+        "01": {"seed": 2, "limit": 10, "backbone": "y", "alpha": 0.5},
         "03": {"seed": 1, "limit": 10, "backbone": "y", "k": 5},
     }
 
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"sed": 1}, "-p: no parameter 'sed' in notebook 01, 02, 03: did you mean seed"),
-    ({"seed": 1.5}, "-p: seed=1.5 is of type float, but 01_first takes a value of type int, as its default 0"),
-    ({"seed": True}, "of type bool"),
-    ({"alpha": "x"}, "alpha='x' is of type str"),
-    ({"limit": [1]}, "takes a single value, as its default None"),
+    ({"seed": 1.5}, "-p: seed=1.5"),
+    ({"seed": True}, "seed=True"),
+    ({"alpha": "x"}, "alpha='x'"), ({"k": [1]}, "k=[1]"),
+    ({"limit": [1]}, "limit=[1]"),
     ({"output_dir": "x"}, "use --output"),
 ])
 def test_unknown_and_mistyped_parameters_are_refused(notebooks, given, message):
@@ -178,13 +183,13 @@ def test_unknown_and_mistyped_parameters_are_refused(notebooks, given, message):
 
 
 def test_a_given_name_must_be_in_a_selected_notebook(notebooks):
-    resolve(notebooks, notebooks, NONE, {"alpha": 1.0})
+    resolve(notebooks, notebooks, NONE, {"alpha": 0.3})
     with pytest.raises(ItaeError, match="no parameter 'alpha' in notebook 03"):
-        resolve(notebooks, notebooks[2:], NONE, {"alpha": 1.0})
+        resolve(notebooks, notebooks[2:], NONE, {"alpha": 0.3})
 
 
 @pytest.mark.parametrize("profile", [
-    Profile("p", "", {"alhpa": 1}, {}), Profile("p", "", {}, {"03": {"alpha": 1.0}}), Profile("p", "", {}, {"07": {}}),
+    Profile("p", "", {"alhpa": 1}, {}), Profile("p", "", {}, {"03": {"alpha": 0.3}}), Profile("p", "", {}, {"07": {}}),
     Profile("p", "", {}, {"01": {"alpha": "x"}}),
 ])
 def test_a_profile_is_checked_against_all_notebooks(notebooks, profile):
@@ -193,14 +198,14 @@ def test_a_profile_is_checked_against_all_notebooks(notebooks, profile):
 
 
 def test_a_profile_may_speak_of_notebooks_that_are_not_selected(notebooks):
-    profile = Profile("p", "", {"k": 3}, {"01": {"alpha": 1.0}})
+    profile = Profile("p", "", {"k": 3}, {"01": {"alpha": 0.3}})
     assert resolve(notebooks, notebooks[1:2], profile, {}) == {"02": {}}
 
 
 def test_paths_are_taken_from_the_working_directory(notebooks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = resolve(notebooks, notebooks[:1], NONE, {"data_dir": "data/../d", "dataset": "imagefolder:../x"})
-    assert told["01"] == {"data_dir": str(tmp_path / "d"), "dataset": f"imagefolder:{tmp_path.parent / 'x'}"}
+    given = resolve(notebooks, notebooks[:1], NONE, {"data_dir": "data/../d", "dataset": "imagefolder:../x"})
+    assert given["01"] == {"data_dir": str(tmp_path / "d"), "dataset": f"imagefolder:{tmp_path.parent / 'x'}"}
     assert resolve(notebooks, notebooks[:1], NONE, {"dataset": "digits"})["01"] == {"dataset": "digits"}
     assert resolve(notebooks, notebooks[:1], NONE, {"data_dir": "~nobody-of-this-name/x"})["01"] == {
         "data_dir": str(tmp_path / "~nobody-of-this-name/x")}
@@ -214,7 +219,50 @@ def test_a_checkpoint_is_taken_from_the_working_directory(tmp_path, monkeypatch)
     assert resolve(notebooks, notebooks, NONE, {"checkpoint": None})["01"] == {"checkpoint": None}
 
 
-def test_what_is_no_path_is_refused(notebooks):
+def test_text_that_is_not_a_path_is_refused(notebooks):
     for given in ({"data_dir": "a\0b"}, {"dataset": "imagefolder:a\0b"}):
-        with pytest.raises(ItaeError, match="is no path"):
+        with pytest.raises(ItaeError, match=r"a.*b"):
             resolve(notebooks, notebooks[:1], NONE, given)
+
+
+@pytest.fixture
+def with_options(tmp_path):
+    write_notebook(tmp_path, "01_first", parameters=PARAMETERS + "options = {'alpha': 0.1, 'n_init': 1}\n")
+    write_notebook(tmp_path, "02_second", parameters=PARAMETERS + "alpha = 0.5\n")
+    return find_notebooks(tmp_path)
+
+
+def test_names_of_options_go_to_the_options(with_options):
+    given = resolve(with_options, with_options, NONE, {"alpha": 0.3, "image_size": 56, "seed": 2})
+    assert given == {"01": {"seed": 2, "options": {"alpha": 0.3, "n_init": 1, "image_size": 56}},
+                     "02": {"seed": 2, "alpha": 0.3}}
+
+
+def test_options_of_all_layers_are_merged_and_later_ones_win(with_options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    profile = Profile("p", "", {"options": {"image_size": 28, "device": "cpu"}}, {"01": {"n_init": 4}})
+    given = resolve(with_options, with_options[:1], profile, {"options": {"image_size": 56}, "checkpoint": "w.pth"})
+    assert given["01"]["options"] == {"alpha": 0.1, "n_init": 4, "image_size": 56, "device": "cpu",
+                                      "checkpoint": str(tmp_path / "w.pth")}
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"options": {"image_sise": 3}}, "'image_sise'.* image_size"),
+    ({"options": {"image_size": 2.5}}, "image_size=2.5"),
+    ({"image_size": "big"}, "image_size='big'"),
+    ({"options": {"seed": 1}}, "'seed'"),
+    ({"options": 3}, "options=3"),
+    ({"clusters": 3}, "'clusters'"),
+])
+def test_bad_options_are_refused(with_options, given, message):
+    with pytest.raises(ItaeError, match=message) as refused:
+        resolve(with_options, with_options[:1], NONE, given)
+    assert str(refused.value).startswith("-p: ")
+
+
+@pytest.mark.parametrize(("store", "absolute"), [
+    ("none", "none"), ("auto", "auto"), ("s3://bucket/x", "s3://bucket/x"), ("features", None), (None, None)])
+def test_a_folder_as_store_is_taken_from_the_working_directory(with_options, tmp_path, monkeypatch, store, absolute):
+    monkeypatch.chdir(tmp_path)
+    found = resolve(with_options, with_options[:1], NONE, {"store": store})["01"]["options"]["store"]
+    assert found == (str(tmp_path / "features") if store == "features" else absolute)

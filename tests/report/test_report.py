@@ -9,7 +9,7 @@ import pytest
 from itae_utils import results
 from itae_utils.errors import ItaeError
 from itae_utils.files import PACKAGE
-from itae_utils.report import report, runs
+from itae_utils.report import parameters, report, runs
 from tests.report.test_pages import external_references
 from tests.tiny_notebooks import PARAMETERS, write_grid, write_notebook, write_notebooks
 
@@ -126,29 +126,61 @@ def test_a_new_report_takes_the_place_of_an_old_one(notebooks, tmp_path):
     assert (output / "mine.txt").read_text(encoding="utf-8") == "old"
 
 
-def test_a_kept_run_is_told_everywhere(notebooks, tmp_path):
+def test_a_reused_run_is_reported_everywhere(notebooks, tmp_path):
     lines = []
     made = report.run_report(only=["01", "03"], output=tmp_path / "out", say=str)
     assert "unchanged" not in made.index.read_text(encoding="utf-8")
     write_notebook(notebooks, "03_scores", "x = 1", parameters=PARAMETERS + "k = None\n")
     again = report.run_report(only=["01", "03"], output=tmp_path / "out", say=lines.append)
     first, before = again.runs[0], made.runs[0]
-    assert [run.kept for run in again.runs] == [True, False]
+    assert [run.reused for run in again.runs] == [True, False]
     assert (first.seconds, first.results, first.parameters) == (before.seconds, before.results, before.parameters)
-    assert lines[0] == f"01_first unchanged, kept (took {before.seconds:.1f} s)"
+    assert lines[0] == f"01_first unchanged, reused (took {before.seconds:.1f} s)"
     assert lines[1] == "03_scores …"
     record = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert [entry["kept"] for entry in record["notebooks"]] == [True, False]
+    assert [entry["reused"] for entry in record["notebooks"]] == [True, False]
     assert record["notebooks"][0]["seconds"] == round(before.seconds, 1)
     index = again.index.read_text(encoding="utf-8")
     assert index.count(" s, unchanged</span>") == 1
-    assert "for 2 notebooks, profile demo; 1 of them unchanged and kept from an earlier run" in index
+    assert "for 2 notebooks, profile demo; 1 of them reused from an earlier run" in index
 
 
-def test_what_can_t_be_removed_is_told(notebooks, tmp_path):
+def test_a_file_that_can_t_be_removed_is_named(notebooks, tmp_path):
     (tmp_path / "out" / "index.html").mkdir(parents=True)
-    with pytest.raises(ItaeError, match=r"index\.html can't be removed \(.+\): name another --output"):
+    with pytest.raises(ItaeError, match=r"index\.html"):
         report.run_report(only=["03"], output=tmp_path / "out")
+
+
+def test_an_old_run_that_can_t_be_removed_is_not_taken_for_a_new_one(notebooks, tmp_path, monkeypatch):
+    (tmp_path / "out" / "03_scores").mkdir(parents=True)
+
+    def rmtree(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(report.shutil, "rmtree", rmtree)
+    with pytest.raises(ItaeError, match="03_scores"):
+        report.run_report(only=["03"], output=tmp_path / "out", say=str)
+
+
+def test_two_reports_into_one_folder_are_refused(notebooks, tmp_path, monkeypatch):
+    """A second one would delete the runs of the first."""
+    refused = []
+
+    def execute(path, target, parameters):
+        (target.parent / "half").touch()
+        with pytest.raises(ItaeError) as error:
+            report.run_report(only=["03"], output=tmp_path / "out", say=str)
+        refused.append(str(error.value))
+        assert (target.parent / "half").exists()
+        target.write_bytes(path.read_bytes())
+        return "ValueError: enough"
+
+    monkeypatch.setattr(report, "execute", execute)
+    report.run_report(only=["03"], output=tmp_path / "out", say=str)
+    assert len(refused) == 1
+    assert str(tmp_path / "out") in refused[0]
+    monkeypatch.setattr(report, "execute", lambda path, target, _: target.write_bytes(path.read_bytes()) and "no")
+    assert report.run_report(only=["03"], output=tmp_path / "out", say=str).failed, "free again"
 
 
 def test_a_dead_kernel_is_a_failure(notebooks, tmp_path):
@@ -227,7 +259,7 @@ def test_the_index_of_a_grid(grid):
     assert links == [made.runs[-1].page, *(run.page for run in made.runs[:-1])], "what collects comes first"
     for link in re.findall(r'href="([^"#]+)"', page):
         assert (made.folder / link).exists(), link
-    assert page.count('<h3 class="cell">') == 2
+    assert page.count('<h3 class="pairing">') == 2
     assert "seed of" not in page, "the headline is that of the collection"
     assert ">collected<" in page
     assert "Clustering scores" not in page, "a table of several cells is the collection's"
@@ -259,16 +291,16 @@ def test_a_report_does_not_replace_what_it_collects(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "notebooks_folder", lambda: folder)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "index.html").write_text("old", encoding="utf-8")
-    with pytest.raises(ItaeError, match="would be replaced by the one that collects it"):
+    with pytest.raises(ItaeError, match=r"output=.*old"):
         report.run_report(only=["04"], parameters={"results_dir": str(tmp_path / "old")}, output=tmp_path / "old")
     assert (tmp_path / "old" / "index.html").read_text(encoding="utf-8") == "old"
 
 
 def test_notebooks_lie_beside_the_package_or_in_it(tmp_path, monkeypatch):
-    assert report.notebooks_folder() == PACKAGE.parent / "notebooks"
+    assert parameters.notebooks_folder() == PACKAGE.parent / "notebooks"
     (tmp_path / "_notebooks").mkdir()
-    monkeypatch.setattr(report, "PACKAGE", tmp_path)
-    assert report.notebooks_folder() == tmp_path / "_notebooks"
+    monkeypatch.setattr(parameters, "PACKAGE", tmp_path)
+    assert parameters.notebooks_folder() == tmp_path / "_notebooks"
 
 
 def test_shipped_profiles_are_legal():

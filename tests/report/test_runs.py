@@ -6,7 +6,7 @@ import pytest
 from itae_utils.errors import ItaeError
 from itae_utils.report.runs import Report, Run, differences, make_record, plan_again, read_record
 from tests.report.test_pages import NOTEBOOKS
-from tests.tiny_notebooks import PROVENANCE, RESULTS, write_grid
+from tests.tiny_notebooks import PARAMETERS, PROVENANCE, RESULTS, write_grid, write_notebook
 
 
 def results_with(fingerprint: str | None = "cd" * 32) -> dict:
@@ -19,9 +19,9 @@ def record_of(tmp_path, *runs: Run) -> dict:
     return make_record(Report(tmp_path, "demo", "Words.", runs))
 
 
-def run_of(results: dict | None, **parameters) -> Run:
-    told = {"backbone": "demo", "dataset": "digits", "output_dir": "/x"} | parameters
-    return Run(NOTEBOOKS[0], told, 1.0, None, results)
+def run_of(results: dict | None, **given) -> Run:
+    parameters = {"backbone": "demo", "dataset": "digits", "output_dir": "/x"} | given
+    return Run(NOTEBOOKS[0], parameters, 1.0, None, results)
 
 
 def test_a_record_names_weights_and_images_and_no_place(tmp_path):
@@ -40,7 +40,7 @@ def test_a_collection_has_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (None, "can't be read"), ("{", "no JSON"), ("[]", "schema None"), ('{"schema": 1}', "schema 1, but 2 is needed")])
+    (None, "can't be read"), ("{", "not JSON"), ("[]", "schema None"), ('{"schema": 2}', "schema 2, but 3")])
 def test_other_records_are_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "report.json").write_text(text, encoding="utf-8")
@@ -49,47 +49,55 @@ def test_other_records_are_refused(tmp_path, text, message):
     assert "\n" not in str(refused.value)
 
 
-def test_a_record_says_what_was_kept(tmp_path):
-    kept = Run(NOTEBOOKS[0], {}, 1.0, None, None, kept=True)
-    assert [entry["kept"] for entry in record_of(tmp_path, run_of(None), kept)["notebooks"]] == [False, True]
+def test_a_record_names_reused_runs(tmp_path):
+    reused = Run(NOTEBOOKS[0], {}, 1.0, None, None, reused=True)
+    assert [entry["reused"] for entry in record_of(tmp_path, run_of(None), reused)["notebooks"]] == [False, True]
 
 
 @pytest.fixture
 def recorded(tmp_path):
     folder = write_grid(tmp_path / "nb")
-    entry = {"notebook": "01_first", "cell": "demo-digits", "weights": "a", "images": "b",
+    entry = {"notebook": "01_first", "pairing": "demo-digits", "weights": "a", "images": "b",
              "parameters": {"backbone": "demo", "dataset": "digits", "limit": 5, "seed": 2}}
-    last = {"notebook": "04_collects", "cell": "", "weights": None, "images": None, "parameters": {}}
+    last = {"notebook": "04_collects", "pairing": "", "weights": None, "images": None, "parameters": {}}
     return folder, {
         "profile": "grid", "description": "Both.", "grid": {"backbone": ["demo"]}, "notebooks": [entry, last]}
 
 
 def test_the_same_is_planned_again(recorded):
     folder, record = recorded
-    plan = plan_again(json.loads(json.dumps(record)), folder)
+    plan = plan_again(json.loads(json.dumps(record)), folder, {})
     assert [step.folder for step in plan.steps] == ["demo-digits/01_first", "04_collects"]
-    assert plan.steps[0].told == record["notebooks"][0]["parameters"]
-    assert plan.steps[1].told == {}
+    assert plan.steps[0].given == record["notebooks"][0]["parameters"]
+    assert plan.steps[1].given == {}
     assert (plan.profile, plan.description, plan.grid) == ("grid", "Both.", {"backbone": ["demo"]})
 
 
+def test_a_record_can_be_planned_with_other_options(recorded):
+    folder, record = recorded
+    write_notebook(folder, "01_first", parameters=PARAMETERS + "options = {}\n")
+    record["notebooks"][0]["parameters"]["options"] = {"image_size": 56}
+    step = plan_again(record, folder, {"store": "none"}).steps[0]
+    assert step.given["options"] == {"image_size": 56, "store": "none"}
+
+
 @pytest.mark.parametrize(("path", "value", "message"), [
-    (("notebook",), "09_gone", "notebook '09_gone' is no more"),
+    (("notebook",), "09_gone", "'09_gone'"),
     (("parameters", "gone"), 1, "no parameter 'gone'"),
-    (("parameters", "dataset"), "gone", "unknown data set"),
+    (("parameters", "dataset"), "gone", "'gone'"),
 ])
-def test_what_is_no_more_is_refused(recorded, path, value, message):
+def test_names_that_no_longer_exist_are_refused(recorded, path, value, message):
     folder, record = recorded
     place = record["notebooks"][0]
     for name in path[:-1]:
         place = place[name]
     place[path[-1]] = value
     with pytest.raises(ItaeError, match=message):
-        plan_again(record, folder)
+        plan_again(record, folder, {})
 
 
 def test_a_whole_record_is_read(recorded, tmp_path):
-    record = json.loads(json.dumps({"schema": 2, **recorded[1]}))
+    record = json.loads(json.dumps({"schema": 3, **recorded[1]}))
     (tmp_path / "report.json").write_text(json.dumps(record), encoding="utf-8")
     assert read_record(tmp_path) == record
     assert read_record(tmp_path)["notebooks"][0].pop("weights")
@@ -98,11 +106,11 @@ def test_a_whole_record_is_read(recorded, tmp_path):
 @pytest.mark.parametrize(("path", "value"), [
     (("profile",), None), (("description",), 3), (("grid",), []), (("grid", "backbone"), "demo"), (("notebooks",), {}),
     (("notebooks",), []), (("notebooks", 0), "01_first"), (("notebooks", 0, "notebook"), None),
-    (("notebooks", 0, "parameters"), []), (("notebooks", 0, "cell"), 3), (("notebooks", 0, "cell"), ".."),
-    (("notebooks", 0, "cell"), "../elsewhere"), (("notebooks", 0, "cell"), "/etc"),
+    (("notebooks", 0, "parameters"), []), (("notebooks", 0, "pairing"), 3), (("notebooks", 0, "pairing"), ".."),
+    (("notebooks", 0, "pairing"), "../elsewhere"), (("notebooks", 0, "pairing"), "/etc"),
 ])
 def test_a_damaged_record_is_refused(recorded, tmp_path, path, value):
-    record = json.loads(json.dumps({"schema": 2, **recorded[1]}))
+    record = json.loads(json.dumps({"schema": 3, **recorded[1]}))
     place = record
     for name in path[:-1]:
         place = place[name]
@@ -112,15 +120,15 @@ def test_a_damaged_record_is_refused(recorded, tmp_path, path, value):
         read_record(tmp_path)
 
 
-def test_differences_are_told_once_each(tmp_path):
+def test_differences_are_listed_once_each(tmp_path):
     before = record_of(tmp_path, run_of(results_with()), run_of(results_with()))
     assert differences(before, before) == ["weights and images are those of the record"]
     changed = results_with("ef" * 32)
     changed["provenance"]["backbone"]["weights_sha256"] = "01" * 32
     after = record_of(tmp_path, run_of(changed), run_of(changed))
     assert differences(before, after) == [
-        "demo: its weights differ from the record's (abababababab then, 010101010101 now)",
-        "digits: its images differ from the record's (cdcdcdcdcdcd then, efefefefefef now)",
+        "demo: its weights have changed (abababababab in the record, 010101010101 now)",
+        "digits: its images have changed (cdcdcdcdcdcd in the record, efefefefefef now)",
     ]
     nothing = record_of(tmp_path, run_of(None), run_of(None))
     assert differences(before, nothing) == ["the record names no weights or images to compare"]

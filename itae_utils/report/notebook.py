@@ -1,0 +1,124 @@
+"""What every notebook does besides its own question: validate parameters, load, show figures, write results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+from torch.utils.data import Dataset
+
+from itae_utils.data.datasets import load_dataset
+from itae_utils.figures.style import save
+from itae_utils.models.backbones import Backbone, load_backbone
+from itae_utils.report.parameters import notebooks_folder, read_notebook
+from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, recorded
+from itae_utils.results import provenance, write_results
+
+
+def start(name: str, namespace: Mapping[str, object]) -> NotebookRun:
+    """Begin a notebook's run: validate its parameters by the rules of `itae report`.
+
+    Args:
+        name: of the notebook, such as "03_clustering".
+        namespace: `globals()` after the parameters cell.
+
+    Raises:
+        ItaeError: names the first parameter that is not valid, or an option that does not exist.
+    """
+    parameters = {name: namespace[name] for name in RULES if name in namespace}
+    check_values(parameters)
+    options = dict(parameters.get("options", {}))
+    file = notebooks_folder() / f"{name}.ipynb"
+    known = read_notebook(file).options if file.is_file() else OPTIONS | options
+    check_options(options, known)
+    return NotebookRun(name, parameters, known | options)
+
+
+class NotebookRun:
+    """One run of a notebook.
+
+    Attributes:
+        name: of the notebook.
+        parameters: the values of its parameters cell.
+        options: its options, with the defaults of those that were not given.
+        backbone: after `load`.
+        dataset: after `load`.
+    """
+
+    def __init__(self, name: str, parameters: Mapping[str, object], options: Mapping[str, object]) -> None:
+        self.name, self.parameters, self.options = name, parameters, options
+        self.output_dir = Path(str(parameters["output_dir"]))
+        self.backbone: Backbone | None = None
+        self.dataset: Dataset | None = None
+        self._figures: list[str] = []
+
+    def load(self) -> tuple[Backbone, Dataset]:
+        """Load the backbone and the data set that the parameters name."""
+        parameters, options = self.parameters, self.options
+        self.backbone = self.load_backbone(str(parameters["backbone"]), checkpoint=options["checkpoint"])
+        self.dataset = load_dataset(str(parameters["dataset"]), limit=parameters["limit"],
+                                    seed=self.seed("subset"), on_error=options["on_error"])
+        return self.backbone, self.dataset
+
+    def load_backbone(self, name: str, **options: object) -> Backbone:
+        """Load another backbone with the same image size, preprocessing, precision and device."""
+        same = {key: self.options[key] for key in ("image_size", "preprocess", "pos_embed", "precision", "device")}
+        return load_backbone(name, **same, **options)
+
+    def seed(self, of: str) -> int:
+        """Return the seed of "subset", "threshold", "control" or "kmeans": its option, else the parameter `seed`."""
+        own = self.options[f"{of}_seed"]
+        return int(self.parameters["seed"] if own is None else own)
+
+    @property
+    def reading(self) -> dict[str, object]:
+        """Keyword arguments for functions that run images through the backbone."""
+        return {name: self.options[name] for name in ("batch_size", "num_workers", "store")}
+
+    @property
+    def extraction(self) -> dict[str, object]:
+        """Keyword arguments for `extract_features`."""
+        return self.reading | {"client": self.options["dask"]}
+
+    @property
+    def store(self) -> object:
+        """The feature store, for results that are computed from features."""
+        return self.options["store"]
+
+    def show(self, figure: Figure, name: str) -> None:
+        """Display a figure and save it as `figures/name.png` and `.pdf`."""
+        display(save(figure, self.output_dir, name))
+        self._figures.append(name)
+
+    def write(
+        self,
+        *,
+        rows: Sequence[Mapping[str, object]],
+        headline: Sequence[Mapping[str, object]],
+        thresholds: Mapping[str, float | Sequence[float | None] | None] | None = None,
+        cover: str | None = None,
+        about: Mapping[str, object] | None = None,
+        **more: object,
+    ) -> Markdown:
+        """Write `results.json`, and return a sentence with links.
+
+        Args:
+            rows: as for `write_results`.
+            headline: as for `write_results`.
+            thresholds: as for `write_results`.
+            cover: name of the figure that represents the notebook; by default the first one shown.
+            about: the provenance; by default that of the loaded backbone and data set.
+            more: further entries of the provenance.
+        """
+        figures = sorted(self._figures, key=lambda name: name != cover)
+        write_results(
+            self.output_dir, notebook=self.name, parameters=recorded({**self.parameters, **self._shown_options()}),
+            provenance=about or provenance(self.backbone, self.dataset, **more), thresholds=thresholds or {}, rows=rows,
+            figures=figures, headline=headline)
+        return Markdown("All numbers of this page are in [results.json](results.json), the figures as PNG and PDF in "
+                        "`figures`.")
+
+    def _shown_options(self) -> dict[str, object]:
+        return {"options": dict(self.options)} if "options" in self.parameters else {}

@@ -1,0 +1,179 @@
+"""The rules for parameters and options: one table, used by `itae report` and by a notebook that runs in JupyterLab."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from itae_utils.errors import ItaeError
+from itae_utils.method.setting import ATTENUATIONS, SOURCES
+from itae_utils.models.registry import POS_EMBEDS, PRECISIONS, PREPROCESSING
+
+LARGEST = 2**31 - 1  # no seed and no number of anything is larger
+MOST_EXAMPLES = 24   # more pictures in a row are too small to see
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values are valid, as a test and in words."""
+
+    allows: Callable[[object], bool]
+    words: str
+
+
+def _named(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def is_whole(value: object, lowest: int = 0, highest: int = LARGEST) -> bool:
+    """Return whether `value` is a whole number from `lowest` to `highest`; True and False are not numbers."""
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: object) -> bool:
+    """Whether it is a list or tuple of different values."""
+    return isinstance(value, (list, tuple)) and len({repr(each) for each in value}) == len(value)
+
+
+def _whole(lowest: int, *others: object, highest: int = LARGEST) -> Rule:
+    words = f"a whole number from {lowest} to {highest:,}" + "".join(f", or {_named(other)}" for other in others)
+    return Rule(lambda value: value in others or is_whole(value, lowest, highest), words)
+
+
+def _one_of(choices: Sequence[str]) -> Rule:
+    return Rule(lambda value: isinstance(value, str) and value in choices,
+                f"{', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def _some_of(choices: Sequence[str]) -> Rule:
+    return Rule(lambda value: _is_list(value) and len(value) > 0 and all(each in choices for each in value),
+                f"a list of different values out of {', '.join(choices)}")
+
+
+TEXT = Rule(lambda value: isinstance(value, str), "text")
+TEXT_OR_NULL = Rule(lambda value: value is None or isinstance(value, str), "text, or null")
+TEXTS = Rule(lambda value: _is_list(value) and all(isinstance(each, str) for each in value), "a list of names")
+FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+SEED_OR_NULL = _whole(0, None)
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+CLUSTER = re.compile(r"local:[1-9]\d*|(?!local:).+")
+
+RULES: dict[str, Rule] = {
+    "backbone": TEXT,
+    "dataset": TEXT,
+    "limit": _whole(1, None),
+    "source": _one_of(SOURCES),
+    "sources": _some_of(SOURCES),
+    "threshold": Rule(lambda value: value == "auto" or (_is_number(value) and value >= 0),
+                      "a number of at least 0, or auto"),
+    "attenuation": _one_of(ATTENUATIONS),
+    "attenuations": _some_of(ATTENUATIONS),
+    "alpha": Rule(lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1, both excluded"),
+    "percents": Rule(lambda value: _is_list(value) and all(_is_number(each) and 0 < each < 100 for each in value)
+                     and len(set(value)) == len(value), "a list of different numbers between 0 and 100"),
+    "sample": _whole(1),
+    "examples": _whole(1, highest=MOST_EXAMPLES),
+    "clusters": _whole(2, None),
+    "seeds": _whole(1),
+    "seed": _whole(0),
+    "n_init": _whole(1),
+    "normalize": FLAG,
+    "results_dir": TEXT,
+    "backbones": TEXTS,
+    "options": Rule(lambda value: isinstance(value, Mapping) and all(isinstance(each, str) for each in value),
+                    "a mapping from names to values"),
+    "output_dir": TEXT,
+    "checkpoint": TEXT_OR_NULL,
+    "image_size": _whole(1, None),
+    "preprocess": _one_of(PREPROCESSING),
+    "pos_embed": _one_of(POS_EMBEDS),
+    "precision": _one_of(("auto", *PRECISIONS)),
+    "device": Rule(lambda value: isinstance(value, str) and DEVICE.fullmatch(value) is not None,
+                   "auto, cpu, cuda, cuda:1 or the like, or mps"),
+    "on_error": _one_of(("raise", "skip")),
+    "batch_size": _whole(1, "auto"),
+    "num_workers": _whole(0, "auto"),
+    "store": TEXT_OR_NULL,
+    "dask": Rule(lambda value: value is None or (isinstance(value, str) and CLUSTER.fullmatch(value) is not None),
+                 "a scheduler's address, local:2 or the like, auto, or null"),
+    "subset_seed": SEED_OR_NULL,
+    "threshold_seed": SEED_OR_NULL,
+    "control_seed": SEED_OR_NULL,
+    "kmeans_seed": SEED_OR_NULL,
+}
+
+# Options of every notebook that loads images, with their defaults. A seed of None is the notebook's `seed`.
+OPTIONS: dict[str, object] = {
+    "checkpoint": None,       # local weights instead of a download
+    "image_size": None,       # pixels per side; None is the backbone's default
+    "preprocess": "resize",   # or "meta-eval": short side to 8/7 of the size, centre crop
+    "pos_embed": "auto",      # whose rule resizes the position embedding: "meta", "timm", or by the checkpoint
+    "precision": "auto",      # "fp32" or "bf16"
+    "device": "auto",         # "cpu", "cuda" or "cuda:1"
+    "on_error": "raise",      # "skip" leaves out unreadable files of a folder
+    "batch_size": "auto",     # images per batch
+    "num_workers": "auto",    # processes that load images
+    "store": "auto",          # where features are stored: a folder, a URL, or "none"
+    "dask": "auto",           # a scheduler's address, or "local:N" for N processes
+    "subset_seed": None,      # of the images that `limit` draws
+    "threshold_seed": None,   # of the images that θ is fitted on
+    "control_seed": None,     # of the random control
+    "kmeans_seed": None,      # the first seed of k-means
+}
+# These change where and how fast things are computed, not the results: they are not recorded.
+UNRECORDED = ("store", "dask", "num_workers")
+
+
+def check_values(parameters: Mapping[str, object], origin: str = "") -> None:
+    """Validate the values of parameters and of `options` among them; names without a rule are accepted.
+
+    Args:
+        parameters: values by name.
+        origin: where they come from, such as "profile paper"; put before the message.
+
+    Raises:
+        ItaeError: names the parameter, its value and the valid ones.
+    """
+    prefix = f"{origin}: " if origin else ""
+    for name, value in {**parameters, **_options(parameters)}.items():
+        if name in RULES and not RULES[name].allows(value):
+            raise ItaeError(f"{prefix}{name}={value!r} is not valid: use {RULES[name].words}")
+        check_encoding(name, value)
+
+
+def check_options(options: Mapping[str, object], known: Mapping[str, object], origin: str = "options") -> None:
+    """Refuse options that do not exist.
+
+    Raises:
+        ItaeError: names the closest ones.
+    """
+    for name in options:
+        if name not in known:
+            close = " or ".join(difflib.get_close_matches(str(name), known, n=3)) or ", ".join(sorted(known))
+            raise ItaeError(f"{origin}: there is no option {name!r}: did you mean {close}?")
+
+
+def check_encoding(name: str, value: object) -> None:
+    """Refuse text that is not UTF-8, as the names of files may be: no notebook can hold it."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise ItaeError(f"{name}={value!r} is not UTF-8: give such a file or folder another name") from error
+
+
+def recorded(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return the parameters that decide results: all but the options in `UNRECORDED`."""
+    options = {name: value for name, value in _options(parameters).items() if name not in UNRECORDED}
+    return {**parameters, "options": options} if "options" in parameters else dict(parameters)
+
+
+def _options(parameters: Mapping[str, object]) -> Mapping[str, object]:
+    options = parameters.get("options")
+    return options if isinstance(options, Mapping) else {}

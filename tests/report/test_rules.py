@@ -1,0 +1,72 @@
+import re
+
+import pytest
+
+from itae_utils.errors import ItaeError
+from itae_utils.report.report import plan_report
+from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, recorded
+
+
+@pytest.mark.parametrize("parameters", [
+    {}, {"unknown": "thing"},
+    {"limit": None, "clusters": None, "batch_size": "auto", "threshold": "auto", "pos_embed": "auto"},
+    {"limit": 1, "seed": 0, "clusters": 2, "percents": [], "threshold": 0, "alpha": 0.5},
+    {"sources": ["key", "query"], "attenuations": ["min"], "percents": [0.5, 99], "backbones": ["a"]},
+    {"options": {"image_size": 56, "device": "cuda:1", "store": None, "kmeans_seed": 3, "unknown": 1}},
+    OPTIONS,
+])
+def test_valid_values_pass(parameters):
+    check_values(parameters)
+
+
+def test_defaults_of_the_shipped_notebooks_are_valid():
+    for step in plan_report(profile="paper").steps + plan_report().steps:
+        check_values(step.parameters)
+        assert set(step.notebook.defaults) <= set(RULES), "every parameter has a rule"
+        check_options(step.notebook.defaults.get("options", {}), RULES)
+
+
+INVALID = [
+    *((name, value) for name in ("limit", "clusters", "image_size", "batch_size", "sample", "seeds", "n_init", "seed",
+                                 "num_workers", "examples", "subset_seed")
+      for value in (-1, 2**31, True, 2.5, "all", [1], {})),
+    ("limit", 0), ("clusters", 1), ("seed", None), ("examples", 25), ("batch_size", 0), ("seeds", None),
+    *((name, value) for name in ("source", "attenuation", "preprocess", "precision", "pos_embed", "on_error", "device")
+      for value in ("nonsense", None, 3, ["key"])),
+    ("device", "cuda:x"),
+    ("alpha", 2), ("alpha", 0), ("alpha", float("nan")), ("alpha", True),
+    ("threshold", -1.0), ("threshold", "much"), ("threshold", None), ("threshold", float("inf")),
+    ("percents", [1, 0]), ("percents", ["1"]), ("percents", [1, 1.0]), ("percents", 5), ("percents", [[1]]),
+    ("sources", []), ("sources", [["key"]]), ("sources", ["key", "key"]), ("sources", "key"),
+    ("attenuations", ["min", "max"]), ("backbones", [1]), ("backbones", ["a", "a"]), ("normalize", 1),
+    ("options", []), ("options", {1: 2}), ("checkpoint", 3), ("store", 1),
+    ("dask", 2), ("dask", "local:0"), ("dask", "local:many"), ("dask", ""), ("backbone", None),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), INVALID)
+def test_invalid_values_are_refused_by_name_as_parameter_and_as_option(name, value):
+    for parameters in ({name: value}, {"options": {name: value}}):
+        if name == "options":
+            parameters = {name: value}
+        with pytest.raises(ItaeError, match=re.escape(f"{name}={value!r}")) as refused:
+            check_values(parameters, "profile mine")
+        assert str(refused.value).startswith("profile mine: ")
+        assert "\n" not in str(refused.value)
+
+
+def test_text_that_no_notebook_can_hold_is_refused():
+    with pytest.raises(ItaeError, match="UTF-8"):
+        check_values({"data_dir": "x\udcff"})
+
+
+def test_unknown_options_are_refused_with_the_closest_name():
+    check_options({"image_size": 3}, OPTIONS)
+    with pytest.raises(ItaeError, match=r"'imagesize'.* image_size"):
+        check_options({"imagesize": 3}, OPTIONS)
+
+
+def test_where_and_how_fast_is_not_recorded():
+    options = {"store": "x", "dask": "local:2", "num_workers": 3, "device": "cpu"}
+    assert recorded({"seed": 1, "options": options}) == {"seed": 1, "options": {"device": "cpu"}}
+    assert recorded({"seed": 1}) == {"seed": 1}
