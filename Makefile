@@ -15,7 +15,7 @@ test-all: $(READY) lint
 	$(BIN)/pytest
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab --notebook-dir notebooks
 
 # About 20 minutes on two cores; for a part of it: make bench BENCH="--parts passes --sizes S"
 bench: $(READY)

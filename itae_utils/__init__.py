@@ -1,13 +1,8 @@
 """See, attenuate and measure attention artifacts of Vision Transformers at inference time (ITAE, arXiv 2410.04801)."""
 
-import warnings
-
 from itae_utils.lazy import lazy_names
 
 __version__ = "0.1.0"
-
-# Importing timm in a notebook sets this off by way of tqdm; bars are then drawn as text, which is all there is to it.
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "errors": ["ItaeError"],

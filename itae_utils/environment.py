@@ -71,6 +71,13 @@ def for_a_kernel(import_path: Path) -> dict[str, str]:
     Args:
         import_path: folder that the kernel imports packages from first.
     """
-    paths = os.pathsep.join(filter(None, [str(import_path), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "ITAE_PROGRESS": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            "PYTHONPATH": paths}
+    def after(first: str, name: str, separator: str) -> str:
+        return separator.join(filter(None, [first, os.environ.get(name)]))
+
+    return {
+        **os.environ,
+        "ITAE_PROGRESS": "0",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "PYTHONPATH": after(str(import_path), "PYTHONPATH", os.pathsep),
+        "PYTHONWARNINGS": after("ignore:IProgress not found", "PYTHONWARNINGS", ","),  # tqdm's, about its bars
+    }
