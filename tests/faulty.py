@@ -1,4 +1,4 @@
-"""An extraction small and slow enough to be disturbed, run in processes that can be killed."""
+"""An extraction that is small, and slow enough to be killed on the way; it runs in processes of its own."""
 
 import multiprocessing
 import time
@@ -25,18 +25,18 @@ def dataset(count: int) -> ImageDataset:
 
 
 def extract(count: int, store, *, pause: float = 0.0, log: Path | None = None, variants=VARIANTS):
-    """Extract; `log` gets a line for each shard after it was stored."""
+    """Extract, pausing in each batch; write a line to `log` for each shard after it was stored."""
     import torch
 
     from itae_utils.extraction import job
     from itae_utils.extraction.features import extract_features
-    from itae_utils.store.variants import InStore
+    from itae_utils.store.variants import StoredVariant
 
     torch.set_num_threads(1)
     job.SHARD_IMAGES = SHARD
     model = backbone()
     model.model.patch_embed.register_forward_hook(lambda *_: time.sleep(pause))
-    save = InStore.save
+    save = StoredVariant.save
 
     def logged(self, shard, *arrays):
         save(self, shard, *arrays)
@@ -44,15 +44,15 @@ def extract(count: int, store, *, pause: float = 0.0, log: Path | None = None, v
             file.write(f"{self.path} {shard}\n")
 
     if log is not None:
-        InStore.save = logged
+        StoredVariant.save = logged
     try:
         return extract_features(model, dataset(count), variants, batch_size=BATCH, num_workers=0, store=store)
     finally:
-        InStore.save, job.SHARD_IMAGES = save, 2000
+        StoredVariant.save, job.SHARD_IMAGES = save, 2000
 
 
 def processes():
-    """A context whose processes start at once and hold no thread of anybody's: forked from one that only imports."""
+    """Return a context whose processes start at once and inherit no threads: forked from one that only imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faulty", "tests.conftest", "itae_utils.features", "zarr", "tqdm.auto"])
+    context.set_forkserver_preload(["tests.faulty", "tests.conftest", "itae_utils.extraction.features"])
     return context

@@ -1,6 +1,7 @@
-"""`itae store`, and `--store` wherever features are made."""
+"""`itae store`, and the option `--store` of other commands."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 
 from itae_utils import cli
 from itae_utils.store.store import open_store
-from itae_utils.store.variants import InStore
+from itae_utils.store.variants import StoredVariant
 
 
 def run(*arguments: object):
@@ -17,14 +18,14 @@ def run(*arguments: object):
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("ITAE_STORE", str(tmp_path / "store"))  # and set back, for --store sets it
+    monkeypatch.setenv("ITAE_STORE", str(tmp_path / "store"))
 
 
 @pytest.fixture
 def filled(tmp_path):
     entry = {"backbone": "tiny", "device": "cpu", "precision": "fp32", "batch_size": 5, "size": 5000, "dim": 4,
              "shard_size": 5000}
-    variant = InStore(open_store(tmp_path / "store"), entry, {}, {"dataset": "digits"})
+    variant = StoredVariant(open_store(tmp_path / "store"), entry, {}, {"dataset": "digits"})
     variant.prepare()
     variant.save(0, np.zeros((5000, 4)), np.zeros(5000))
     return tmp_path / "store"
@@ -49,20 +50,20 @@ def test_prune(filled, criterion):
     assert "would be removed" in tried.output
     assert run("store", "list").output.count("tiny") == 1
     done = run("store", "prune", *criterion)
-    assert done.output.splitlines()[-1].endswith(f"removed from {filled}, 0 B stay")
+    assert re.search(rf"removed from {filled}, 0 B \w+$", done.output)
     assert run("store", "list").output == f"{filled}: 0 B\n"
 
 
-def test_prune_leaves_what_is_new_and_small(filled):
+def test_prune_does_not_remove_new_and_small_entries(filled):
     assert run("store", "prune", "--older-than", "1", "--max-size", "1GB").output.startswith("0 B removed from")
     assert run("store", "list").output.count("tiny") == 1
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (("prune",), "say what to remove: --older-than DAYS, --max-size SIZE, or both"),
-    (("prune", "--max-size", "big"), "'big' is not a size"),
-    (("prune", "--older-than", "0", "--store", "none"), "no feature store is in use"),
-    (("list", "--store", "none"), "no feature store is in use"),
+    (("prune",), "--older-than DAYS, --max-size SIZE"),
+    (("prune", "--max-size", "big"), "'big'"),
+    (("prune", "--older-than", "0", "--store", "none"), "--store"),
+    (("list", "--store", "none"), "--store"),
     (("list", "--store", "nonsense://x"), "nonsense"),
 ])
 def test_bad_input_is_one_line(filled, arguments, words):
@@ -72,22 +73,18 @@ def test_bad_input_is_one_line(filled, arguments, words):
     assert result.stderr.count("\n") == 1
 
 
-def test_a_store_is_named_absolutely_to_those_who_work_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run("store", "list", "--store", "here")
-    assert os.environ["ITAE_STORE"] == str(tmp_path / "here")
-    run("store", "list", "--store", "memory://x")
-    assert os.environ["ITAE_STORE"] == "memory://x"
-    run("store", "list", "--store", "none")
-    assert os.environ["ITAE_STORE"] == "none"
+def test_the_environment_is_left_alone(tmp_path):
+    before = dict(os.environ)
+    run("store", "list", "--store", tmp_path / "other")
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("command", [("report",), ("extract", "--output", "x.npz")])
-def test_a_place_that_nothing_opens_is_told_before_anything_runs(command, tmp_path, monkeypatch):
+def test_an_unknown_kind_of_url_is_refused_before_anything_runs(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(*command, "--store", "nonsense://x")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("Error: feature store 'nonsense://x' can't be opened")
+    assert "'nonsense://x'" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

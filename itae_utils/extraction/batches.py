@@ -1,12 +1,13 @@
-"""Batches of preprocessed images, in a fixed order, with or without worker processes; and ready on a model's device."""
+"""Batches of preprocessed images in a fixed order, for any transform or on a model's device; and how large they are."""
 
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -20,30 +21,38 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itae_utils.errors import ItaeError
+from itae_utils.machine import available_cores, available_memory
 from itae_utils.models.backbones import Backbone
-from itae_utils.models.preprocessing import Decode, DevicePreprocessing, Pixels
+from itae_utils.models.preprocessing import DevicePreprocessing, Pixels
 from itae_utils.store.store import Store, open_store
 from itae_utils.store.variants import entry_key
 
-STARTS = {"cuda": 256}
-START_ELSEWHERE = 64
-# What allocators say whose error has no class of its own: torch's on a CPU, cuBLAS's and cuDNN's workspaces.
+T = TypeVar("T")
+
+LARGEST = {"cuda": 256}
+LARGEST_ELSEWHERE = 64
+# Messages of out-of-memory errors that have no class of their own: torch's on a CPU, cuBLAS's and cuDNN's.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory",
                  "ALLOC_FAILED")
 
+MOST_WORKERS = 16
+FEWEST_IMAGES = 256  # for which starting worker processes pays
+PREFETCHED = 2       # batches that torch's DataLoader lets each worker hold ready
+SHARED_MEMORY = Path("/dev/shm")
+
 
 def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) -> int:
-    """A number for "auto": 64 on a CPU; on a GPU the largest of 256, 128 … for which the model's own pass fits.
+    """Return the batch size as a number; "auto" is 64 on a CPU, and on a GPU the first of 256, 128 … that fits.
 
     Raises:
-        ItaeError: not a number of images.
+        ItaeError: the batch size is neither "auto" nor a whole number from 1.
     """
     if batch_size != "auto":
         if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
             raise ItaeError(f"batch_size={batch_size!r} is not a number of images: use 1 or more, or 'auto'")
         return int(batch_size)
     if backbone.device.type == "cpu":
-        return START_ELSEWHERE
+        return LARGEST_ELSEWHERE
     side = backbone.image_size
 
     def run(size: int) -> None:
@@ -56,10 +65,10 @@ def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) ->
 def chosen_batch_size(
     batch_size: int | Literal["auto"], backbone: Backbone, dataset: Dataset, store: str | Path | Store | None
 ) -> int:
-    """Return a number for "auto": `resolve_batch_size`'s, and on a GPU always the first that was chosen for this store.
+    """Return the batch size as a number, as `resolve_batch_size`, but choose "auto" on a GPU only once per store.
 
-    What fits a GPU's memory changes with what else runs there, and the batch size can change the last bits of norms and
-    features. So features, θ and observations all ask here, and the store remembers the answer.
+    The size that fits depends on what else runs on the GPU, and it can change the last bits of norms and features. So
+    features, thresholds and observations all take the size that the store remembers.
     """
     place = open_store(store)
     if batch_size != "auto" or backbone.device.type == "cpu" or place is None:
@@ -72,35 +81,52 @@ def chosen_batch_size(
 
 
 def fitting_batch_size(run: Callable[[int], object], device: torch.device, *, start: int | None = None) -> int:
-    """The first of `start`, `start` / 2, `start` / 4 … 1 with which `run(size)` does not run out of memory.
+    """Return the first of `start`, `start` / 2, `start` / 4 … 1 with which `run(size)` does not run out of memory.
 
-    On a CPU an allocation may also succeed and the system end the process later: there it is the start that has to be
-    modest.
+    On a CPU this is no proof: an allocation may succeed, and the system may kill the process later.
 
     Args:
-        run: does the work once with a batch of that size; what it returns is dropped.
-        device: where it runs.
-        start: the first size tried; None is 256 on CUDA, 64 elsewhere.
+        run: does the work once with a batch of the given size; its result is dropped.
+        device: the device it runs on.
+        start: the first size; None is 256 on CUDA and 64 elsewhere.
 
     Raises:
-        ItaeError: a start below 1, or not even one image fits.
+        ItaeError: the start is below 1, or not even one image fits.
     """
     if start is None:
-        start = STARTS.get(device.type, START_ELSEWHERE)
+        start = LARGEST.get(device.type, LARGEST_ELSEWHERE)
     if start < 1:
         raise ItaeError(f"batch_size={start} is too small: use 1 or more")
     size = start
     while not _fits(run, size):
-        _give_back(device)
+        _free_cache(device)
         if size == 1:
-            raise ItaeError(f"not even one image fits the memory of {device}: use a smaller image_size, "
-                            "precision='bf16', or another device")
+            raise _not_one_fits(device)
         size //= 2
     return size
 
 
+@contextmanager
+def memory_errors(batch_size: int, device: torch.device) -> Iterator[None]:
+    """Turn an out-of-memory error into an `ItaeError` that names a smaller batch size."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if batch_size == 1:
+            raise _not_one_fits(device) from error
+        raise ItaeError(f"batch_size={batch_size} does not fit in the memory of {device}: use "
+                        f"batch_size={batch_size // 2} or less") from error
+
+
+def _not_one_fits(device: torch.device) -> ItaeError:
+    return ItaeError(f"not even one image fits in the memory of {device}: use a smaller image_size, precision='bf16', "
+                     "or another device")
+
+
 def _fits(run: Callable[[int], object], size: int) -> bool:
-    """Whether the run went through; in a function of its own, so that the error lets go of what its frames held."""
+    """Return whether the run succeeds; once this returns, the error no longer holds its frames' tensors."""
     try:
         run(size)
     except Exception as error:
@@ -111,24 +137,16 @@ def _fits(run: Callable[[int], object], size: int) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a CPU or on CUDA."""
+    """Return whether an error means that memory ran out, on a CPU or on CUDA."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def _give_back(device: torch.device) -> None:
-    gc.collect()  # hooks and their frames form circles
+def _free_cache(device: torch.device) -> None:
+    gc.collect()  # hooks and their frames form reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-T = TypeVar("T")
-
-MOST_WORKERS = 16
-SMALL = 256              # images; fewer are done before worker processes have paid for their start
-PREFETCHED = 2           # batches that torch's DataLoader lets each worker have ready
-SHARED_MEMORY = Path("/dev/shm")
 
 
 def image_batches(
@@ -139,13 +157,18 @@ def image_batches(
     num_workers: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in their order, or those at `indices` in that order: (B, 3, H, W) float, and labels (B,) int64.
+    """Yield batches of transformed images, (B, 3, H, W) float, and their labels, (B,) int64, in the data set's order.
 
-    `transform` makes a (3, H, W) float tensor of a PIL image; it runs where the image is loaded, in the workers if any.
+    Args:
+        dataset: of (PIL image, label).
+        transform: PIL image -> (3, H, W) float tensor; it runs in the worker processes, if there are any.
+        batch_size: images per batch; the last batch may have fewer.
+        num_workers: number of processes that load images.
+        indices: indices into the data set of the images to load, in this order; None loads all.
 
     Raises:
-        ItaeError: an image can't be decoded, the transform leaves them at different sizes, a batch_size below 1, a bad
-            num_workers, a worker that died.
+        ItaeError: an image can't be decoded, the transform returns tensors of different shapes, batch_size or
+            num_workers is invalid, or a worker process died.
     """
     yield from _loaded(dataset, transform, _stacked, batch_size=batch_size, num_workers=num_workers, indices=indices)
 
@@ -158,18 +181,17 @@ def model_batches(
     num_workers: int | Literal["auto"] = 0,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """The images in their order, or those at `indices` in that order, as the model takes them: (B, 3, S, S) float.
+    """Yield batches of images as the model takes them: (B, 3, S, S) float, on its device, in the data set's order.
 
-    They are on the backbone's device. Where `backbone.resize` is "device", images are only decoded where they are
-    loaded; resizing, cropping and normalising run on the device. On CUDA the next batch's copy and preprocessing are
-    issued, on a stream of their own, before the current batch is handed out.
+    If `backbone.resize` is "device", worker processes only decode; resizing, cropping and normalising run on the
+    device. On CUDA the next batch is copied and preprocessed on a stream of its own while the current one is in use.
 
     Args:
         backbone: from `load_backbone`.
         dataset: of (PIL image, label).
-        batch_size: images at a time, "auto" as `resolve_batch_size` says; the last batch may have fewer.
-        num_workers: processes that load images; "auto" as `auto_workers` says.
-        indices: numbers of images in the data set.
+        batch_size: images per batch, or "auto" as in `resolve_batch_size`; the last batch may have fewer.
+        num_workers: number of processes that load images, or "auto" as in `auto_workers`.
+        indices: indices into the data set of the images to load, in this order; None loads all.
 
     Raises:
         ItaeError: as `image_batches`.
@@ -181,8 +203,8 @@ def model_batches(
     on_cuda = backbone.device.type == "cuda"
     load = partial(_loaded, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices, pinned=on_cuda)
     if backbone.resize == "device":
-        loaded = load(Decode(backbone.transform, backbone.image_size), Pixels.joined)
-        finish = DevicePreprocessing(backbone.transform, backbone.device)
+        loaded = load(backbone.preprocessing.decode, Pixels.joined)
+        finish = DevicePreprocessing(backbone.preprocessing, backbone.device)
     else:
         loaded, finish = load(backbone.transform, _stacked), lambda images: images
 
@@ -194,30 +216,32 @@ def model_batches(
 
 
 def auto_workers(backbone: Backbone, dataset: Dataset, count: int, batch_size: int) -> int:
-    """How many processes should load `count` images of a data set for a backbone.
+    """Return how many processes should load `count` images of a data set for a backbone.
 
-    None for images in memory, for fewer than 256, and in a process that may not have children. For files: with a model
-    on an accelerator, all cores but one; with a model on the CPU, one core in 4, for the model itself uses all of them
-    (measured on 2 cores: a worker made a ViT-S at 224 px up to 10 % slower, the tiny demo 10 to 20 %). At most 16, and
-    so many that their batches fill at most half of the free shared memory, which containers have little of.
+    0 for images in memory, for fewer than 256 images, and in a process that may not have children. For files: all
+    available cores but one if the model is on an accelerator; a quarter of them if it is on the CPU, where the model
+    itself uses all cores (measured on 2 cores: one worker slows a ViT-S at 224 px by up to 10 %, the demo by 10 to
+    20 %). At most 16, and so few that their batches fill at most half of the free shared memory, which is often small
+    in containers.
 
-    Threads need no setting: torch takes a thread a core for the model, and gives each worker process one.
+    Threads need no setting: torch uses one thread per core for the model, and one in each worker process.
     """
     images = getattr(dataset, "images", ())
-    if count < SMALL or not isinstance(images[0] if len(images) else None, Path):
+    if count < FEWEST_IMAGES or not isinstance(images[0] if len(images) else None, Path):
         return 0
     if multiprocessing.current_process().daemon:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     workers = min(cores // 4 if backbone.device.type == "cpu" else cores - 1, MOST_WORKERS)
     if SHARED_MEMORY.is_dir():
         batch_bytes = batch_size * 3 * backbone.image_size**2 * 4
-        workers = min(workers, shutil.disk_usage(SHARED_MEMORY).free // 2 // (PREFETCHED * batch_bytes))
+        free = min(shutil.disk_usage(SHARED_MEMORY).free, available_memory() or math.inf)
+        workers = min(workers, int(free // 2 // (PREFETCHED * batch_bytes)))
     return workers
 
 
 def _issued_ahead(batches: Iterator[T], issue: Callable[[T], Tensor], device: torch.device) -> Iterator[Tensor]:
-    """`issue` of each batch, on a CUDA stream of its own, always one batch ahead of the one that is handed out."""
+    """Yield `issue` of each batch, run on a CUDA stream of its own, one batch ahead of the one that is yielded."""
     side = torch.cuda.Stream(device)
 
     def issued(batch: T) -> tuple[Tensor, torch.cuda.Event]:
@@ -226,13 +250,13 @@ def _issued_ahead(batches: Iterator[T], issue: Callable[[T], Tensor], device: to
 
     for images, done in _one_ahead(issued(batch) for batch in batches):
         current = torch.cuda.current_stream(device)
-        current.wait_event(done)       # this batch alone: the one issued after it may still be on its way
-        images.record_stream(current)  # its memory is the side stream's: not to be used again before we have read it
+        current.wait_event(done)       # waits for this batch only, not for the next one
+        images.record_stream(current)  # the side stream may not reuse this memory while the current stream reads it
         yield images
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each only after the one that follows it has been made."""
+    """Yield the items, each after the next one has been made."""
     items = iter(items)
     for item in items:
         for following in items:
@@ -251,7 +275,7 @@ def _loaded(
     indices: Sequence[int] | None,
     pinned: bool = False,
 ) -> Iterator[tuple[T, Tensor]]:
-    """Batches of transformed images, made one by `join`, and their labels."""
+    """Yield batches of transformed images, combined by `join`, and their labels."""
     if batch_size < 1:
         raise ItaeError(f"batch_size={batch_size} is too small: use 1 or more")
     if not isinstance(num_workers, int) or num_workers < 0:
@@ -278,7 +302,7 @@ def _loaded(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """`dataset` with `transform` applied; errors are items: raised in a worker they would bring their traceback."""
+    """A data set with a transform; an `ItaeError` is returned, for torch would add a worker's traceback to its text."""
 
     dataset: Dataset
     transform: Callable[[Image.Image], Tensor]
@@ -294,8 +318,8 @@ class _Prepared:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Image.Image)):
             parts = item if isinstance(item, tuple) else (item,)
             kinds = ", ".join(type(part).__name__ for part in parts)
-            return ItaeError(f"item {index} of the data set is ({kinds}): it must be (PIL image, label), the image as "
-                             "it was before any transform")
+            return ItaeError(f"item {index} of the data set is ({kinds}): it must be (PIL image, label), without any "
+                             "transform")
         return self.transform(item[0]), item[1]
 
 
@@ -313,5 +337,5 @@ def _collate(join: Callable, items: list[tuple[Tensor, int] | ItaeError]) -> tup
 def _stacked(images: Sequence[Tensor]) -> Tensor:
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        raise ItaeError(f"the transform leaves images of the shapes {sorted(shapes)}: use one that makes them equal")
+        raise ItaeError(f"the transform returns the shapes {sorted(shapes)}: use one that makes them equal")
     return torch.stack(images)

@@ -1,4 +1,4 @@
-"""The work of an extraction: which shards of which variants are missing, and one pass over the images that need it."""
+"""The work of an extraction: the missing shards of each variant, and one pass over the images that need it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.batches import is_out_of_memory, model_batches
+from itae_utils.extraction.batches import memory_errors, model_batches
 from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone
-from itae_utils.store.variants import KeptVariant
+from itae_utils.store.variants import StoredVariant
 
 SHARD_IMAGES = 2000
-SHARD_SECONDS = 120  # what a killed run may lose on a slow machine: then fewer images make a shard …
-CPU_RATE = 1e11      # … reckoned at this many operations a second, so that every run cuts the same shards
+SHARD_SECONDS = 120  # the most work that a killed run loses on a CPU, at …
+CPU_RATE = 1e11      # … this many operations per second: a constant, so that all runs cut the same shards
 
-Work = dict[int, list[str]]  # variants by shard
+Work = dict[int, list[str]]  # names of variants by shard
 
 
 def shard_size(backbone: Backbone, batch_size: int) -> int:
-    """Images a shard, a multiple of the batch: 2,000, on a CPU no more than some two minutes of work, but one batch."""
+    """Return the number of images per shard, a multiple of the batch size.
+
+    It is near 2,000, and on a CPU so small that a shard takes about two minutes at most; at least one batch.
+    """
     images = SHARD_IMAGES
     if backbone.device.type == "cpu":
         rows, columns = backbone.patch_grid
@@ -36,10 +39,10 @@ def shard_size(backbone: Backbone, batch_size: int) -> int:
     return max(1, round(images / batch_size)) * batch_size
 
 
-def missing_work(kept: Mapping[str, KeptVariant]) -> Work:
-    """Which variants lack which shards, in the order of the shards."""
+def missing_work(stored: Mapping[str, StoredVariant]) -> Work:
+    """Return the names of the variants that lack each shard, in the order of the shards."""
     work: Work = {}
-    for name, variant in kept.items():
+    for name, variant in stored.items():
         for shard in variant.missing():
             work.setdefault(shard, []).append(name)
     return dict(sorted(work.items()))
@@ -47,73 +50,67 @@ def missing_work(kept: Mapping[str, KeptVariant]) -> Work:
 
 @dataclass(frozen=True)
 class Job:
-    """An extraction: of what, and where to.
+    """An extraction.
 
     Attributes:
         backbone: from `load_backbone`.
         dataset: from `load_dataset`.
-        kept: where each variant goes; prepared.
+        stored: where the features of each variant go; prepared.
         settings: the variants, with numeric thresholds.
-        batch_size: images at a time; shards are multiples of it, so any part of the work cuts its batches alike.
-        num_workers: processes that decode images.
+        batch_size: images per batch. Shards are multiples of it, so each image is in the same batch in every run.
+        num_workers: number of processes that decode images.
     """
 
     backbone: Backbone
     dataset: Dataset
-    kept: Mapping[str, KeptVariant]
+    stored: Mapping[str, StoredVariant]
     settings: Mapping[str, ITAE | None]
     batch_size: int
     num_workers: int | Literal["auto"] = 0
 
     def of(self, work: Work) -> Job:
-        """The same for the variants in `work` alone."""
+        """Return the job with only the variants in `work`."""
         names = dict.fromkeys(name for names in work.values() for name in names)
-        return replace(self, kept={name: self.kept[name] for name in names},
+        return replace(self, stored={name: self.stored[name] for name in names},
                        settings={name: self.settings[name] for name in names})
 
     def rows(self, shard: int) -> slice:
-        """The images of a shard, by their numbers in the data set."""
-        return next(iter(self.kept.values())).rows(shard)
+        """Return the images of a shard, as indices into the data set."""
+        return next(iter(self.stored.values())).rows(shard)
 
     def images(self, work: Work) -> int:
-        """How many images some work has."""
+        """Return the number of images in `work`."""
         return sum(rows.stop - rows.start for rows in map(self.rows, work))
 
 
 def compute(job: Job, work: Work, advance: Callable[[int], None] = lambda images: None) -> None:
-    """Compute the shards in `work` in one pass over their images, and keep each as soon as it is whole.
+    """Compute the shards in `work` in one pass over their images, and store each shard once it is whole.
 
     Args:
-        job: what is extracted.
+        job: the extraction.
         work: from `missing_work`, or a part of it.
-        advance: is told the number of images after each batch.
+        advance: called after each batch with its number of images.
 
     Raises:
-        ItaeError: features that are not finite, a store that can't be written, a batch that doesn't fit the memory.
+        ItaeError: features are not finite, the store can't be written, or a batch doesn't fit in memory.
     """
     backbone, indices = job.backbone, np.concatenate([np.r_[job.rows(shard)] for shard in work])
     batches = model_batches(backbone, job.dataset, batch_size=job.batch_size, num_workers=job.num_workers,
                             indices=indices)
-    with torch.inference_mode(), backbone.autocast():
-        try:
-            for shard, names in work.items():
-                one_pass = OnePass(backbone.model, {name: job.settings[name] for name in names}, backbone.truth)
-                features, counts = _shard(one_pass, names, batches, job.rows(shard), backbone.dim, advance)
-                for place, name in enumerate(names):
-                    job.kept[name].save(shard, features[place], counts[place])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ItaeError(f"batch_size={job.batch_size} doesn't fit the memory of {backbone.device}: use a smaller "
-                            "one, or 'auto'") from error
+    with memory_errors(job.batch_size, backbone.device), torch.inference_mode(), backbone.autocast():
+        for shard, names in work.items():
+            one_pass = OnePass(backbone.model, {name: job.settings[name] for name in names}, backbone.truth)
+            features, counts = _shard(one_pass, names, batches, job.rows(shard), backbone.dim, advance)
+            for place, name in enumerate(names):
+                job.stored[name].save(shard, features[place], counts[place])
 
 
 def _shard(one_pass: OnePass, names: Sequence[str], batches: Iterator[Tensor], rows: slice, dim: int,
            advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
-    """Features (variants, m, dim) and artifact counts (variants, m) of the images of one shard."""
+    """Return features (variants, m, dim) and artifact counts (variants, m) of the images of one shard."""
     features = np.empty((len(names), rows.stop - rows.start, dim), dtype=np.float32)
     counts = np.empty(features.shape[:2], dtype=np.int64)
-    waiting: list[tuple[int, Tensor, Tensor]] = []  # fetched when the device has the next batch to work on
+    waiting: list[tuple[int, Tensor, Tensor]] = []  # fetched only after the device has received the next batch
 
     def fetch() -> None:
         first, outputs, found = waiting.pop(0)
@@ -139,4 +136,4 @@ def _check_finite(features: np.ndarray, names: Sequence[str], first: int) -> Non
     for name, values in zip(names, features, strict=True):
         if not np.isfinite(values).all():
             raise ItaeError(f"features of {name!r} are not finite in the batch of images {first} to "
-                            f"{first + len(values) - 1}: try precision='fp32', or look at these images and the weights")
+                            f"{first + len(values) - 1}: try precision='fp32', or check these images and the weights")

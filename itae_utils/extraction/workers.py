@@ -1,7 +1,7 @@
-"""Extraction by Dask, on several processes or machines: shards are the tasks, and all meet in the feature store.
+"""Extraction on Dask workers, on several processes or machines: shards are the tasks, and all share the feature store.
 
-A task computes some shards, writes them and returns a receipt; no feature travels. What a lost worker was at is done
-again elsewhere, and what it had stored is not.
+A task computes some shards, stores them and returns a `TaskResult`; features are not sent back. If a worker is lost,
+its unfinished shards are recomputed elsewhere; its stored shards are reused.
 """
 
 from __future__ import annotations
@@ -17,29 +17,37 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
-from distributed import Client, LocalCluster
 from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.job import Job, Work, compute, missing_work
+from itae_utils.machine import available_cores
 from itae_utils.models.backbones import Backbone
-from itae_utils.store.store import open_store
-from itae_utils.store.variants import InStore
+from itae_utils.store.store import Store, open_store
+from itae_utils.store.variants import device_name
+
+try:
+    import cloudpickle
+    import dask
+    from distributed import CancelledError, Client, KilledWorker, LocalCluster, as_completed, get_worker
+except ImportError:  # the optional dependency; `connect` and `local_cluster` report that it is missing
+    Client = None
 
 log = logging.getLogger("itae_utils")
-TASK_SECONDS = 10  # work worth a task: then what Dask adds to it doesn't count
-TASKS_A_WORKER = 2  # under way or waiting, so that none runs dry
-ROUNDS = 5  # that in a row lose all their workers, after which it is given up
+TASK_SECONDS = 10     # of work per task: enough to make Dask's overhead negligible
+TASKS_PER_WORKER = 2  # running or queued, so that no worker waits for the next one
+ROUNDS = 5            # in a row in which all workers are lost, before giving up
 CONNECT_SECONDS = 20
-_opened: dict[str, Backbone] = {}
-_one_at_a_time = threading.Lock()  # a worker may have several threads; a model with hooks serves one
+_unpickled: dict[str, Backbone] = {}
+_one_at_a_time = threading.Lock()  # a worker may have several threads, but hooks on a model serve one pass
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """What a task did: how many shards and images, in how many seconds, and where."""
+class TaskResult:
+    """The numbers of shards and images that a task computed, the seconds it took, and its worker's address."""
 
     shards: int
     images: int
@@ -48,48 +56,45 @@ class Receipt:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A backbone as bytes: Dask copies what was sent from worker to worker, and a model at work has hooks on it."""
+class PickledBackbone:
+    """A backbone as bytes. Dask passes objects on from worker to worker, and a model at work has hooks on it."""
 
-    name: str
+    key: str
     content: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, backbone: Backbone) -> Parcel:
-        """Pack it."""
-        import cloudpickle
-
+    def of(cls, backbone: Backbone) -> PickledBackbone:
+        """Pickle a backbone."""
         return cls(uuid.uuid4().hex, cloudpickle.dumps(backbone))
 
-    def opened(self) -> Backbone:
-        """The backbone, unpacked once a process, where only the latest is kept."""
-        if self.name not in _opened:
-            _opened.clear()
-            _opened[self.name] = pickle.loads(self.content)
-        return _opened[self.name]
+    def load(self) -> Backbone:
+        """Return the backbone. A process unpickles it once, and holds only the latest one."""
+        if self.key not in _unpickled:
+            _unpickled.clear()
+            _unpickled[self.key] = pickle.loads(self.content)
+        return _unpickled[self.key]
 
 
 @contextmanager
 def connect(where: Client | str) -> Iterator[Client]:
-    """A client of a cluster: one that is given, one at an address, or of a cluster of `local:N` processes made for it.
+    """Yield a client of a Dask cluster.
+
+    Args:
+        where: a client, the address of a scheduler, or "local:N" to start N processes on this machine.
 
     Raises:
-        ItaeError: nothing answers there, Dask isn't installed, or N is no number of processes.
+        ItaeError: no scheduler answers, Dask is not installed, or N is not a number of processes.
     """
-    try:
-        import distributed
-    except ImportError as error:
-        raise ItaeError("Dask is not installed: pip install 'itae-utils[dask]'") from error
-
-    if isinstance(where, distributed.Client):
+    _check_dask()
+    if isinstance(where, Client):
         yield where
         return
     if where.startswith("local:"):
-        with local_cluster(where) as cluster, distributed.Client(cluster) as client:
+        with local_cluster(where) as cluster, Client(cluster) as client:
             yield client
         return
     try:
-        client = distributed.Client(where, timeout=CONNECT_SECONDS)
+        client = Client(where, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TypeError) as error:
         raise ItaeError(f"no Dask scheduler answers at {where!r}: start one with `dask scheduler`, or use local:N"
                         ) from error
@@ -97,62 +102,64 @@ def connect(where: Client | str) -> Iterator[Client]:
         yield client
 
 
+def _check_dask() -> None:
+    if Client is None:
+        raise ItaeError("Dask is not installed: pip install 'itae-utils[dask]'")
+
+
 @contextmanager
-def in_environment(where: str) -> Iterator[None]:
-    """While open, ITAE_DASK names the cluster at `where` to this process and those it starts, such as notebooks.
+def cluster_address(where: Client | str, store: str | Path | Store | None = "auto") -> Iterator[str]:
+    """Yield the address of a cluster's scheduler, which other processes can pass as `client` to `extract_features`.
+
+    Args:
+        where: as for `connect`; a cluster that is started for "local:N" ends with the context.
+        store: the feature store that the extraction will use, as for `extract_features`.
 
     Raises:
-        ItaeError: as `connect`; and there is no store that workers reach.
+        ItaeError: as `connect`; or the workers can't reach the store.
     """
-    store = open_store()
-    if store is None or store.place.startswith("memory:"):
-        raise _no_common_store()
+    _check_shared(open_store(store))
     with connect(where) as client:
-        before = os.environ.get("ITAE_DASK")
-        os.environ["ITAE_DASK"] = client.scheduler.address
-        try:
-            yield
-        finally:
-            del os.environ["ITAE_DASK"]
-            if before is not None:
-                os.environ["ITAE_DASK"] = before
+        yield client.scheduler.address
+
+
+def _check_shared(store: Store | None) -> None:
+    if store is None or not store.is_shared:
+        raise ItaeError("Dask workers share the feature store: name a folder that they all reach, or a URL, with "
+                        "--store or ITAE_STORE")
 
 
 @contextmanager
 def local_cluster(where: str, threads: int | None = None) -> Iterator[LocalCluster]:
-    """A cluster of N processes on this machine for "local:N", which share its GPUs in turn, and its cores.
+    """Start a cluster of N processes on this machine; they share its GPUs in turn, and its cores.
 
     Args:
         where: "local:N".
-        threads: of each process; None shares the cores.
+        threads: number of threads per process; None shares the cores among the processes.
 
     Raises:
-        ItaeError: N is no number of processes, or Dask isn't installed.
+        ItaeError: N is not a number of processes, or Dask is not installed.
     """
+    _check_dask()
     count = where.removeprefix("local:")
     if not count.isdigit() or int(count) < 1:
-        raise ItaeError(f"{where!r} names no number of processes: write local:2")
-    try:
-        import dask
-        from distributed import LocalCluster
-    except ImportError as error:
-        raise ItaeError("Dask is not installed: pip install 'itae-utils[dask]'") from error
-
-    threads = threads or max(1, (os.cpu_count() or 1) // int(count))
+        raise ItaeError(f"{where!r} is not a number of processes: write local:2")
+    threads = threads or max(1, available_cores() // int(count))
     options = {
-        "distributed.worker.daemon": False,  # workers may have processes that decode images
-        "distributed.nanny.pre-spawn-environ": {},  # MALLOC_TRIM_THRESHOLD_ makes a model half as slow again
+        "distributed.worker.daemon": False,  # workers may start processes that decode images
+        "distributed.nanny.pre-spawn-environ": {},  # Dask's MALLOC_TRIM_THRESHOLD_ slows a model by half
     }
     with dask.config.set(options), LocalCluster(n_workers=int(count), threads_per_worker=threads, memory_limit=0,
                                                 dashboard_address=None) as cluster:
         yield cluster
 
 
-def on_workers(client: Client, backbone: Backbone) -> Backbone:
-    """The backbone as it will be on the workers: on the type of device that they have.
+def on_workers(client: Client, backbone: Backbone) -> tuple[Backbone, str]:
+    """Return the backbone as it will be on the workers, and the name of the device that they all have.
 
     Raises:
-        ItaeError: there is no worker, or only some have a GPU; a compiled backbone, which can't travel.
+        ItaeError: there is no worker, the workers have different devices, or the backbone is compiled, which can't be
+            pickled.
     """
     if backbone.compiled:
         raise ItaeError("a compiled backbone can't be sent to Dask workers: load it with compile=False")
@@ -160,106 +167,106 @@ def on_workers(client: Client, backbone: Backbone) -> Backbone:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
     except TimeoutError as error:
         raise ItaeError(f"the Dask cluster at {client.scheduler.address} has no worker: start some") from error
-    found = client.run(_device_type)
-    if len(set(found.values())) > 1:
-        without = next(worker for worker, kind in found.items() if kind == "cpu")
-        raise ItaeError(f"some Dask workers have a GPU and {without} has none: use workers of one kind")
+    devices = client.run(_device_of)
+    workers = {name: worker for worker, (_, name) in devices.items()}  # one of each kind
+    if len(workers) > 1:
+        kinds = ", ".join(f"{name} ({worker})" for name, worker in sorted(workers.items()))
+        raise ItaeError(f"the Dask workers have different devices, {kinds}: use workers of one kind")
+    kind, name = next(iter(devices.values()))
     model = backbone.model if backbone.device.type == "cpu" else copy.deepcopy(backbone.model).cpu()
-    return replace(backbone, model=model, device=torch.device(next(iter(found.values()))))
+    return replace(backbone, model=model, device=torch.device(kind)), name
 
 
-def _device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device_of(dask_worker: object) -> tuple[str, str]:
+    """Return the type and the name of the device that a worker computes on; Dask passes the worker."""
+    device = _worker_device("cuda" if torch.cuda.is_available() else "cpu", dask_worker.name)
+    return device.type, device_name(device)
 
 
 def compute_on(client: Client, job: Job, work: Work, advance: Callable[[int], None] = lambda images: None
-               ) -> list[Receipt]:
-    """`itae_utils.extraction.compute` on the workers of a cluster; every worker gets the model once.
+               ) -> list[TaskResult]:
+    """Run `itae_utils.extraction.job.compute` on the workers of a cluster; each worker receives the model once.
 
     Raises:
-        ItaeError: features are kept in memory, where no worker reaches them; all workers were lost again and again; and
-            whatever `compute` raises.
+        ItaeError: the workers can't reach the store, or all of them were lost again and again; and as `compute`.
     """
-    from distributed import CancelledError, KilledWorker
-
-    if not all(isinstance(variant, InStore) and not variant.store.place.startswith("memory:")
-               for variant in job.kept.values()):
-        raise _no_common_store()
-    job, left, receipts, lost = job.of(work), work, [], 0
+    store = next(iter(job.stored.values())).store
+    _check_shared(store)
+    job, left, results, lost = job.of(work), work, [], 0
     while left:
-        done = len(receipts)
+        done = len(results)
         try:
-            for receipt in _round(client, job, left):
-                receipts.append(receipt)
-                advance(receipt.images)
+            for result in _round(client, job, left):
+                results.append(result)
+                advance(result.images)
             left = {}
         except (KilledWorker, CancelledError, OSError, TimeoutError) as error:
-            lost = lost + 1 if len(receipts) == done else 0
+            lost = lost + 1 if len(results) == done else 0
             if lost == ROUNDS:
                 raise ItaeError(f"the Dask workers were lost {lost} times in a row ({type(error).__name__}): see their "
-                                "logs; out of memory is the usual reason") from error
-            log.warning("Dask lost its workers (%s): what is missing is tried again", type(error).__name__)
+                                "logs; they usually run out of memory") from error
+            log.warning("The Dask workers were lost (%s): missing shards are computed again", type(error).__name__)
             client.wait_for_workers(1, timeout=10 * CONNECT_SECONDS)
-            left = missing_work(job.kept)
-    if astray := missing_work(job.kept):
-        place = next(iter(job.kept.values())).store.place
-        raise ItaeError(f"Dask workers stored {len(astray)} shards that are not in {place} as seen from here: name a "
-                        "folder on a file system that all machines share, or a URL")
-    return receipts
+            left = missing_work(job.stored)
+    if missing := missing_work(job.stored):
+        raise ItaeError(f"{len(missing)} shards that Dask workers stored are not in {store.place} on this machine: "
+                        "name a folder on a file system that all machines share, or a URL")
+    return results
 
 
-def _no_common_store() -> ItaeError:
-    return ItaeError("Dask workers meet in the feature store: name a folder they all reach, or a URL, with --store or "
-                     "ITAE_STORE")
-
-
-def _round(client: Client, job: Job, work: Work) -> Iterator[Receipt]:
-    """Hand out the work until it is done: first a shard a task, then as many as make `TASK_SECONDS`."""
-    from distributed import as_completed
-
-    sent = client.scatter([Parcel.of(job.backbone), job.dataset], broadcast=True, hash=False)
-    job = replace(job, backbone=None, dataset=None)  # which are there then
-    waiting, a_task, under_way = list(work.items()), 1, as_completed()
-    while waiting or under_way.count():
+def _round(client: Client, job: Job, work: Work) -> Iterator[TaskResult]:
+    """Hand out the work until it is done: one shard per task at first, then as many as take `TASK_SECONDS`."""
+    sent = client.scatter([PickledBackbone.of(job.backbone), job.dataset], broadcast=True, hash=False)
+    job = replace(job, backbone=None, dataset=None)  # they were sent
+    waiting, per_task, running = list(work.items()), 1, as_completed()
+    while waiting or running.count():
         workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-        a_task = min(a_task, math.ceil(len(waiting) / (TASKS_A_WORKER * workers)) or 1)  # the last ones end together
-        while waiting and under_way.count() < TASKS_A_WORKER * workers:
-            part, waiting = dict(waiting[:a_task]), waiting[a_task:]
-            under_way.add(client.submit(_task, *sent, job.of(part), part, pure=False))
-        receipt: Receipt | ItaeError = next(under_way).result()
-        if isinstance(receipt, ItaeError):
-            raise receipt
-        a_task = max(1, math.ceil(TASK_SECONDS * receipt.shards / receipt.seconds))
-        yield receipt
+        # Short tasks at the end, so that all workers end together.
+        per_task = min(per_task, math.ceil(len(waiting) / (TASKS_PER_WORKER * workers)) or 1)
+        while waiting and running.count() < TASKS_PER_WORKER * workers:
+            part, waiting = dict(waiting[:per_task]), waiting[per_task:]
+            running.add(client.submit(_task, *sent, job.of(part), part, pure=False))
+        result: TaskResult | ItaeError = next(running).result()
+        if isinstance(result, ItaeError):
+            raise result
+        per_task = max(1, math.ceil(TASK_SECONDS * result.shards / result.seconds))
+        yield result
 
 
-def _task(parcel: Parcel, dataset: Dataset, job: Job, work: Work) -> Receipt | ItaeError:
-    """On a worker: compute some shards and store them; those that another worker stored meanwhile are left out.
+def _task(pickled: PickledBackbone, dataset: Dataset, job: Job, work: Work) -> TaskResult | ItaeError:
+    """Compute shards on a worker and store them, except those that another worker has stored meanwhile.
 
-    An error is returned: raised, Dask would print its traceback.
+    An error is returned: Dask would print the traceback of one that is raised.
     """
-    from distributed import get_worker
-
     worker = get_worker()
     with _one_at_a_time:
-        start, missing = time.perf_counter(), missing_work(job.kept)
+        start, missing = time.perf_counter(), missing_work(job.stored)
         work = {shard: left for shard, names in work.items()
                 if (left := [name for name in names if name in missing.get(shard, ())])}
-        backbone = parcel.opened()
+        backbone = pickled.load()
         device = _worker_device(backbone.device.type, worker.name)
         if device.type == "cpu":
             torch.set_num_threads(max(1, worker.state.nthreads))
-        backbone = replace(backbone, device=device, model=backbone.model.to(device))  # moved at the first task only
         try:
+            _check_device(device, worker.address, job)
+            backbone = replace(backbone, device=device, model=backbone.model.to(device))  # only the first task moves it
             if work:
                 compute(replace(job, backbone=backbone, dataset=dataset), work)
         except ItaeError as error:
             return error
-        return Receipt(len(work), job.images(work), time.perf_counter() - start, worker.address)
+        return TaskResult(len(work), job.images(work), time.perf_counter() - start, worker.address)
+
+
+def _check_device(device: torch.device, worker: str, job: Job) -> None:
+    """Refuse a worker that joined later and has another device than the one that the features are stored for."""
+    expected = next(iter(job.stored.values())).entry["device"]
+    if (name := device_name(device)) != expected:
+        raise ItaeError(f"the Dask workers have different devices, {expected} and {name} ({worker}): use workers of "
+                        "one kind")
 
 
 def _worker_device(kind: str, name: object) -> torch.device:
-    """A worker's own: its number picks the GPU, unless whoever started it has picked one by CUDA_VISIBLE_DEVICES."""
+    """Return a worker's device: its number selects the GPU, unless CUDA_VISIBLE_DEVICES has selected one already."""
     if kind != "cuda":
         return torch.device(kind)
     numbered = isinstance(name, int) and "CUDA_VISIBLE_DEVICES" not in os.environ

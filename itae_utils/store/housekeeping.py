@@ -1,4 +1,4 @@
-"""What a feature store holds, how big it is, and making room in it (`itae store`)."""
+"""The entries of a feature store with their sizes, and the removal of old ones (`itae store`)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from datetime import datetime
 from itae_utils.errors import ItaeError
 from itae_utils.store.store import Store
 
-STALE = 3600  # seconds after which a half-written file can't be some process's at work
+STALE = 3600  # seconds after which no process can still be writing a half-written file
 PREFIXES = "KMGT"
 
 
 @dataclass
-class Holding:
-    """One entry of features, or one kind of remembered results' one result.
+class Entry:
+    """An entry of features, or one remembered result.
 
     Attributes:
-        path: in the store.
-        about: what its metadata says of it; empty where that is damaged.
-        variants: number of variants of an entry; 0 for remembered results.
+        path: path in the store.
+        about: its metadata; empty if they are damaged.
+        variants: number of variants of an entry of features; 0 for a remembered result.
         size: bytes.
-        used: when it was last used (in a folder) or written, in seconds since 1970.
+        used: time of last use (in a folder) or of writing, in seconds since 1970.
     """
 
     path: str
@@ -35,13 +35,13 @@ class Holding:
     used: float = 0.0
 
 
-def holdings(store: Store) -> list[Holding]:
-    """Everything in a store, the longest unused first.
+def list_entries(store: Store) -> list[Entry]:
+    """Return all entries of a store, the longest unused first.
 
     Raises:
         ItaeError: the store can't be read.
     """
-    found: dict[str, Holding] = {}
+    found: dict[str, Entry] = {}
     variants: dict[str, set[str]] = {}
     with store.reading():
         for path, size, changed in _files(store):
@@ -50,76 +50,78 @@ def holdings(store: Store) -> list[Holding]:
             if depth is None or len(names) < depth:
                 continue
             key = "/".join([kind, *names[:depth - 1]])
-            holding = found.setdefault(key, Holding(key))
-            holding.size += size
-            holding.used = max(holding.used, changed)
+            entry = found.setdefault(key, Entry(key))
+            entry.size += size
+            entry.used = max(entry.used, changed)
             if kind == "features" and len(names) > 2:
                 variants.setdefault(key, set()).add(names[1])
-        for key, holding in found.items():
-            holding.variants, holding.about = len(variants.get(key, ())), _attributes(store, key)
-    return sorted(found.values(), key=lambda holding: (holding.used, holding.path))
+        for key, entry in found.items():
+            entry.variants, entry.about = len(variants.get(key, ())), _attributes(store, key)
+    return sorted(found.values(), key=lambda entry: (entry.used, entry.path))
 
 
 def prune(store: Store, *, older_than: float | None = None, max_size: float | None = None,
-          dry_run: bool = False) -> list[Holding]:
-    """Remove what wasn't used for long, then the longest unused until the rest fits; also stale half-written files.
+          dry_run: bool = False) -> list[Entry]:
+    """Remove entries that have not been used for long, then the longest unused until the rest fits.
+
+    Half-written files of more than an hour ago are removed as well.
 
     Args:
-        store: which must not be in use: a run whose features go is told so, and has to be started again.
-        older_than: seconds.
-        max_size: bytes.
-        dry_run: remove nothing, only tell.
+        store: must not be in use: a run whose features are removed fails, and has to be started again.
+        older_than: seconds since the last use.
+        max_size: bytes that the store may take.
+        dry_run: whether to remove nothing.
 
     Returns:
-        What was removed.
+        The entries that were removed, or that would be.
 
     Raises:
         ItaeError: the store can't be read or written.
     """
-    everything, now = holdings(store), time.time()
-    gone = [holding for holding in everything if older_than is not None and now - holding.used >= older_than]
-    kept = [holding for holding in everything if holding not in gone]
-    while max_size is not None and kept and sum(holding.size for holding in kept) > max_size:
-        gone.append(kept.pop(0))
+    everything, now = list_entries(store), time.time()
+    removed = [entry for entry in everything if older_than is not None and now - entry.used >= older_than]
+    rest = [entry for entry in everything if entry not in removed]
+    while max_size is not None and rest and sum(entry.size for entry in rest) > max_size:
+        removed.append(rest.pop(0))
     if not dry_run:
-        for holding in gone:
-            store.remove(holding.path)
+        for entry in removed:
+            store.remove(entry.path)
         with store.writing():
             _remove_half_written(store, now)
-    return gone
+    return removed
 
 
 def parse_size(text: str) -> float:
-    """Bytes from "500 MB", "20GB", "1e9".
+    """Return the number of bytes that a text such as "500 MB", "20GB" or "1e9" names.
 
     Raises:
-        ItaeError: not a size.
+        ItaeError: the text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?(?:E\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not found:
-        raise ItaeError(f"{text!r} is not a size: write it like 500MB or 20GB")
+        raise ItaeError(f"{text!r} is not a size: write a number and a unit, as in 500MB or 20GB")
     return float(found[1]) * 1000 ** (1 + PREFIXES.index(found[2]) if found[2] else 0)
 
 
 def format_size(size: float) -> str:
-    """Bytes in words: "12.3 MB"."""
+    """Return a number of bytes as text, such as "12.3 MB"."""
     power = min(4, (len(f"{size:.0f}") - 1) // 3)
     return f"{size / 1000**power:.{1 if power else 0}f} {['', *PREFIXES][power]}B"
 
 
-def table(found: Sequence[Holding]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for a terminal: an entry a line, remembered results a line a kind."""
+def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and rows of a table for a terminal: a row per entry of features and per remembered kind."""
     rows, kinds = [], {}
-    for holding in found:
-        if holding.path.startswith("remembered/"):
-            kinds.setdefault(holding.path.split("/")[1], []).append(holding)
+    for entry in entries:
+        if entry.path.startswith("remembered/"):
+            kinds.setdefault(entry.path.split("/")[1], []).append(entry)
             continue
-        about = {"backbone": "damaged", **holding.about}
+        about = {"backbone": "damaged", **entry.about}
         words = [str(about[name]) for name in ("device", "precision") if name in about]
-        rows.append([holding.path.removeprefix("features/"), str(about["backbone"]),
+        rows.append([entry.path.removeprefix("features/"), str(about["backbone"]),
                      str(about.get("about", {}).get("dataset", "–")), f"{about.get('size', 0):,}", " ".join(words),
-                     str(about.get("batch_size", "–")), str(holding.variants), format_size(holding.size),
-                     _day(holding.used)])
+                     str(about.get("batch_size", "–")), str(entry.variants), format_size(entry.size),
+                     _day(entry.used)])
     for kind, results in kinds.items():
         rows.append([f"remembered {kind}", "", "", "", "", "", str(len(results)),
                      format_size(sum(each.size for each in results)), _day(max(each.used for each in results))])
@@ -131,7 +133,7 @@ def _day(seconds: float) -> str:
 
 
 def _files(store: Store) -> Iterator[tuple[str, int, float]]:
-    """Path in the store, size and time of change of every file."""
+    """Yield the path in the store, the size and the time of change of every file."""
     system, root = store.files
     if not system.exists(root):
         return

@@ -1,20 +1,21 @@
-"""Where features are kept: a Zarr v3 store in a folder or at a URL, of checked arrays, written a whole chunk at a time.
+"""The feature store: a Zarr v3 store in a folder, at a URL or in memory.
 
-    features/<entry>/<variant>/…   features and artifact counts, see `itae_utils.stored_variant`
+    features/<entry>/<variant>/…   features and artifact counts, see `itae_utils.store.variants`
     remembered/<kind>/<key>        small results computed from them: cluster labels, t-SNE, norms
 
-Whatever a killed process, a full disk or a flipped bit leaves behind is found by its checksum and computed again.
-Nothing is changed once written: two processes that write the same chunk write the same bytes.
+Every chunk has a checksum. It reveals what a killed process, a full disk or a flipped bit has left, and the chunk is
+computed again. Complete chunks never change, and two processes that write the same chunk write the same bytes.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +26,8 @@ import fsspec
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, ContainsGroupError
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from itae_utils.environment import cache_folder, named_store
 from itae_utils.errors import ItaeError
@@ -35,14 +35,14 @@ from itae_utils.files import in_one_line
 
 T = TypeVar("T")
 log = logging.getLogger("itae_utils")
-REMEDY = "free space there, or name another place with --store or ITAE_STORE ('none' keeps features in memory)"
 
 
 def open_store(place: str | Path | Store | None = "auto") -> Store | None:
-    """The store at a folder or an fsspec URL (`s3://…`, `memory://…`).
+    """Return the store at a folder or at an fsspec URL (`s3://…`, `memory://…`), or None for no store.
 
     Args:
-        place: "auto" is the environment's ITAE_STORE, else a folder in the user's cache; None and "none" are no store.
+        place: "auto" takes ITAE_STORE from the environment, or else a folder in the user's cache. None and "none" mean
+            no store.
     """
     if isinstance(place, Store):
         return place
@@ -53,21 +53,21 @@ def open_store(place: str | Path | Store | None = "auto") -> Store | None:
     return Store(str(place) if "://" in str(place) else str(Path(place).expanduser().resolve()))
 
 
-def store_in_use() -> Store:
-    """The store that `open_store()` finds.
+def store_in_use(place: str | Path | Store | None = "auto") -> Store:
+    """Return the store that `open_store` returns.
 
     Raises:
-        ItaeError: features are kept in memory.
+        ItaeError: there is none, because features are held in memory.
     """
-    place = open_store()
-    if place is None:
+    store = open_store(place)
+    if store is None:
         raise ItaeError("no feature store is in use (ITAE_STORE or --store is 'none'): name one with --store")
-    return place
+    return store
 
 
 @dataclass(frozen=True)
 class ArrayKind:
-    """Shape, chunks and type of an array; a chunk that isn't there reads as `fill`."""
+    """Shape, chunks and type of an array; missing chunks read as `fill`."""
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -77,33 +77,44 @@ class ArrayKind:
 
 @dataclass(frozen=True)
 class Store:
-    """A store by its place, a folder or URL; nothing is read or made before it is used."""
+    """A store by its place; nothing is read or created before it is used.
 
-    place: str
+    Attributes:
+        place: a folder, an fsspec URL, or None for memory that belongs to this object and is freed with it.
+    """
 
-    def __reduce__(self) -> tuple:
-        return Store, (self.place,)  # whatever is open stays here
+    place: str | None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ if self.place is None else {"place": self.place}  # open connections can't be pickled
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder of this machine's."""
-        return "://" not in self.place
+        """Whether the store is a folder on this machine."""
+        return self.place is not None and "://" not in self.place
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes can use the store."""
+        return self.place is not None and not self.place.startswith("memory:")
 
     @cached_property
     def zarr(self) -> zarr.abc.store.Store:
-        """As zarr takes it.
+        """The store as zarr opens it.
 
         Raises:
-            ItaeError: a URL of a kind that doesn't exist or isn't installed; a file.
+            ItaeError: the place is a file, or a URL of a kind that doesn't exist or isn't installed.
         """
+        if self.place is None:
+            return MemoryStore()
         if self.is_folder and Path(self.place).is_file():
             raise ItaeError(f"feature store {self.place!r} is a file: name a folder with --store or ITAE_STORE")
         return LocalStore(self.place) if self.is_folder else self._opened(FsspecStore.from_url)
 
     @cached_property
     def files(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """As fsspec takes it: a file system, and the store's path in it; raises as `zarr`."""
-        return self._opened(fsspec.core.url_to_fs)
+        """The store's file system and its path there, as fsspec opens them; raises as `zarr`."""
+        return self._opened(fsspec.url_to_fs)
 
     def _opened(self, opener: Callable[[str], T]) -> T:
         try:
@@ -113,11 +124,11 @@ class Store:
                             "package for that kind of URL, or name a folder") from error
 
     def array(self, path: str, kind: ArrayKind) -> zarr.Array:
-        """The array at `path`.
+        """Return the array at `path`.
 
         Raises:
-            FileNotFoundError: there is none.
-            Exception: what is there is damaged, or of another kind; zarr raises whatever it stumbles over.
+            FileNotFoundError: there is no array.
+            Exception: the array is damaged or of another kind; zarr raises many kinds of errors for damaged files.
         """
         found = zarr.open_array(self.zarr, path=path, mode="r+")
         is_checked = found.metadata.codecs[-1].to_dict()["name"] == "crc32c"
@@ -128,7 +139,7 @@ class Store:
         return found
 
     def make_array(self, path: str, kind: ArrayKind, about: Mapping[str, object] | None = None) -> zarr.Array:
-        """The array at `path`, made where it is missing, and made anew where it is damaged."""
+        """Return the array at `path`; create it if it is missing, and replace it if it is damaged."""
         with self.writing():
             try:
                 return self.array(path, kind)
@@ -137,16 +148,16 @@ class Store:
             except (OSError, ItaeError):
                 raise
             except Exception as error:
-                self.tell_damage(path, error)
+                self.log_damage(path, error)
                 self.remove(path)
-            with suppress(ContainsArrayError):  # another process was faster, with the same
-                # The checksum as the last codec finds every flipped bit; without it most pass unseen.
+            with suppress(ContainsArrayError):  # another process has created it meanwhile, with the same contents
+                # With the checksum as the last codec every flipped bit is found; zarr alone would miss most of them.
                 zarr.create_array(self.zarr, name=path, shape=kind.shape, chunks=kind.chunks, dtype=kind.dtype,
                                   fill_value=kind.fill, compressors=[Crc32cCodec()], attributes=about)
             return self.array(path, kind)
 
     def make_group(self, path: str, about: Mapping[str, object]) -> None:
-        """Make the group at `path` where it is missing or damaged; what is below it stays."""
+        """Create the group at `path` if it is missing or damaged; everything below it stays."""
         with self.writing():
             try:
                 zarr.create_group(self.zarr, path=path, attributes=dict(about))
@@ -155,32 +166,20 @@ class Store:
             except (OSError, ItaeError):
                 raise
             except Exception as error:
-                self.tell_damage(path, error)
-                sync(self.zarr.delete(f"{path}/zarr.json"))
+                self.log_damage(path, error)
+                self.remove(f"{path}/zarr.json")
                 zarr.create_group(self.zarr, path=path, attributes=dict(about))
-
-    def groups(self, path: str) -> list[dict[str, object]]:
-        """What the groups right below `path` say of themselves; those that are damaged are left out."""
-        with self.reading():
-            try:
-                return [dict(group.attrs) for _, group in zarr.open_group(self.zarr, path=path, mode="r").groups()]
-            except OSError as error:
-                if isinstance(error, FileNotFoundError):
-                    return []
-                raise
-            except Exception:  # as in `remembered`
-                return []
 
     def remembered(self, kind: str, key: Mapping[str, object],
                    compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays that `compute` gives, from the store where it was asked for the same before.
+        """Return the arrays that `compute` returns; they are stored, and read from the store the next time.
 
-        A damaged result is computed again; one that can't be written is only not kept.
+        A damaged result is computed again. A result that can't be stored is returned all the same.
 
         Args:
-            kind: of result, in a word.
-            key: everything that decides the result, in JSON's types.
-            compute: gives arrays by name.
+            kind: a word for the kind of result.
+            key: all that decides the result, in JSON's types.
+            compute: returns arrays by name.
         """
         path = f"remembered/{kind}/{digest(key)}"
         try:
@@ -192,8 +191,8 @@ class Store:
             pass
         except ItaeError:
             raise
-        except Exception as error:  # zarr, its codecs and numpy raise whatever they stumble over
-            self.tell_damage(path, error)
+        except Exception as error:  # zarr, its codecs and numpy raise many kinds of errors for damaged files
+            self.log_damage(path, error)
         arrays = {name: np.asarray(array) for name, array in compute().items()}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
@@ -206,50 +205,62 @@ class Store:
         return arrays
 
     def remove(self, path: str) -> None:
-        """Delete everything at and below `path`."""
-        with self.writing():
-            sync(self.zarr.delete_dir(path))
+        """Delete `path` and everything below it."""
+        system, root = self.files
+        with self.writing(), suppress(FileNotFoundError):
+            system.rm(f"{root}/{path}", recursive=True)
 
     def touch(self, path: str) -> None:
-        """Note that what is at `path` is in use, for `prune`; a URL or a read-only folder takes no such note."""
+        """Record that `path` is in use, for `prune`; only in a folder that can be written."""
         if self.is_folder:
             with suppress(OSError):
                 os.utime(Path(self.place, path, "zarr.json"))
 
-    def tell_damage(self, what: str, error: Exception) -> None:
-        """Name in the log what is damaged; it is computed again."""
-        log.warning("%s in the feature store %s is damaged (%s): it is computed again", what, self.place,
+    def log_damage(self, name: str, error: Exception) -> None:
+        """Log which part of the store is damaged and is computed again."""
+        log.warning("%s in the feature store %s is damaged (%s): it is computed again", name, self.place,
                     in_one_line(error))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While open, a failure to read is told in one line.
-
-        Raises:
-            ItaeError: no permission, a server that doesn't answer, or the like.
-        """
-        try:
+        """Turn the system's errors into an `ItaeError`: no permission, no answer from a server, or the like."""
+        with self._access("read"):
             yield
-        except OSError as error:
-            why = error.strerror or in_one_line(error)
-            raise ItaeError(f"feature store {self.place} can't be read ({why}): mend it, or name another place with "
-                            "--store or ITAE_STORE") from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While open, a failure to write is told in one line.
+        """Turn the system's errors into an `ItaeError`: a full disk, a read-only store, or the like."""
+        with self._access("written"):
+            yield
 
-        Raises:
-            ItaeError: the disk is full, the store read-only, or the like.
-        """
+    @contextmanager
+    def _access(self, verb: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            why = error.strerror or in_one_line(error)
-            raise ItaeError(f"feature store {self.place} can't be written ({why}): {REMEDY}") from error
+            reason = error.strerror or in_one_line(error)
+            raise ItaeError(f"feature store {self.place} can't be {verb} ({reason}): fix this, or name another place "
+                            "with --store or ITAE_STORE ('none' holds features in memory)") from error
 
 
 def digest(content: Mapping[str, object]) -> str:
-    """A name for what JSON says of `content`: 20 hexadecimal digits of its SHA-256."""
+    """Return a name for a mapping in JSON's types: 20 hexadecimal digits of its SHA-256."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
+def code_digest(modules: Iterable[Path]) -> str:
+    """Return the SHA-256 of the code of Python modules; comments, docstrings and formatting do not change it.
+
+    The hash is of the syntax trees, which differ between versions of Python.
+    """
+    trees = [_WithoutStrings().visit(ast.parse(module.read_bytes())) for module in modules]
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
+
+
+class _WithoutStrings(ast.NodeTransformer):
+    """Removes statements that are only a string: docstrings."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_string = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_string else node

@@ -1,68 +1,97 @@
-"""Features of one variant, shard by shard: in a store, or in memory.
+"""The features of one variant in a store, shard by shard.
 
-In a store an entry is one model on one set of images in one way of running it, a variant one setting of the method:
+An entry is one model on one set of images, run in one way; a variant is one setting of the method:
 
-    features/<entry>/<variant>/features          (n, dim) float32, a chunk a shard
-    features/<entry>/<variant>/artifact_counts   (n,) int32, likewise
+    features/<entry>/<variant>/features          (n, dim) float32, a chunk per shard
+    features/<entry>/<variant>/artifact_counts   (n,) int32, a chunk per shard
 
-A shard counts as done only when both its chunks are there, fit their checksum and hold no fill value. It is written
-whole, the counts first.
+A shard is complete if both of its chunks exist, match their checksums and contain no fill value. It is written whole,
+the counts first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
 from importlib import metadata
-from typing import Protocol
+from pathlib import Path
 
 import numpy as np
+import torch
 import zarr
 from torch.utils.data import Dataset
 
 from itae_utils.data.fingerprint import fingerprint
 from itae_utils.errors import ItaeError
-from itae_utils.files import in_one_line
+from itae_utils.files import PACKAGE, in_one_line
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone
-from itae_utils.store.store import ArrayKind, Store, digest
+from itae_utils.store.store import ArrayKind, Store, code_digest, digest
 
-METHOD = 2  # raise it when a change of the code changes what is computed
-DECIDING = ("torch", "torchvision", "timm", "pillow")  # packages whose releases may change the last bits
+# Modules and packages that can change norms and features: a change of their code makes stored ones invalid.
+CODE = ("data/datasets.py", "data/folders.py", "models/*.py", "models/demo/__init__.py", "method/*.py",
+        "extraction/batches.py", "extraction/job.py", "extraction/observation.py")
+PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may change the last bits
 
 
-def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str) -> dict[str, object] | None:
-    """Everything beside the variant that decides features; None where the data set says nothing of its images.
+def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str, device: str | None = None
+              ) -> dict[str, object] | None:
+    """Return all that decides features, except the variant; None if the data set has no fingerprint.
 
-    The number of threads, and which of two cards of one kind, are not in it: they can change the last bits.
+    The number of threads is left out, and so is which of several GPUs of the same name is used: both can change the
+    last bits.
+
+    Args:
+        backbone: from `load_backbone`.
+        dataset: the images.
+        batch_size: images per batch.
+        device: a name as `device_name` returns it; None takes the backbone's own device.
 
     Raises:
-        ItaeError: `.images` that can't be those of the data set.
+        ItaeError: the data set has more or fewer `.images` than items.
     """
     images = fingerprint(dataset)
-    if images and len(dataset) != len(dataset.images):
+    if images is None:
+        return None
+    if len(dataset) != len(dataset.images):
         raise ItaeError(f"a data set of {len(dataset):,} items has {len(dataset.images):,} .images: give it as many")
-    return images and {
-        "method": METHOD,
-        "versions": {name: metadata.version(name) for name in DECIDING},
+    return {
+        "code": deciding_code(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
-        "heads": backbone.model.blocks[0].attn.num_heads,  # which no weight's shape tells
+        "heads": backbone.model.blocks[0].attn.num_heads,  # the weights' shapes do not show it
         "preprocessing": " ".join(repr(backbone.transform).split()),
         "resize": backbone.resize,
         "pos_embed": backbone.pos_embed,
         "images": images,
-        "device": backbone.device.type,
+        "device": device or device_name(backbone.device),
         "precision": backbone.precision,
         "compiled": backbone.compiled,
         "batch_size": batch_size,
     }
 
 
+def device_name(device: torch.device) -> str:
+    """Return the model name of a GPU, such as "NVIDIA A100-SXM4-40GB", or the type of another device, such as "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def deciding_code() -> str:
+    """Return the hash of the code that can change norms and features; computed once per process."""
+    return code_digest(deciding_modules(PACKAGE))
+
+
+def deciding_modules(package: Path) -> list[Path]:
+    """Return the files of the modules in `CODE`, below the package's folder."""
+    return [path for pattern in CODE for path in sorted(package.glob(pattern))]
+
+
 def setting_key(itae: ITAE | None, truth: FiringRule | None = None) -> dict[str, object]:
-    """A variant with numeric thresholds, without what doesn't act in it; the model as it is has an empty key."""
+    """Return a variant's settings with numeric thresholds, without those that have no effect; {} for no variant."""
     if itae is None:
         return {}
     key = asdict(itae)
@@ -76,117 +105,38 @@ def setting_key(itae: ITAE | None, truth: FiringRule | None = None) -> dict[str,
     return key | {"threshold": [None if value is None else float(value) for value in itae.thresholds]}
 
 
-class KeptVariant(Protocol):
-    """Features (n, dim) float32 and artifact counts (n,) of one variant, read and written shard by shard."""
+class StoredVariant:
+    """Features (n, dim) and artifact counts (n,) of one variant in a store, read and written shard by shard.
 
-    @property
-    def shards(self) -> range:
-        """Numbers of the shards."""
-
-    def rows(self, shard: int) -> slice:
-        """The images of a shard, by their numbers in the data set."""
-
-    def missing(self) -> list[int]:
-        """Shards that are not done."""
-
-    def prepare(self) -> None:
-        """Whatever must be there before `save`; what fails is told before any work is done."""
-
-    def save(self, shard: int, features: np.ndarray, counts: np.ndarray) -> None:
-        """Keep a whole shard: (m, dim) and (m,)."""
-
-    def part(self, shard: int) -> np.ndarray:
-        """The features of one shard, (m, dim)."""
-
-    def features(self) -> np.ndarray:
-        """All features, (n, dim)."""
-
-    def counts(self) -> np.ndarray:
-        """Patches attenuated in the last block, (n,) int64."""
-
-
-class InMemory:
-    """A variant without a store: gone with the process."""
-
-    def __init__(self, size: int, dim: int, shard_size: int) -> None:
-        self.size, self.shard_size = size, shard_size
-        self._features = np.empty((size, dim), dtype=np.float32)
-        self._counts = np.zeros(size, dtype=np.int64)
-
-    @property
-    def shards(self) -> range:
-        """See `KeptVariant`."""
-        return range(-(-self.size // self.shard_size))
-
-    def rows(self, shard: int) -> slice:
-        """See `KeptVariant`."""
-        return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, self.size))
-
-    def missing(self) -> list[int]:
-        """All of them."""
-        return list(self.shards)
-
-    def prepare(self) -> None:
-        """Nothing to do."""
-
-    def save(self, shard: int, features: np.ndarray, counts: np.ndarray) -> None:
-        """See `KeptVariant`."""
-        self._features[self.rows(shard)], self._counts[self.rows(shard)] = features, counts
-
-    def part(self, shard: int) -> np.ndarray:
-        """See `KeptVariant`."""
-        return self._features[self.rows(shard)]
-
-    def features(self) -> np.ndarray:
-        """See `KeptVariant`."""
-        return self._features
-
-    def counts(self) -> np.ndarray:
-        """See `KeptVariant`."""
-        return self._counts
-
-
-@dataclass(frozen=True)
-class InStore:
-    """A variant in a store.
-
-    Attributes:
-        store: where.
-        entry: what decides the features beside the variant, in JSON's types; with `size`, `dim` and `shard_size`.
-        setting: the variant, likewise.
-        about: what else is worth telling of the entry.
+    Args:
+        store: a store; nothing in it is read or created before the first call.
+        entry: all that decides the features except the variant, in JSON's types, with `size`, `dim` and `shard_size`.
+        setting: the variant, in JSON's types.
+        about: further metadata of the entry, which does not decide anything.
     """
 
-    store: Store
-    entry: Mapping[str, object]
-    setting: Mapping[str, object]
-    about: Mapping[str, object] = field(default_factory=dict)
+    def __init__(self, store: Store, entry: Mapping[str, object], setting: Mapping[str, object],
+                 about: Mapping[str, object] | None = None) -> None:
+        self.store, self.entry, self.setting, self.about = store, entry, setting, about or {}
+        self.folder = f"features/{digest(entry)}"
+        self.path = f"{self.folder}/{digest(setting)}"
+        self._arrays: tuple[zarr.Array, zarr.Array] | None = None  # opened when first needed
 
-    def __reduce__(self) -> tuple:
-        return InStore, (self.store, self.entry, self.setting, self.about)  # without its open arrays
-
-    @property
-    def folder(self) -> str:
-        """Of the entry in the store."""
-        return f"features/{digest(self.entry)}"
-
-    @property
-    def path(self) -> str:
-        """Of the variant in the store."""
-        return f"{self.folder}/{digest(self.setting)}"
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_arrays": None}  # each process opens its own
 
     @property
     def shards(self) -> range:
-        """See `KeptVariant`."""
+        """The numbers of the shards."""
         return range(-(-self.entry["size"] // self.entry["shard_size"]))
 
     def rows(self, shard: int) -> slice:
-        """See `KeptVariant`."""
+        """Return the images of a shard, as indices into the data set."""
         first = shard * self.entry["shard_size"]
         return slice(first, min(first + self.entry["shard_size"], self.entry["size"]))
 
     def missing(self) -> list[int]:
-        """Shards that are not done; those that are there but damaged are named in the log.
+        """Return the shards that are not complete; damaged ones are named in the log.
 
         Raises:
             ItaeError: the store can't be read.
@@ -194,81 +144,88 @@ class InStore:
         self.store.touch(self.folder)
         with self.store.reading():
             try:
-                arrays = self._arrays
+                arrays = self.arrays
             except FileNotFoundError:
                 return list(self.shards)
             except (OSError, ItaeError):
                 raise
-            except Exception as error:  # zarr and its codecs raise whatever they stumble over
-                self.store.tell_damage(self.path, error)
+            except Exception as error:  # zarr and its codecs raise many kinds of errors for damaged files
+                self.store.log_damage(self.path, error)
                 return list(self.shards)
-            return [shard for shard in self.shards if not self._is_done(shard, *arrays)]
+            return [shard for shard in self.shards if not self._is_complete(shard, *arrays)]
 
-    def _is_done(self, shard: int, features: zarr.Array, counts: zarr.Array) -> bool:
+    def _is_complete(self, shard: int, features: zarr.Array, counts: zarr.Array) -> bool:
         rows = self.rows(shard)
         try:
             return bool(np.isfinite(features[rows]).all() and (counts[rows] >= 0).all())
         except OSError:
             raise
         except Exception as error:  # as in `missing`
-            self.store.tell_damage(f"shard {shard} (images {rows.start} to {rows.stop - 1}) of {self.path}", error)
+            self.store.log_damage(f"shard {shard} (images {rows.start} to {rows.stop - 1}) of {self.path}", error)
             return False
 
     def prepare(self) -> None:
-        """Make the arrays where they are missing or damaged, so that what can't be written is told before any work.
+        """Create the arrays, or create them again if they are damaged.
+
+        An extraction calls this before any other work, so that a store that can't be written costs no time.
 
         Raises:
             ItaeError: the store can't be written.
         """
         self.store.make_group(self.folder, {**self.entry, "about": dict(self.about)})
         self.store.make_group(self.path, self.setting)
-        self.__dict__["_arrays"] = tuple(self.store.make_array(f"{self.path}/{name}", kind)
-                                         for name, kind in self._kinds().items())
+        self._arrays = self._open(self.store.make_array)
 
-    @cached_property
-    def _arrays(self) -> tuple[zarr.Array, zarr.Array]:
-        features, counts = (self.store.array(f"{self.path}/{name}", kind) for name, kind in self._kinds().items())
-        return features, counts
+    @property
+    def arrays(self) -> tuple[zarr.Array, zarr.Array]:
+        """The arrays of features and of counts; raises as `Store.array`."""
+        if self._arrays is None:
+            self._arrays = self._open(self.store.array)
+        return self._arrays
 
-    def _kinds(self) -> dict[str, ArrayKind]:
+    def _open(self, open_array: Callable[[str, ArrayKind], zarr.Array]) -> tuple[zarr.Array, zarr.Array]:
         size, dim = self.entry["size"], self.entry["dim"]
         rows = min(size, self.entry["shard_size"])
-        return {"features": ArrayKind((size, dim), (rows, dim), "float32", np.nan),
-                "artifact_counts": ArrayKind((size,), (rows,), "int32", -1)}
+        return (open_array(f"{self.path}/features", ArrayKind((size, dim), (rows, dim), "float32", np.nan)),
+                open_array(f"{self.path}/artifact_counts", ArrayKind((size,), (rows,), "int32", -1)))
 
     def save(self, shard: int, features: np.ndarray, counts: np.ndarray) -> None:
-        """See `KeptVariant`; raises an `ItaeError` when the store can't be written."""
-        kept_features, kept_counts = self._arrays
-        with self.store.writing():
-            kept_counts[self.rows(shard)] = counts
-            kept_features[self.rows(shard)] = features
-
-    def part(self, shard: int) -> np.ndarray:
-        """See `KeptVariant`.
+        """Write a whole shard: features (m, dim) and counts (m,).
 
         Raises:
-            ItaeError: it was damaged or removed since it was found whole.
+            ItaeError: the store can't be written.
+        """
+        stored_features, stored_counts = self.arrays
+        with self.store.writing():
+            stored_counts[self.rows(shard)] = counts
+            stored_features[self.rows(shard)] = features
+
+    def part(self, shard: int) -> np.ndarray:
+        """Return the features of one shard, (m, dim) float32.
+
+        Raises:
+            ItaeError: the shard was damaged or removed after `missing` found it complete.
         """
         return self._read(0, shard)
 
     def features(self) -> np.ndarray:
-        """See `KeptVariant`; raises as `part`."""
+        """Return all features, (n, dim) float32; raises as `part`."""
         whole = np.empty((self.entry["size"], self.entry["dim"]), dtype=np.float32)
         for shard in self.shards:
             whole[self.rows(shard)] = self.part(shard)
         return whole
 
     def counts(self) -> np.ndarray:
-        """See `KeptVariant`; raises as `part`."""
+        """Return the number of patches attenuated in the last block, (n,) int64; raises as `part`."""
         return np.concatenate([self._read(1, shard) for shard in self.shards]).astype(np.int64)
 
     def _read(self, which: int, shard: int) -> np.ndarray:
         try:
-            values = self._arrays[which][self.rows(shard)]
-            why = None if np.isfinite(values).all() and (which == 0 or (values >= 0).all()) else "it is gone"
+            values = self.arrays[which][self.rows(shard)]
+            reason = None if np.isfinite(values).all() and (which == 0 or (values >= 0).all()) else "removed"
         except Exception as error:  # as in `missing`
-            why = in_one_line(error)
-        if why:
+            reason = in_one_line(error)
+        if reason:
             raise ItaeError(f"shard {shard} of {self.path} in the feature store {self.store.place} can't be read any "
-                            f"more ({why}): extract the features again, only what is lost is computed")
+                            f"more ({reason}): extract the features again, only lost shards are recomputed")
         return values

@@ -1,22 +1,23 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
-import torch
 
 from itae_utils.errors import ItaeError
+from itae_utils.extraction import features as module
 from itae_utils.extraction.features import extract_features
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attenuate
 from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.thresholds import ThresholdFit, Thresholds
+from itae_utils.method.thresholds import ThresholdFit
 from tests.conftest import as_backbone, setup, threshold_at
 
 
-def fits(model, threshold_by_block: dict[int, float | None]) -> Thresholds:
-    made = {(block, source): ThresholdFit(threshold_by_block.get(block), 0.1, 5.0, "made", np.empty(0))
-            for block in range(len(model.blocks)) for source in SOURCES}
-    return Thresholds(made, len(model.blocks), 0.0)
+def fits(model, threshold_by_block: dict[int, float | None]) -> dict[tuple[int, str], ThresholdFit]:
+    depth = len(model.blocks)
+    return {(block - depth, source): ThresholdFit(threshold_by_block.get(block), 0.1, 5.0, "made", np.empty(0))
+            for block in range(depth) for source in SOURCES}
 
 
 def test_auto_is_resolved_to_numbers_block_by_block():
@@ -35,34 +36,30 @@ def test_auto_is_resolved_to_numbers_block_by_block():
 
 def test_auto_fits_once_and_does_no_harm_where_nothing_is_found(monkeypatch):
     backbone, dataset, _ = setup(count=4)
-    calls = []
-    import itae_utils.extraction.features as module
-
-    fit = module.fit_thresholds
+    calls, fit = [], module.fit_thresholds
     monkeypatch.setattr(module, "fit_thresholds", lambda *args, **options: calls.append(1) or fit(*args, **options))
     features = extract_features(backbone, dataset, {"baseline": None, "a": ITAE(), "b": ITAE("value", blocks=2)})
     assert len(calls) == 1
     assert features.thresholds["b"] == (None, None)  # too few patches to fit
-    assert features.fit_seconds > 0
     for name in "ab":
         assert np.array_equal(features[name], features["baseline"])
     extract_features(backbone, dataset, {"fixed": ITAE(threshold=1.0), "oracle-free": None})
     assert len(calls) == 1
 
 
-def test_oracle_uses_the_backbone_s_truth():
+def test_oracle_edits_the_backbone_s_true_artifacts():
     backbone, dataset, batch = setup("plain")
     backbone = dataclasses.replace(backbone, truth=FiringRule(0, (5, 6), 0.9))
     variants = {"oracle": ITAE(select="oracle"), "deep": ITAE(select="oracle", blocks=2, rows="all")}
     features = extract_features(backbone, dataset, variants, batch_size=2)
-    with backbone.truth.watch(backbone.model) as watch:
+    with backbone.truth.capture(backbone.model) as captured:
         backbone.model(batch)
-    assert features.artifact_counts["oracle"].tolist() == watch.mask.sum(1).tolist()
+    assert features.artifact_counts["oracle"].tolist() == captured.mask.sum(1).tolist()
     for name, itae in variants.items():
         with attenuate(backbone.model, itae, truth=backbone.truth):
             expected = backbone.model.forward_features(batch)[:, 0].numpy()
         assert np.abs(features[name] - expected).max() < 1e-5
-    with pytest.raises(ItaeError, match="no ground truth"):
+    with pytest.raises(ItaeError, match="'oracle'"):
         extract_features(setup()[0], dataset, {"oracle": ITAE(select="oracle")})
 
 
@@ -94,23 +91,23 @@ def test_features_that_are_not_finite_name_the_batch():
         return output if len(output) == 2 else output * float("nan")
 
     handle = backbone.model.blocks[0].register_forward_hook(spoil)
-    with pytest.raises(ItaeError, match="'baseline' are not finite in the batch of images 4 to 4"):
+    with pytest.raises(ItaeError, match=r"'baseline'.* images 4 to 4"):
         extract_features(backbone, dataset, {"baseline": None}, batch_size=2)
     handle.remove()
 
 
 def test_bad_variants():
     backbone, dataset, _ = setup()
-    with pytest.raises(ItaeError, match="no variants"):
+    with pytest.raises(ItaeError, match=r"variants=\{\}"):
         extract_features(backbone, dataset, {})
-    with pytest.raises(ItaeError, match="blocks=4 but the model has 3"):
+    with pytest.raises(ItaeError, match="blocks=4"):
         extract_features(backbone, dataset, {"deep": ITAE(threshold=1.0, blocks=4)})
 
 
 @pytest.mark.parametrize("variants", [["baseline"], "baseline", ITAE(threshold=1.0)])
 def test_variants_without_names_are_refused(variants):
     backbone, dataset, _ = setup()
-    with pytest.raises(ItaeError, match=r"are no settings by name: write them as in \{'baseline': None\}"):
+    with pytest.raises(ItaeError, match=re.escape(f"variants={variants!r}")):
         extract_features(backbone, dataset, variants)
 
 
@@ -119,6 +116,4 @@ def test_settings_are_recorded():
     features = extract_features(backbone, dataset, {"baseline": None}, batch_size=4)
     assert features.settings == {"backbone": "tiny", "device": "cpu", "precision": "fp32", "batch_size": 4,
                                  "store": None}
-    assert features.seconds > 0
     assert len(features) == 1
-    assert torch.get_default_dtype() == torch.float32

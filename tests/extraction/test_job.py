@@ -25,15 +25,15 @@ def test_a_slow_model_on_a_cpu_gets_smaller_shards(monkeypatch):
     assert job.shard_size(on_gpu, 4) == 2000
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_batch_that_does_not_fit_is_one_line(error):
+@pytest.mark.parametrize(("batch_size", "remedy"), [(2, "batch_size=1"), ("auto", "batch_size=32")])
+def test_a_batch_that_does_not_fit_is_one_line(batch_size, remedy):
     backbone, dataset, _ = setup()
 
     def full(*_arguments):
-        raise error
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB")
 
-    handle = backbone.model.blocks[1].register_forward_pre_hook(full)
-    with pytest.raises(ItaeError, match="batch_size=2 doesn't fit the memory of cpu"):
-        extract_features(backbone, dataset, {"it": None}, batch_size=2)
-    handle.remove()
+    backbone.model.blocks[1].register_forward_pre_hook(full)
+    with pytest.raises(ItaeError, match=remedy) as caught:
+        extract_features(backbone, dataset, {"it": None}, batch_size=batch_size)
+    assert "auto" not in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,25 +1,27 @@
-"""Extraction on Dask workers: the bytes of a run without them, each shard once, whoever dies."""
+"""Extraction on Dask workers gives the bytes of a run without them, and computes each shard once, whoever dies."""
 
 import dataclasses
 import os
+import pickle
 import signal
+import subprocess
+import sys
 from collections import Counter
 
+import distributed
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from itae_utils.cli import main
-from itae_utils.data.datasets import ImageDataset
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import job
-from itae_utils.extraction import workers as ours
+from itae_utils.extraction import job, workers
 from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.job import Job, missing_work
 from itae_utils.method.setting import ITAE
-from itae_utils.store.store import open_store
-from itae_utils.store.variants import InMemory, InStore
+from itae_utils.store.store import Store, open_store
+from itae_utils.store.variants import StoredVariant
 from tests import faulty
 from tests.faulty import BATCH, VARIANTS
 
@@ -29,7 +31,7 @@ COUNT = 60
 
 @pytest.fixture(autouse=True)
 def _as_the_workers(monkeypatch):
-    """Small shards, and one thread, as each of the workers has: their number can change the last bits."""
+    """Use small shards and one thread, as each worker does: the number of threads can change the last bits."""
     monkeypatch.setattr(job, "SHARD_IMAGES", faulty.SHARD)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -40,24 +42,22 @@ def _as_the_workers(monkeypatch):
 @pytest.fixture(scope="module")
 def cluster():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours.os, "cpu_count", lambda: 2)
-        with ours.local_cluster("local:2") as made:
+        patch.setattr(workers, "available_cores", lambda: 2)
+        with workers.local_cluster("local:2") as made:
             yield made
 
 
 @pytest.fixture
 def client(cluster):
-    import distributed
-
     with distributed.Client(cluster) as made:
         yield made
 
 
 @pytest.fixture
-def receipts(monkeypatch):
-    """What the workers did."""
-    found, compute_on = [], ours.compute_on
-    monkeypatch.setattr(ours, "compute_on", lambda *args, **options: found.extend(compute_on(*args, **options)))
+def tasks(monkeypatch):
+    """The results of all tasks."""
+    found, compute_on = [], workers.compute_on
+    monkeypatch.setattr(workers, "compute_on", lambda *args, **options: found.extend(compute_on(*args, **options)))
     return found
 
 
@@ -66,175 +66,206 @@ def extract(store, client=None, variants=VARIANTS, count=COUNT, backbone=None):
                             store=store, client=client)
 
 
-def test_the_same_bytes_and_every_image_once(client, tmp_path, receipts):
+def prepared(folder, count: int, name: str = "it", device: str = "cpu") -> StoredVariant:
+    entry = {"size": count, "dim": 24, "shard_size": 4, "device": device}
+    variant = StoredVariant(open_store(folder), entry, {"name": name})
+    variant.prepare()
+    return variant
+
+
+def test_the_same_bytes_and_every_image_once(client, tmp_path, tasks):
     alone, together = extract(None), extract(tmp_path, client)
     for name in VARIANTS:
         assert np.array_equal(alone[name], together[name])
         assert np.array_equal(alone.artifact_counts[name], together.artifact_counts[name])
-    assert sum(receipt.images for receipt in receipts) == COUNT
-    assert sum(receipt.shards for receipt in receipts) == COUNT // faulty.SHARD
-    assert len({receipt.worker for receipt in receipts}) == 2
+    assert sum(task.images for task in tasks) == COUNT
+    assert sum(task.shards for task in tasks) == COUNT // faulty.SHARD
+    assert len({task.worker for task in tasks}) == 2
     assert set(together.computed.values()) == {COUNT}
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setenv("ITAE_STORE", str(tmp_path))  # and set back, for --store sets it
-    monkeypatch.setattr(ours.os, "cpu_count", lambda: 2)  # a thread each
-    done = {}
-    for name, more in {"alone": [], "together": ["--dask", "local:2"]}.items():
-        output, store = tmp_path / f"{name}.npz", tmp_path / name
-        done[name] = CliRunner().invoke(main, ["extract", "--limit", "50", "--batch-size", "4", "--output", str(output),
-                                               "--store", str(store), *more])
-        assert done[name].exit_code == 0, done[name].output
-    alone, together = (np.load(tmp_path / f"{name}.npz") for name in done)
+    monkeypatch.setattr(workers, "available_cores", lambda: 2)  # one thread each
+
+    def run(name: str, *options: object):
+        return CliRunner().invoke(main, ["extract", "--limit", "50", "--batch-size", "4", "--output",
+                                         str(tmp_path / f"{name}.npz"), *map(str, options)])
+
+    for name, dask in {"alone": [], "together": ["--dask", "local:2"]}.items():
+        done = run(name, "--store", tmp_path / name, *dask)
+        assert done.exit_code == 0, done.output
+    alone, together = (np.load(tmp_path / f"{name}.npz") for name in ("alone", "together"))
     assert all(np.array_equal(alone[name], together[name]) for name in ("baseline", "itae"))
-    assert "ITAE_DASK" not in os.environ
-    refused = CliRunner().invoke(main, ["report", "--dask", "local:1", "--store", "none"])
-    assert (refused.exit_code, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("Error: Dask workers meet in the feature store")
+    refused = run("refused", "--store", "none", "--dask", "local:1")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "--store" in refused.stderr
 
 
-def test_what_is_stored_is_not_sent_out(client, tmp_path, receipts):
+def test_stored_features_are_not_computed_again(client, tmp_path, tasks):
     extract(tmp_path)
     assert set(extract(tmp_path, client).computed.values()) == {0}
     grown = extract(tmp_path, client, VARIANTS | {"more": ITAE("query", 9.0)})
     assert (grown.computed["itae"], grown.computed["more"]) == (0, COUNT)
-    assert sum(receipt.images for receipt in receipts) == COUNT
+    assert sum(task.images for task in tasks) == COUNT
     assert np.array_equal(grown["more"], extract(None, variants={"more": ITAE("query", 9.0)})["more"])
 
 
-def test_an_address_and_the_environment_name_a_cluster(cluster, tmp_path, receipts, monkeypatch):
+def test_an_address_and_the_environment_name_a_cluster(cluster, tmp_path, tasks, monkeypatch):
     extract(tmp_path / "a", cluster.scheduler_address, count=8)
     monkeypatch.setenv("ITAE_DASK", cluster.scheduler_address)
     extract_features(faulty.backbone(), faulty.dataset(8), VARIANTS, batch_size=BATCH, store=tmp_path / "b")
-    assert [receipt.images for receipt in receipts] == [4, 4, 4, 4]
+    assert [task.images for task in tasks] == [4, 4, 4, 4]
 
 
-def test_processes_that_are_started_learn_of_the_cluster(cluster, tmp_path, monkeypatch):
-    with pytest.raises(ItaeError, match="meet in the feature store"), ours.in_environment(cluster.scheduler_address):
+@pytest.mark.parametrize("where", ["local:1", "address", "client"])
+def test_the_address_of_a_cluster(where, client, cluster, tmp_path):
+    """Another process can connect to the address while the context is open."""
+    given = {"local:1": where, "address": cluster.scheduler_address, "client": client}[where]
+    with workers.cluster_address(given, tmp_path) as address, distributed.Client(address) as other:
+        assert (address == cluster.scheduler_address) == (where != "local:1")
+        assert other.submit(sum, [1, 2]).result() == 3
+    assert client.submit(sum, [1, 2]).result() == 3
+
+
+@pytest.mark.parametrize("store", [None, "none", "memory://x"])
+def test_workers_need_a_store_that_they_reach(store, client):
+    with pytest.raises(ItaeError, match="--store"):
+        extract(store, client, count=8)
+    with pytest.raises(ItaeError, match="--store"), workers.cluster_address(client, store):
         pass
-    monkeypatch.setenv("ITAE_STORE", str(tmp_path))
-    monkeypatch.delenv("ITAE_DASK", raising=False)
-    with ours.in_environment(cluster.scheduler_address):
-        assert os.environ["ITAE_DASK"] == cluster.scheduler_address
-    assert "ITAE_DASK" not in os.environ
-    monkeypatch.setenv("ITAE_DASK", "tcp://other")
-    with ours.in_environment("local:1"):
-        assert os.environ["ITAE_DASK"].startswith("tcp://127.0.0.1")
-    assert os.environ["ITAE_DASK"] == "tcp://other"
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_worker_that_dies_is_made_up_for(client, tmp_path, times):
-    """Its shards are done again elsewhere, or by the one that takes its place; what it had stored is not."""
+def test_the_shards_of_a_worker_that_dies_are_computed_again(client, tmp_path, times):
+    """Another worker does it, or the one that replaces it; its stored shards are reused."""
     killed = []
 
     def kill_one(images: int) -> None:
         if len(killed) < times and images:
-            workers = client.run(os.getpid)
-            killed.append(sorted(workers.values())[0])
+            killed.append(min(client.run(os.getpid).values()))
             os.kill(killed[-1], signal.SIGKILL)
 
-    variants = {name: InStore(open_store(tmp_path), {"size": 200, "dim": 24, "shard_size": 4}, {"name": name})
-                for name in VARIANTS}
-    for variant in variants.values():
-        variant.prepare()
-    dataset = faulty.dataset(200)
-    job = Job(faulty.backbone(), dataset, variants, VARIANTS, BATCH)
-    done = ours.compute_on(client, job, missing_work(variants), kill_one)
+    variants = {name: prepared(tmp_path, 200, name) for name in VARIANTS}
+    job = Job(faulty.backbone(), faulty.dataset(200), variants, VARIANTS, BATCH)
+    done = workers.compute_on(client, job, missing_work(variants), kill_one)
     assert len(killed) == times
     assert missing_work(variants) == {}
     alone = extract(None, count=200)
     for name in VARIANTS:
         assert np.array_equal(variants[name].features(), alone[name])
-    assert sum(receipt.images for receipt in done) <= 200
+    assert sum(task.images for task in done) <= 200
 
 
 def test_all_workers_die_at_once(client, tmp_path):
     calls = Counter()
 
     def kill_all(images: int) -> None:
-        calls["receipts"] += 1
-        if calls["receipts"] == 2:
+        calls["tasks"] += 1
+        if calls["tasks"] == 2:
             for pid in client.run(os.getpid).values():
                 os.kill(pid, signal.SIGKILL)
 
-    variant = InStore(open_store(tmp_path), {"size": 120, "dim": 24, "shard_size": 4}, {})
-    variant.prepare()
+    variant = prepared(tmp_path, 120)
     job = Job(faulty.backbone(), faulty.dataset(120), {"it": variant}, {"it": None}, BATCH)
-    ours.compute_on(client, job, missing_work(job.kept), kill_all)
+    workers.compute_on(client, job, missing_work(job.stored), kill_all)
     assert np.array_equal(variant.features(), extract(None, variants={"it": None}, count=120)["it"])
 
 
 def test_an_error_on_a_worker_is_the_same_line_and_no_traceback(client, tmp_path, capfd):
     backbone = faulty.backbone()
     backbone.model.norm.weight[0] = float("nan")
-    with pytest.raises(ItaeError, match=r"'baseline' are not finite in the batch of images \d+ to"):
+    with pytest.raises(ItaeError, match=r"'baseline'.* images \d+ to \d+"):
         extract(tmp_path, client, {"baseline": None}, backbone=backbone)
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_folder_that_the_workers_see_elsewhere_is_told(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(ours, "missing_work", lambda kept: {0: list(kept)})
-    with pytest.raises(ItaeError, match=r"are not in .* as seen from here: name a folder on a file system"):
+def test_a_folder_that_is_another_one_on_the_workers(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "missing_work", lambda stored: {0: list(stored)})
+    with pytest.raises(ItaeError, match=str(tmp_path)):
         extract(tmp_path, client, count=8)
 
 
-def test_what_can_t_be_sent_or_reached_is_told(client, tmp_path, monkeypatch):
-    for store in (None, "none", f"memory://{tmp_path.name}"):
-        with pytest.raises(ItaeError, match="Dask workers meet in the feature store: name a folder"):
-            extract(store, client, count=8)
+def test_invalid_clusters(client, tmp_path, monkeypatch):
     with pytest.raises(ItaeError, match="compile=False"):
         extract(tmp_path, client, backbone=dataclasses.replace(faulty.backbone(), compiled=True))
-    monkeypatch.setattr(ours, "CONNECT_SECONDS", 1)
-    for where in ("tcp://127.0.0.1:9", "nonsense", "tcp://"):
-        with pytest.raises(ItaeError, match=f"no Dask scheduler answers at '{where}'"):
-            extract(tmp_path, where)
-    for where in ("local:0", "local:", "local:x", "local:-1"):
-        with pytest.raises(ItaeError, match=f"'{where}' names no number of processes: write local:2"):
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1)
+    for where in ("tcp://127.0.0.1:9", "nonsense", "tcp://", "local:0", "local:", "local:x", "local:-1"):
+        with pytest.raises(ItaeError, match=f"'{where}'"):
             extract(tmp_path, where)
 
 
-def test_a_cluster_without_workers_is_told(tmp_path, monkeypatch):
-    import distributed
-
-    monkeypatch.setattr(ours, "CONNECT_SECONDS", 1)
+def test_a_cluster_without_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1)
     with (distributed.LocalCluster(n_workers=0, dashboard_address=None, processes=False) as empty,
           distributed.Client(empty) as client,
-          pytest.raises(ItaeError, match="has no worker: start some")):
+          pytest.raises(ItaeError, match=empty.scheduler_address)):
         extract(tmp_path, client)
 
 
-def test_workers_of_two_kinds_are_told(client, monkeypatch):
-    monkeypatch.setattr(client, "run", lambda _: {"tcp://a": "cuda", "tcp://b": "cpu"})
-    with pytest.raises(ItaeError, match="some Dask workers have a GPU and tcp://b has none"):
-        ours.on_workers(client, faulty.backbone())
-    monkeypatch.setattr(client, "run", lambda _: {"tcp://a": "cuda", "tcp://b": "cuda"})
-    assert ours.on_workers(client, faulty.backbone()).device.type == "cuda"
+@pytest.mark.parametrize("other", [("cpu", "cpu"), ("cuda", "NVIDIA H100")])
+def test_workers_with_different_devices_are_refused(client, monkeypatch, other):
+    found = {"tcp://a": ("cuda", "NVIDIA A100"), "tcp://b": ("cuda", "NVIDIA A100")}
+    monkeypatch.setattr(client, "run", lambda _: found)
+    backbone, name = workers.on_workers(client, faulty.backbone())
+    assert (backbone.device.type, name) == ("cuda", "NVIDIA A100")
+    found["tcp://b"] = other
+    with pytest.raises(ItaeError, match=r"NVIDIA A100 \(tcp://a\)") as caught:
+        workers.on_workers(client, faulty.backbone())
+    assert f"{other[1]} (tcp://b)" in str(caught.value)
+
+
+def test_a_worker_with_another_device_that_joins_later_is_refused(client, tmp_path):
+    """Its features would mix with those of the device that the entry was made for."""
+    variant = prepared(tmp_path, 8, device="NVIDIA H100")
+    job = Job(faulty.backbone(), faulty.dataset(8), {"it": variant}, {"it": None}, BATCH)
+    with pytest.raises(ItaeError, match=r"NVIDIA H100 and cpu"):
+        workers.compute_on(client, job, missing_work(job.stored))
+    assert variant.missing() == [0, 1]
 
 
 def test_a_worker_s_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [ours._worker_device("cuda", name).index for name in (0, 1, 4, "a")] == [0, 1, 1, 0]
+    assert [workers._worker_device("cuda", name).index for name in (0, 1, 4, "a")] == [0, 1, 1, 0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0,1")
-    assert str(ours._worker_device("cuda", 1)) == "cuda:0"
-    assert str(ours._worker_device("cpu", 1)) == "cpu"
+    assert str(workers._worker_device("cuda", 1)) == "cuda:0"
+    assert str(workers._worker_device("cpu", 1)) == "cpu"
 
 
-def test_a_model_at_work_can_be_sent_on():
-    """Workers copy what they were sent from each other, while hooks are on the model."""
-    parcel = ours.Parcel.of(faulty.backbone())
-    model = parcel.opened().model
-    handle = model.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
-    ours._opened.clear()
-    assert not parcel.opened().model.blocks[2]._forward_pre_hooks
-    assert parcel.opened() is parcel.opened()
-    handle.remove()
+def test_a_model_with_hooks_can_be_sent_on():
+    """Workers pass on what they received while hooks are on the model."""
+    pickled = workers.PickledBackbone.of(faulty.backbone())
+    pickled.load().model.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    received = pickle.loads(pickle.dumps(pickled))
+    assert received.load() is pickled.load()
+    workers._unpickled.clear()
+    assert not received.load().model.blocks[2]._forward_pre_hooks
 
 
-def test_features_in_memory_can_t_be_computed_elsewhere(client):
-    kept = {"it": InMemory(8, 24, 4)}
-    with pytest.raises(ItaeError, match="meet in the feature store"):
-        ours.compute_on(client, Job(faulty.backbone(), faulty.dataset(8), kept, {"it": None}, BATCH), {0: ["it"]})
-    assert isinstance(faulty.dataset(8), ImageDataset)
+def test_features_in_memory_can_t_be_computed_on_workers(client):
+    variant = StoredVariant(Store(None), {"size": 8, "dim": 24, "shard_size": 4}, {})
+    job = Job(faulty.backbone(), faulty.dataset(8), {"it": variant}, {"it": None}, BATCH)
+    with pytest.raises(ItaeError, match="--store"):
+        workers.compute_on(client, job, {0: ["it"]})
+
+
+def test_dask_is_optional(tmp_path):
+    """Without it everything else works, and a cluster is refused with the package to install."""
+    code = """
+import sys
+sys.modules["distributed"] = sys.modules["dask"] = None
+from itae_utils.errors import ItaeError
+from itae_utils.extraction import workers
+from tests import faulty
+print(len(faulty.extract(8, None)["baseline"]))
+for cluster in (workers.connect("local:1"), workers.local_cluster("local:1"), workers.cluster_address("local:1")):
+    try:
+        cluster.__enter__()
+    except ItaeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=os.environ | {"ITAE_STORE": str(tmp_path)})
+    count, *refusals = done.stdout.splitlines()
+    assert count == "8"
+    assert [("itae-utils[dask]" in refusal) for refusal in refusals] == [True] * 3

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from itae_utils.errors import ItaeError
 from itae_utils.store.store import ArrayKind, Store, digest, open_store
@@ -32,7 +33,7 @@ class TestPlace:
         monkeypatch.setenv("ITAE_STORE", "none")
         assert open_store() is open_store("none") is open_store(None) is None
 
-    def test_auto_is_the_environment_s_else_below_the_cache(self, tmp_path, monkeypatch):
+    def test_auto_is_the_environment_s_store_or_the_cache(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("ITAE_STORE", "memory://a")
         assert open_store() == Store("memory://a")
@@ -47,12 +48,12 @@ class TestPlace:
         assert open_store(Store("memory://b")) == Store("memory://b")
 
     @pytest.mark.parametrize("url", ["nonsense://x", "abfs://x"])
-    def test_a_url_that_nothing_opens_is_one_line(self, url):
-        with pytest.raises(ItaeError, match=f"feature store '{url}' can't be opened") as caught:
+    def test_an_unknown_kind_of_url_is_one_line(self, url):
+        with pytest.raises(ItaeError, match=url) as caught:
             _ = open_store(url).zarr
         assert "\n" not in str(caught.value)
 
-    def test_looking_makes_nothing(self, folder):
+    def test_reading_creates_nothing(self, folder):
         with pytest.raises(FileNotFoundError):
             folder.array("features/a", KIND)
         assert not list(Path(folder.place).rglob("*"))
@@ -65,7 +66,7 @@ class TestArray:
         assert np.array_equal(store.make_array("a/b", KIND)[:], values)
         assert np.array_equal(Store(store.place).array("a/b", KIND)[:], values)
 
-    def test_chunks_that_are_not_there_read_as_fill(self, store):
+    def test_missing_chunks_read_as_fill(self, store):
         store.make_array("a", KIND)[20:40] = 1
         assert np.isnan(store.array("a", KIND)[:]).all(axis=1).tolist() == [True] * 20 + [False] * 20 + [True] * 10
 
@@ -74,16 +75,14 @@ class TestArray:
         ArrayKind((50, 4), (20, 4), "float64", np.nan), ArrayKind((50, 4), (20, 4), "float32", 0.0)])
     def test_another_kind_is_damage(self, store, other, caplog):
         store.make_array("a", other)[:] = 1
-        with pytest.raises(ValueError, match="another kind"):
+        with pytest.raises(ValueError, match="kind"):
             store.array("a", KIND)
         assert np.isnan(store.make_array("a", KIND)[:]).all()
-        assert "a in the feature store" in caplog.text
+        assert store.place in caplog.text
 
     def test_an_array_without_a_checksum_is_damage(self, folder):
-        import zarr
-
         zarr.create_array(folder.zarr, name="a", shape=(50, 4), chunks=(20, 4), dtype="float32", fill_value=np.nan)
-        with pytest.raises(ValueError, match="another kind"):
+        with pytest.raises(ValueError, match="kind"):
             folder.array("a", KIND)
 
     def test_any_flipped_bit_is_found(self, folder):
@@ -103,17 +102,20 @@ class TestArray:
                 folder.array("a", KIND)[20:40]
 
     @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b'{"zarr_format": 3}', b"\xff\xfe"])
-    def test_damaged_metadata_is_made_anew(self, folder, content, caplog):
-        folder.make_group("g", {"x": 1})
-        folder.make_array("g/a", KIND)[:] = 1
+    def test_damaged_metadata_is_replaced(self, store, content, caplog):
+        system, root = store.files
+        store.make_group("g", {"x": 1})
+        for name in "ab":
+            store.make_array(f"g/{name}", KIND)[:] = 1
         for path in ("g/a", "g"):
-            Path(folder.place, path, "zarr.json").write_bytes(content)
-        folder.make_group("g", {"x": 1})
-        assert np.isnan(folder.make_array("g/a", KIND)[:]).all()
-        assert "g/a in the feature store" in caplog.text
-        assert json.loads(Path(folder.place, "g/zarr.json").read_text())["node_type"] == "group"
+            system.pipe_file(f"{root}/{path}/zarr.json", content)
+        store.make_group("g", {"x": 1})
+        assert np.isnan(store.make_array("g/a", KIND)[:]).all()
+        assert (store.array("g/b", KIND)[:] == 1).all()
+        assert "g/a " in caplog.text
+        assert json.loads(system.cat_file(f"{root}/g/zarr.json"))["attributes"] == {"x": 1}
 
-    def test_a_group_keeps_what_is_below_it(self, store):
+    def test_creating_a_group_again_changes_nothing(self, store):
         store.make_group("g", {"x": 1})
         store.make_array("g/a", KIND)[:] = 1
         store.make_group("g", {"x": 2})
@@ -122,21 +124,20 @@ class TestArray:
     def test_remove(self, store):
         store.make_array("g/a", KIND)[:] = 1
         store.remove("g")
+        store.remove("g")
         with pytest.raises(FileNotFoundError):
             store.array("g/a", KIND)
 
 
 class TestFailures:
     @pytest.mark.parametrize("name", ["writing", "reading"])
-    def test_an_operating_system_s_error_is_one_line(self, store, name):
-        verb = {"writing": "written", "reading": "read"}[name]
-        words = rf"can't be {verb} \(No space left on device\): .*--store"
-        with pytest.raises(ItaeError, match=words), getattr(store, name)():
+    def test_an_operating_system_s_error_names_the_store_and_the_remedy(self, store, name):
+        with pytest.raises(ItaeError, match=f"{store.place}.*No space left.*--store"), getattr(store, name)():
             raise OSError(28, "No space left on device")
 
     def test_a_place_that_is_a_file(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(ItaeError, match=r"file/store can't be written \(Not a directory\)"):
+        with pytest.raises(ItaeError, match=r"file/store.*Not a directory"):
             open_store(tmp_path / "file" / "store").make_group("g", {})
 
 
@@ -155,24 +156,24 @@ class TestRemembered:
         lambda chunk: chunk.unlink(),
         lambda chunk: (chunk.parents[1] / "zarr.json").write_text("{"),
     ])
-    def test_damage_is_told_and_computed_again(self, folder, caplog, damage):
+    def test_damage_is_logged_and_computed_again(self, folder, caplog, damage):
         folder.remembered("labels", {"seed": 1}, lambda: {"a": np.zeros(3)})
         chunk, = (path for path in Path(folder.place, "remembered").rglob("0") if path.is_file())
         damage(chunk)
         assert folder.remembered("labels", {"seed": 1}, lambda: {"a": np.ones(5)})["a"].tolist() == [1] * 5
-        assert f"remembered/labels/{digest({'seed': 1})} in the feature store" in caplog.text
+        assert f"remembered/labels/{digest({'seed': 1})}" in caplog.text
         assert folder.remembered("labels", {"seed": 1}, fail)["a"].tolist() == [1] * 5
 
-    def test_a_result_that_can_t_be_kept_is_given_all_the_same(self, folder, monkeypatch, caplog):
+    def test_a_result_that_can_t_be_stored_is_returned_all_the_same(self, folder, monkeypatch, caplog):
         def full(*_arguments):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Store, "make_array", full)
         assert folder.remembered("labels", {}, lambda: {"a": np.ones(2)})["a"].tolist() == [1, 1]
-        assert "can't be written (No space left on device)" in caplog.text
+        assert "No space left on device" in caplog.text
 
-    def test_nothing_but_plain_arrays_is_read(self, folder, tmp_path, caplog):
-        """A pickle in a store of somebody's must not run."""
+    def test_only_plain_arrays_are_read(self, folder, tmp_path, caplog):
+        """A pickle in a shared store must not run."""
         folder.remembered("labels", {}, lambda: {"a": np.zeros(1)})
         evil = tmp_path / "evil.npz"
         np.savez(evil, a=np.array([Path("x")], dtype=object))
@@ -185,14 +186,14 @@ class TestRemembered:
         assert "allow_pickle" in caplog.text
 
 
-def test_digest_tells_contents_apart_and_not_their_order():
+def test_digests_differ_by_content_and_not_by_order():
     contents = [{}, {"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": None}, {"a": [1]}, {"b": 1}, {"a": 1, "b": 1}]
     assert len({digest(content) for content in contents}) == len(contents)
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest({"threshold": [0.1 + 0.2]}) != digest({"threshold": [0.3]})
 
 
-def test_touch_tells_when_something_was_used(folder):
+def test_touch_records_the_time_of_use(folder):
     folder.make_group("g", {})
     path = Path(folder.place, "g/zarr.json")
     os.utime(path, (1, 1))
