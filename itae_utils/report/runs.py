@@ -16,26 +16,16 @@ from itae_utils.report.rules import recorded
 from itae_utils.results import is_collection
 
 RECORD_SCHEMA = 3
-RECORD = Draft202012Validator({  # what `plan_again` reads
-    "type": "object",
-    "required": ["profile", "description", "grid", "notebooks"],
+_ENTRY = {
+    "type": "object", "required": ["notebook", "pairing", "parameters"],
+    "properties": {"notebook": {"type": "string"}, "pairing": {"type": "string"}, "parameters": {"type": "object"}},
+}
+RECORD = Draft202012Validator({  # the parts that `plan_again` reads
+    "type": "object", "required": ["profile", "description", "grid", "notebooks"],
     "properties": {
-        "profile": {"type": "string"},
-        "description": {"type": "string"},
+        "profile": {"type": "string"}, "description": {"type": "string"},
         "grid": {"type": "object", "additionalProperties": {"type": "array"}},
-        "notebooks": {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["notebook", "pairing", "parameters"],
-                "properties": {
-                    "notebook": {"type": "string"},
-                    "pairing": {"type": "string"},
-                    "parameters": {"type": "object"},
-                },
-            },
-        },
+        "notebooks": {"type": "array", "minItems": 1, "items": _ENTRY},
     },
 })
 
