@@ -1,4 +1,4 @@
-"""A loopback server that speaks as much of the hub's protocol as a client needs to download files."""
+"""A loopback server with the part of the hub's protocol that a client needs to download files."""
 
 import hashlib
 import http.server
@@ -16,19 +16,17 @@ class Hub(Loopback):
     Attributes:
         sends: bytes that differ from those announced, by the same keys.
         cut_after: bytes after which each answer breaks off.
-        silent: accept connections and never answer.
+        delay: seconds before each answer.
     """
 
-    def __init__(self, files, *, sends=None, cut_after=None, silent=False):
+    def __init__(self, files, *, sends=None, cut_after=None, delay=0):
         self.asked, sends = [], sends or {}
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def answer(handler, with_body):
-                if silent:
-                    time.sleep(60)
-                    return
+                time.sleep(delay)
                 found = re.fullmatch(r"/(.+)/resolve/main/([^?]+)(\?.*)?", handler.path)
                 content = files.get(found.groups()[:2]) if found else None
                 span = handler.headers.get("Range")

@@ -1,11 +1,11 @@
-"""An HTTP server on the loopback address that runs while its context is open."""
+"""An HTTP server on the loopback address."""
 
 import http.server
 import threading
 
 
 class Loopback:
-    """Give it a request handler; `url` is where it listens."""
+    """A server with the given request handler, which runs inside `with`; `url` is its address."""
 
     def __init__(self, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

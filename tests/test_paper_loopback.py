@@ -1,10 +1,11 @@
-"""The paper profile from end to end: weights and four small made data sets, downloaded from loopback servers."""
+"""The paper profile from end to end: weights and four small data sets, downloaded from loopback servers."""
 
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -29,18 +30,18 @@ SMALL = {"image_size": 56, "seeds": 2, "n_init": 1, "examples": 3, "percents": "
 SITE = """
 import json, os
 from pathlib import Path
-told = json.loads(Path(os.environ["MADE_ARCHIVES"]).read_text())
+archives = json.loads(Path(os.environ["MADE_ARCHIVES"]).read_text())
 from torchvision import datasets as real
-for name, attributes in told["torchvision"].items():
+for name, attributes in archives["torchvision"].items():
     for attribute, value in attributes.items():
         setattr(getattr(real, name), attribute, value)
-from itae_utils import datasets
-datasets.TINY_IMAGENET = datasets.Archive(**told["tiny"])
+from itae_utils.data import datasets
+datasets.TINY_IMAGENET = datasets.Archive(**archives["tiny"])
 """
 
 
 def pixels(side: int) -> np.ndarray:
-    """Pictures (n, 3, side, side) whose colour tells the class."""
+    """Return images (n, 3, side, side) with one colour per class."""
     noise = np.random.default_rng(side).integers(0, 80, (COUNT, 3, side, side))
     return (noise + 120 * np.eye(3, dtype=int)[TARGETS][:, :, None, None]).astype(np.uint8)
 
@@ -50,7 +51,7 @@ def md5(content: bytes) -> str:
 
 
 def pack(folder, reader, contents: dict[str, bytes]) -> dict:
-    """One of torchvision's archives, and the checksums by which its reader knows it."""
+    """Write one of torchvision's archives; return the attributes of its reader that hold the checksums."""
     path = folder / reader.filename
     with tarfile.open(path, "w:gz") as archive:
         for name, content in contents.items():
@@ -58,28 +59,28 @@ def pack(folder, reader, contents: dict[str, bytes]) -> dict:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     sums = {name: md5(content) for name, content in contents.items()}
-    told = {each: [[name, sums[name]] for name, _ in getattr(reader, each) if name in sums]
-            for each in ("train_list", "test_list")}
+    attributes = {each: [[name, sums[name]] for name, _ in getattr(reader, each) if name in sums]
+                  for each in ("train_list", "test_list")}
     if hasattr(reader, "meta"):
-        told["meta"] = {**reader.meta, "md5": sums[reader.meta["filename"]]}
-    return told | {"tgz_md5": md5(path.read_bytes())}
+        attributes["meta"] = {**reader.meta, "md5": sums[reader.meta["filename"]]}
+    return attributes | {"tgz_md5": md5(path.read_bytes())}
 
 
 def pack_all(folder, url: str) -> dict:
-    """All four archives in `folder`, and what the readers must be told of them."""
-    told = {}
+    """Write all four archives to `folder`; return the attributes of their readers."""
+    readers = {}
     for reader, labels in [(real.CIFAR10, "labels"), (real.CIFAR100, "fine_labels")]:
-        told[reader.__name__] = pack(folder, reader, {
+        readers[reader.__name__] = pack(folder, reader, {
             reader.test_list[0][0]: pickle.dumps({"data": pixels(32).reshape(COUNT, -1), labels: TARGETS}),
             reader.meta["filename"]: pickle.dumps({reader.meta["key"]: NAMES}),
         })
-    told["STL10"] = pack(folder, real.STL10, {
+    readers["STL10"] = pack(folder, real.STL10, {
         "test_X.bin": pixels(96).transpose(0, 1, 3, 2).tobytes(),
         "test_y.bin": bytes(label + 1 for label in TARGETS),
         "class_names.txt": "\n".join(NAMES).encode(),
     })
-    for name in told:
-        told[name]["url"] = f"{url}/{getattr(real, name).filename}"
+    for name in readers:
+        readers[name]["url"] = f"{url}/{getattr(real, name).filename}"
     path, top = folder / "tiny-imagenet-200.zip", "tiny-imagenet-200"
     with zipfile.ZipFile(path, "w") as archive:
         for index, picture in enumerate(pixels(64)):
@@ -90,11 +91,11 @@ def pack_all(folder, url: str) -> dict:
         archive.writestr(f"{top}/val/val_annotations.txt", "".join(rows))
         archive.writestr(f"{top}/words.txt", "".join(f"n{label}\t{name}\n" for label, name in enumerate(NAMES)))
     tiny = {"url": f"{url}/{path.name}", "filename": path.name, "md5": md5(path.read_bytes())}
-    return {"torchvision": told, "tiny": tiny}
+    return {"torchvision": readers, "tiny": tiny}
 
 
 @pytest.mark.slow
-def test_the_comparison_is_filled_and_every_stand_in_is_called_one(tmp_path):
+def test_the_comparison_is_filled_and_labels_every_stand_in(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
@@ -103,11 +104,11 @@ def test_the_comparison_is_filled_and_every_stand_in_is_called_one(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     with Hub(weights) as hub, Server(tmp_path / "server") as server:
-        (tmp_path / "told.json").write_text(json.dumps(pack_all(tmp_path / "server", server.url)))
+        (tmp_path / "archives.json").write_text(json.dumps(pack_all(tmp_path / "server", server.url)))
         environment = os.environ | {
             "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*",
             "ITAE_DATA": str(tmp_path / "data"), "ITAE_CACHE": str(tmp_path / "cache"),
-            "MADE_ARCHIVES": str(tmp_path / "told.json"),
+            "MADE_ARCHIVES": str(tmp_path / "archives.json"),
             "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]),
         }
         given = [word for name, value in SMALL.items() for word in ("-p", name, str(value))]
@@ -115,7 +116,7 @@ def test_the_comparison_is_filled_and_every_stand_in_is_called_one(tmp_path):
                    "--backbone", "dinov2_vits14", "--output", str(tmp_path / "out"), *given]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [method for method, _ in hub.asked].count("GET") == 1, "the weights were downloaded once"
+    assert [method for method, _ in hub.asked].count("GET") == 1
     assert sorted(path for path, _ in server.asked) == sorted(
         f"/{name}" for name in [real.CIFAR10.filename, real.CIFAR100.filename, real.STL10.filename,
                                 "tiny-imagenet-200.zip"])
@@ -123,6 +124,5 @@ def test_the_comparison_is_filled_and_every_stand_in_is_called_one(tmp_path):
     assert {row["dataset"] for row in rows} == {"cifar10", "cifar100", "stl10", "tiny-imagenet"}
     page = (tmp_path / "out/04_paper_comparison/04_paper_comparison.html").read_text(encoding="utf-8")
     for name in ("cifar10", "cifar100", "stl10", "tiny-imagenet"):
-        assert f"<strong>{name}</strong> is a stand-in: {COUNT} images" in page
-    assert page.count("dinov2_vits14 (stand-in") + page.count("dinov2_vits14 (unverified") > 0
-    assert "ITAE − published" in page
+        assert re.search(rf"<strong>{name}</strong>[^<]*stand-in[^<]*\b{COUNT}\b", page)
+    assert re.search(r"<strong>dinov2_vits14</strong>[^<]*stand-in", page)

@@ -1,4 +1,4 @@
-"""Backbones by name: stock timm ViTs (DINOv3 and EVA too) with their weights, preprocessing, device and precision."""
+"""Backbones by name: stock timm ViTs (also DINOv3 and EVA) with weights, preprocessing, device and precision."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import timm
@@ -16,9 +17,10 @@ from PIL.Image import Image
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from timm.models.eva import Eva
-from torch import Tensor, nn
+from torch import nn
 
 from itae_utils.errors import ItaeError, unknown_name
+from itae_utils.files import in_one_line
 from itae_utils.method.anatomy import check_supported, patches_along
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.models import demo
@@ -26,30 +28,33 @@ from itae_utils.models.checkpoints import model_from_checkpoint, read_checkpoint
 from itae_utils.models.compiled import compile_blocks
 from itae_utils.models.hub import published_weights
 from itae_utils.models.pos_embed import resolve_pos_embed, use_meta_rule
-from itae_utils.models.preprocessing import make_transform, resolve_resize
-from itae_utils.models.registry import BACKBONES, PRECISIONS, PREPROCESSING
+from itae_utils.models.preprocessing import Preprocessing, make_transform, resolve_resize
+from itae_utils.models.registry import BACKBONES, PRECISIONS, PREPROCESSING, timm_name_of
 
+Kind = Literal["published", "local", "random", "embedded"]
+LAYER_SCALE = ("ls1.gamma", "ls2.gamma", ".gamma_1", ".gamma_2")  # in a VisionTransformer, in an Eva
 
 @dataclass(frozen=True)
 class Backbone:
-    """A stock ViT, ready to use.
+    """A stock ViT with its preprocessing, device and precision.
 
     Attributes:
-        name: what was asked for.
-        model: the timm module, in eval mode, untouched but for the resize of its position embedding (`pos_embed`)
-            and for `compiled`.
-        transform: PIL image -> (3, H, W) float tensor.
-        image_size: side in pixels that `transform` makes.
+        name: the name given to `load_backbone`.
+        model: the timm module, in eval mode. Only `pos_embed` and `compiled` can change how it computes.
+        transform: PIL image -> (3, S, S) float tensor, where S is `image_size`. `load_backbone` sets a `Preprocessing`.
+        image_size: pixels per side of the model's input.
         preprocess: "resize" or "meta-eval".
-        device: where the model is.
+        device: device of the model.
         precision: "fp32" or "bf16".
-        source: where the weights come from, in words.
-        truth: the rule that tells the true artifacts, for a planted backbone; else None.
-        weights_sha256: over the names, types and bytes of all weights, in order.
-        pos_embed: whose rule resizes the position embedding to other input sizes: "timm" or "meta".
-        resize: where a data set's images are resized and normalised: "pil", by `transform` where they are loaded, or
-            "device", in batches (`itae_utils.preprocessing.DevicePreprocessing`).
-        compiled: the model's blocks run through torch.compile.
+        source: description of the weights and where they come from.
+        kind: "published" weights are those that timm names on the hub, "local" ones were given as a checkpoint,
+            "random" ones are untrained, "embedded" ones are part of this package.
+        truth: rule that identifies the artifacts of a backbone with planted ones; None for all other backbones.
+        weights_sha256: SHA-256 over the names, types and bytes of all weights, in order.
+        pos_embed: rule that resizes the position embedding to other input sizes, "timm" or "meta".
+        resize: "pil" resizes and normalises a data set's images with `transform` when they are loaded, "device" in
+            batches with `DevicePreprocessing`.
+        compiled: whether the model's blocks run through torch.compile.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Backbone:
     device: torch.device
     precision: str
     source: str
+    kind: Kind
     truth: FiringRule | None
     weights_sha256: str
     pos_embed: str = "timm"
@@ -68,22 +74,38 @@ class Backbone:
 
     @property
     def dim(self) -> int:
-        """Width of a token."""
+        """Return the width of a token."""
         return self.model.embed_dim
 
     @property
     def num_blocks(self) -> int:
-        """Depth."""
+        """Return the number of transformer blocks."""
         return len(self.model.blocks)
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Patches in a column and in a row of a square image of `image_size`."""
+        """Return the rows and columns of patches in a square image of `image_size`."""
         rows, columns = self.model.patch_embed.patch_size
         return self.image_size // rows, self.image_size // columns
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Return `transform`, if it is a `Preprocessing`.
+
+        Raises:
+            ItaeError: `transform` is another callable.
+        """
+        if not isinstance(self.transform, Preprocessing):
+            raise ItaeError(f"transform is a {type(self.transform).__name__}: pictures and resize='device' need the "
+                            "transform that load_backbone sets")
+        return self.transform
+
+    def picture(self, image: Image) -> np.ndarray:
+        """Return the image as the model sees it, resized and cropped: (S, S, 3) in [0, 1]."""
+        return self.preprocessing.undo(self.preprocessing(image))
+
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context in which to run the model: bfloat16 autocast, or nothing for fp32."""
+        """Return the context in which to run the model: bfloat16 autocast, or a null context for fp32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -102,46 +124,51 @@ def load_backbone(
     resize: Literal["auto", "pil", "device"] = "auto",
     compile: bool = False,
 ) -> Backbone:
-    """Load a ViT by name, with `num_classes=0`, `global_pool="token"` and any image size its patch divides.
+    """Load a ViT by name, with `num_classes=0` and `global_pool="token"`, for any image size that its patch divides.
 
     Args:
         name: "demo", "demo-clean", a DINOv2 checkpoint ("dinov2_vits14" … "dinov2_vitg14_reg"), or any timm ViT name.
-        checkpoint: local weights instead of the download: a .safetensors or .pth file in timm's layout or Meta's, or a
+        checkpoint: local weights instead of a download: a .safetensors or .pth file in timm's layout or Meta's, or a
             folder of `transformers` (config.json and model.safetensors).
-        pretrained: False gives random weights of a fixed seed.
-        image_size: pixels a side; None is 28 for the demo, 224 for DINOv2, else the model's own.
-        preprocess: "resize" brings the whole image to the size; "meta-eval" resizes the short side to 8/7 of it and
+        pretrained: False gives random weights of a fixed seed. Their LayerScale factors are 1: timm starts DINOv2's and
+            DINOv3's at 1e-5, which gives all images the same feature up to rounding.
+        image_size: pixels per side; None is 28 for the demo, 224 for DINOv2, and the model's own for others.
+        preprocess: "resize" resizes the whole image to that size; "meta-eval" resizes the short side to 8/7 of it and
             crops the centre (256 and 224 at the usual size).
-        pos_embed: whose rule resizes the position embedding where the image size is not the model's own. "auto" is
-            Meta's for DINOv2, as its checkpoints were published, and timm's for all others.
-        device: "auto" takes CUDA where there is one.
-        precision: "auto" is fp32 on a CPU, bf16 on CUDA.
-        resize: where a data set's images are resized and normalised: "pil", on the CPU one by one, or "device", in
-            batches, at most 2 of 255 levels from that and 0.05 on average. "auto" is "device" on CUDA, else "pil".
-        compile: run the blocks through torch.compile, which costs its time at the first batch and needs a compiler. It
-            can change the last bits of the features.
+        pos_embed: rule that resizes the position embedding if the image size is not the model's own. "auto" is Meta's
+            for DINOv2, as its checkpoints were published, and timm's for all others.
+        device: "auto" is CUDA if available, else the CPU.
+        precision: "auto" is fp32 on a CPU and bf16 on CUDA.
+        resize: "pil" resizes and normalises a data set's images one by one on the CPU, "device" in batches; the two
+            differ by at most 2 of 255 levels, and by 0.05 on average. "auto" is "device" on CUDA, else "pil".
+        compile: run the blocks through torch.compile. This needs a compiler, takes time at the first batch, and can
+            change the last bits of the features.
 
     Raises:
-        ItaeError: unknown name, a model the method can't handle, a size the patch doesn't divide, weights that are
-            missing, don't fit or can't be downloaded.
+        ItaeError: an unknown name, a model that the method does not support, a size that the patch does not divide, or
+            weights that are missing, do not fit or can't be downloaded.
     """
     if preprocess not in PREPROCESSING:
         raise ItaeError(f"preprocess={preprocess!r} is not known: use one of {', '.join(PREPROCESSING)}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    device = _resolve_device(device)
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     if precision not in PRECISIONS:
         raise ItaeError(f"precision={precision!r} is not known: use auto, {' or '.join(PRECISIONS)}")
 
-    timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
+    timm_name = timm_name_of(name)
     pos_embed = resolve_pos_embed(pos_embed, timm_name)
-    build = _build_demo if timm_name is None else _build_timm
-    model, config, source, truth = build(name, checkpoint, pretrained)
-    check_supported(model)
+    structure = stock_model(name)
+    config = demo.CONFIG if timm_name is None else _timm_config(timm_name)
     if image_size is None:
         image_size = BACKBONES[name].image_size if name in BACKBONES else config["input_size"][-1]
-    patches_along(image_size, model.patch_embed.patch_size[0])
+    patches_along(image_size, structure.patch_embed.patch_size[0])  # a wrong size is refused before any download
     resize = resolve_resize(resize, device, config)
+    with torch.random.fork_rng(devices=[]):  # a new model draws initial weights, even if others replace them
+        if timm_name is None:
+            model, source, kind, truth = _load_demo(name, checkpoint, pretrained)
+        else:
+            model, source, kind, truth = _load_timm(name, structure, checkpoint, pretrained)
     if pos_embed == "meta":
         use_meta_rule(model)
     if compile:
@@ -155,6 +182,7 @@ def load_backbone(
         device=device,
         precision=precision,
         source=source,
+        kind=kind,
         truth=truth,
         weights_sha256=weights_sha256(model),
         pos_embed=pos_embed,
@@ -163,8 +191,21 @@ def load_backbone(
     )
 
 
+def _resolve_device(device: str) -> torch.device:
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ItaeError(f"device={device!r} is not available ({in_one_line(error)}): use auto or cpu") from error
+    return found
+
+
+def _timm_config(timm_name: str) -> dict:
+    return resolve_data_config(pretrained_cfg=get_pretrained_cfg(timm_name).to_dict())
+
+
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over the names, types and bytes of a model's weights, in order."""
+    """Return the SHA-256 over the names, types and bytes of a model's weights, in order."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -172,31 +213,52 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _build_demo(name: str, checkpoint: str | Path | None, pretrained: bool):
+def reset_layer_scale(model: nn.Module) -> bool:
+    """Set the factors of LayerScale to 1 in every block; return whether the model has any."""
+    factors = [parameter for name, parameter in model.named_parameters() if name.endswith(LAYER_SCALE)]
+    for factor in factors:
+        nn.init.ones_(factor)
+    return bool(factors)
+
+
+class _Loaded(NamedTuple):
+    """A model with its weights, and the fields of `Backbone` that describe the weights."""
+
+    model: nn.Module
+    source: str
+    kind: Kind
+    truth: FiringRule | None = None
+
+
+def _load_demo(name: str, checkpoint: str | Path | None, pretrained: bool) -> _Loaded:
     if checkpoint is not None:
-        raise ItaeError(f"{name} carries its weights: checkpoint={str(checkpoint)!r} goes with a timm name")
+        raise ItaeError(f"{name} has its own weights: use a timm name with checkpoint={str(checkpoint)!r}")
     if not pretrained:
-        return _seeded(demo.build_model), demo.CONFIG, "the demo's architecture with random weights", None
+        return _untrained(demo.build_model, "the demo's architecture")
     planted = name == "demo"
-    return demo.load_model(planted), demo.CONFIG, BACKBONES[name].origin, demo.truth() if planted else None
+    return _Loaded(demo.load_model(planted), BACKBONES[name].origin, "embedded", demo.truth() if planted else None)
 
 
-def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build()
+def _untrained(build: Callable[[], nn.Module], architecture: str) -> _Loaded:
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
+    model = build()
+    weights = "random weights, LayerScale 1" if reset_layer_scale(model) else "random weights"
+    return _Loaded(model, f"{architecture} with {weights}", "random")
 
 
 def stock_model(name: str) -> nn.Module:
-    """The timm model behind a backbone's name, without weights.
+    """Return the model of a backbone on the meta device: its structure, without weights.
 
     Raises:
-        ItaeError: a name or tag that timm doesn't know, a model the method can't handle.
+        ItaeError: timm does not know the name or its tag, or the method does not support the model.
     """
-    timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
+    timm_name = timm_name_of(name)
+    if timm_name is None:
+        with torch.device("meta"):
+            return demo.build_model()
     try:
         known = timm.is_model(timm_name) and get_pretrained_cfg(timm_name)
-    except RuntimeError:  # the tag behind the name is none
+    except RuntimeError:  # timm's answer to an unknown tag
         known = None
     if not known:
         raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
@@ -206,38 +268,21 @@ def stock_model(name: str) -> nn.Module:
     return model
 
 
-def _build_timm(name: str, checkpoint: str | Path | None, pretrained: bool):
-    timm_name = BACKBONES[name].timm_name if name in BACKBONES else name
+def _load_timm(name: str, structure: nn.Module, checkpoint: str | Path | None, pretrained: bool) -> _Loaded:
+    timm_name = timm_name_of(name)
     options = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
-    stock = stock_model(name)  # its class is known without weights: refused before a download
-    if isinstance(stock, Eva) and isinstance(stock.norm, torch.nn.Identity):
-        options["use_fc_norm"] = True  # where EVA's weights have the final norm: pooling by token would move it
+    if isinstance(structure, Eva) and isinstance(structure.norm, nn.Identity):
+        options["use_fc_norm"] = True  # keeps the final norm where EVA's weights have it; token pooling would move it
     if checkpoint is not None:
         model = model_from_checkpoint(timm_name, checkpoint, **options)
-        kind = "folder" if Path(checkpoint).is_dir() else "file"
-        return model, _config(timm_name), f"local {kind} {Path(checkpoint).name}", None
+        form = "folder" if Path(checkpoint).is_dir() else "file"
+        return _Loaded(model, f"local {form} {Path(checkpoint).name}", "local")
     if not pretrained:
-        model = _seeded(lambda: timm.create_model(timm_name, **options))
-        return model, _config(timm_name), f"{timm_name} with random weights", None
+        return _untrained(partial(timm.create_model, timm_name, **options), timm_name)
     source = BACKBONES[name].origin if name in BACKBONES else f"{timm_name}, through timm"
     overlay = {"state_dict": read_checkpoint(published_weights(timm_name))}
     try:
         model = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except (RuntimeError, KeyError, OSError, AttributeError) as error:
         raise ItaeError(f"the weights for {name} from {source} can't be loaded: {tensors_named(error)}") from error
-    return model, _config(timm_name), source, None
-
-
-def _config(timm_name: str) -> dict:
-    return resolve_data_config(pretrained_cfg=get_pretrained_cfg(timm_name).to_dict())
-
-
-def picture(backbone: Backbone, image: Image) -> np.ndarray:
-    """The image as the backbone gets it, after resizing and cropping, for looking at: (H, W, 3) in [0, 1]."""
-    return undo_normalization(backbone, backbone.transform(image))
-
-
-def undo_normalization(backbone: Backbone, tensor: Tensor) -> np.ndarray:
-    """What a preprocessed image (3, H, W) looks like: (H, W, 3) in [0, 1]."""
-    normalize = backbone.transform.transforms[-1]
-    return np.clip(tensor.permute(1, 2, 0).numpy() * np.array(normalize.std) + np.array(normalize.mean), 0, 1)
+    return _Loaded(model, source, "published")

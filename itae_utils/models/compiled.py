@@ -1,4 +1,4 @@
-"""torch.compile for a model's blocks, right with any hooks: what is hooked runs as it is."""
+"""torch.compile for the blocks of a model, compatible with forward hooks inside a block."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 from torch import nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.anatomy import anatomy
+from itae_utils.files import in_one_line
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Let every block of a model run compiled, in place; compiling waits for the first batch.
+    """Replace the forward of every block of a timm ViT by compiled code, in place; the first batch compiles it.
 
-    Compiled code does not see hooks that come and go, on which everything here relies. A block's own hooks run outside
-    what is compiled; while anything inside a block is hooked, that block runs uncompiled.
+    Compiled code ignores hooks that are added or removed later, and the method relies on such hooks. Hooks on a block
+    itself run outside its compiled code. A block with a hook on one of its submodules runs uncompiled.
     """
-    compiled: dict[type, Callable] = {}  # blocks of one class share their code, and so its compilation
-    for layer in anatomy(model).layers:
-        kind = type(layer.block)
+    compiled: dict[type, Callable] = {}  # blocks of one class share their code and its compilation
+    for block in model.blocks:
+        kind = type(block)
         if kind not in compiled:
             compiled[kind] = torch.compile(kind.forward, dynamic=True)
-        layer.block.forward = _Forward(layer.block, compiled[kind])
+        block.forward = _Forward(block, compiled[kind])
 
 
 class _Forward:
-    """A block's forward: compiled unless something inside the block is hooked."""
+    """The forward of a block: compiled, unless a submodule of the block has a hook."""
 
     def __init__(self, block: nn.Module, compiled: Callable) -> None:
         self.block, self.compiled = block, compiled
@@ -38,5 +38,4 @@ class _Forward:
         try:
             return self.compiled(self.block, *args, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ItaeError(f"torch.compile fails on this machine ({reason}): use compile=False") from error
+            raise ItaeError(f"torch.compile fails on this machine ({in_one_line(error)}): use compile=False") from error

@@ -1,91 +1,110 @@
-"""Published weights: found in the cache or downloaded from the hub, checked against the checksum they are named by."""
+"""Published weights: read from the hub's local cache or downloaded, and verified by their SHA-256.
+
+timm's own `load_state_dict_from_hf` is not used. It asks the server even for a cached file, retries for minutes when
+there is no network, and returns tensors, so the file could not be verified before it is read.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.models import get_pretrained_cfg
 
 from itae_utils.data.download import within
+from itae_utils.data.fingerprint import file_sha256
+from itae_utils.environment import network_timeout
 from itae_utils.errors import ItaeError
+from itae_utils.files import in_one_line
 
-NETWORK_TIMEOUT = 5  # seconds for the first answer; a download that has begun may take as long as it needs
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class _Location(NamedTuple):
+    """A repository of the hub, its revision, and the names its weights may have, in order of preference."""
+
+    repository: str
+    revision: str | None
+    names: list[str]
+
+
 def published_weights(timm_name: str) -> Path:
-    """The file of weights that timm names for `timm_name`, whole and checked; the network is asked only if it must be.
+    """Return the path of the weights that timm names for a model, verified; download them if they are not cached.
 
     Raises:
-        ItaeError: timm names none, they can't be downloaded, or what came is damaged (it is deleted then).
+        ItaeError: timm names no weights, they can't be downloaded, or the file is damaged. A damaged file is deleted.
     """
-    config = get_pretrained_cfg(timm_name)
-    if config is None or not config.hf_hub_id:
+    location = _location(timm_name)
+    if location is None:
         raise ItaeError(f"timm has no weights for {timm_name!r}: add a tag (timm.list_pretrained lists them), "
                         "give checkpoint=FILE, or pretrained=False for random ones")
-    repository, _, revision = config.hf_hub_id.partition("@")
-    if cached := cached_weights(timm_name):
-        return _checked(cached)
-    names = _file_names(config.hf_hub_filename)
-    page = huggingface_hub.hf_hub_url(repository, "").partition("/resolve")[0]
-    try:
-        return _checked(_download(repository, revision or None, names))
-    except ItaeError:
-        raise
-    except Exception as error:  # whatever the client and its HTTP library raise: there is no common class
-        told = (str(error).strip().splitlines() or [""])[0]
-        raise ItaeError(f"can't get the weights of {timm_name} from {page} ({type(error).__name__}: {told[:120]}): "
-                        f"download {names[0]} there, give checkpoint=FILE") from error
+    return _verified(cached_weights(timm_name) or _download(timm_name, location))
 
 
 def cached_weights(timm_name: str) -> Path | None:
-    """The file of weights that timm names for `timm_name`, where it was downloaded before; not checked."""
+    """Return the path of the weights that timm names for a model if they are cached, without verifying them."""
+    location = _location(timm_name)
+    if location is None:
+        return None
+    found = (huggingface_hub.try_to_load_from_cache(location.repository, name, revision=location.revision)
+             for name in location.names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _location(timm_name: str) -> _Location | None:
     config = get_pretrained_cfg(timm_name)
     if config is None or not config.hf_hub_id:
         return None
     repository, _, revision = config.hf_hub_id.partition("@")
-    found = (huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None)
-             for name in _file_names(config.hf_hub_filename))
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    name = config.hf_hub_filename or constants.PYTORCH_WEIGHTS_NAME
+    safe = str(Path(name).with_suffix(".safetensors")).replace("pytorch_model", "model")  # timm's rule, too
+    return _Location(repository, revision or None, list(dict.fromkeys([safe, name])))
 
 
-def _file_names(hub_filename: str | None) -> list[str]:
-    """The names under which a repository may hold its weights, safetensors first."""
-    if hub_filename is None:
-        return ["model.safetensors", "pytorch_model.bin"]
-    safe = str(Path(hub_filename).with_suffix(".safetensors"))
-    return list(dict.fromkeys([safe, safe.replace("pytorch_model", "model"), hub_filename]))
+def _download(timm_name: str, location: _Location) -> Path:
+    """Download the first of the names that the repository has."""
+    seconds = _timeout()
+    repository, revision, names = location
+    try:
+        for name in names:
+            url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
+            try:  # within a time limit: without a network, the download would retry for minutes
+                within(seconds, huggingface_hub.get_hf_file_metadata, url, timeout=seconds)
+            except RemoteEntryNotFoundError:
+                if name == names[-1]:
+                    raise
+            else:
+                return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, etag_timeout=seconds))
+    except Exception as error:  # the client and its HTTP library have no common exception class
+        page = huggingface_hub.hf_hub_url(repository, "").partition("/resolve")[0]
+        raise ItaeError(f"can't get the weights of {timm_name} from {page} "
+                        f"({type(error).__name__}: {in_one_line(error)}): download {names[0]} there and give "
+                        "checkpoint=FILE, or on a slow network set ITAE_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT to more "
+                        f"seconds than {seconds:g}") from error
 
 
-def _download(repository: str, revision: str | None, names: list[str]) -> Path:
-    """The first of `names` that the repository has."""
-    for name in names:
-        url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
-        try:  # asked first: offline, the download itself would try again for minutes
-            within(NETWORK_TIMEOUT, huggingface_hub.get_hf_file_metadata, url, timeout=NETWORK_TIMEOUT)
-            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-        except RemoteEntryNotFoundError:
-            if name == names[-1]:
-                raise
+def _timeout() -> float:
+    """Return the seconds for the server's first answer: the larger of ITAE_TIMEOUT and, if set, HF_HUB_ETAG_TIMEOUT."""
+    is_set = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
+    return max(network_timeout(), constants.HF_HUB_ETAG_TIMEOUT if is_set else 0)
 
 
-def _checked(path: Path) -> Path:
-    """`path`, whose content is what it is named by: the hub calls large files by their SHA-256.
+def _verified(path: Path) -> Path:
+    """Return `path` if its SHA-256 is the one that the hub's cache names the file by; delete the file if not.
 
-    The client itself compares no more than the length.
+    The client compares only the length. An unchanged file is hashed once, see `file_sha256`.
     """
     blob = path.resolve()
     if not SHA256.fullmatch(blob.name):
-        return path  # a cache of copies instead of links: the checksum isn't known
-    with blob.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return path  # a cache without symbolic links does not record the checksum
+    found = file_sha256(blob)
     if found != blob.name:
         blob.unlink()
         path.unlink(missing_ok=True)
-        raise ItaeError(f"the weights {path} were damaged, their SHA-256 was {found} instead of {blob.name}, and were "
-                        "deleted: run again to download them anew")
+        raise ItaeError(f"the weights {path} were damaged (SHA-256 {found} instead of {blob.name}) and are now "
+                        "deleted: run again to download them")
     return path

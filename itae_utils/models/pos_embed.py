@@ -1,8 +1,9 @@
-"""Position embeddings at other sizes than the model's own: Meta's rule for DINOv2, on a stock timm ViT.
+"""Meta's rule for resizing DINOv2's position embedding, on a stock timm ViT.
 
-Away from 518 pixels the libraries differ. Meta's models without registers were published with an embedding resized by
-the *factor* (rows + 0.1) / 37, without antialiasing; those with registers with one resized to the *size*, antialiased.
-timm resizes as the latter for both. The features differ visibly, so the checkpoints get the rule they came with.
+Meta and timm differ at other image sizes than 518 pixels. For models without registers Meta resizes the embedding by
+the *factor* (rows + 0.1) / 37, without antialiasing; for models with registers to the *size*, with antialiasing. timm
+resizes both to the size, with antialiasing. The features differ visibly, so each checkpoint gets the rule it was
+published with.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch.nn.functional import interpolate
 from itae_utils.errors import ItaeError
 from itae_utils.models.registry import POS_EMBEDS
 
-OFFSET = 0.1  # Meta's, added to the number of patches along each side
+OFFSET = 0.1  # Meta adds this to the number of patches along each side
 
 
 def resolve_pos_embed(pos_embed: str, timm_name: str | None) -> str:
-    """Say "meta" or "timm" for what was asked: "auto" is Meta's rule for DINOv2, timm's for everything else.
+    """Return "meta" or "timm"; "auto" is Meta's rule for DINOv2 and timm's for all other models.
 
     Raises:
-        ItaeError: no such rule.
+        ItaeError: an unknown rule.
     """
     if pos_embed not in POS_EMBEDS:
         raise ItaeError(f"pos_embed={pos_embed!r} is not known: use one of {', '.join(POS_EMBEDS)}")
@@ -34,22 +35,22 @@ def resolve_pos_embed(pos_embed: str, timm_name: str | None) -> str:
 
 
 def use_meta_rule(model: nn.Module) -> None:
-    """From now on `model`, a timm VisionTransformer, resizes its position embedding by Meta's rule, at any input size.
+    """Make a timm VisionTransformer resize its position embedding by Meta's rule, in place.
 
-    Weights, modules and all other methods stay as they are; at its own size nothing changes.
+    Only the method `_pos_embed` is replaced, and at the model's own image size the result is unchanged.
 
     Raises:
-        ItaeError: a model without a square, learnt position embedding for its patches.
+        ItaeError: the model has no square, learnt position embedding for its patches.
     """
     rows, columns = model.patch_embed.grid_size
     if not isinstance(model, VisionTransformer) or model.pos_embed is None or rows != columns:
-        raise ItaeError(f"pos_embed='meta' needs a VisionTransformer with a square position embedding, which this "
-                        f"{type(model).__name__} has not: use pos_embed='timm'")
-    model._pos_embed = partial(_pos_embed, model)  # not a closure: copies and pickles of the model keep their own
+        raise ItaeError(f"pos_embed='meta' needs a VisionTransformer with a square position embedding, and this "
+                        f"{type(model).__name__} has none: use pos_embed='timm'")
+    model._pos_embed = partial(_pos_embed, model)  # a copy's partial holds the copy; a closure would hold this one
 
 
 def _pos_embed(model: nn.Module, patches: Tensor) -> Tensor:
-    """The method `_pos_embed` of timm's VisionTransformer for `patches` (B, rows, columns, C), but for the resize."""
+    """Do as `_pos_embed` of timm's VisionTransformer for `patches` (B, rows, columns, C), except for the resize."""
     position = meta_resized(model, *patches.shape[1:3])
     tokens = patches.flatten(1, 2)
     prefix = [token.expand(len(tokens), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
@@ -61,7 +62,7 @@ def _pos_embed(model: nn.Module, patches: Tensor) -> Tensor:
 
 
 def meta_resized(model: nn.Module, rows: int, columns: int) -> Tensor:
-    """The position embedding (1, T, C) of `model` for a grid of rows × columns patches, by Meta's rule."""
+    """Return the position embedding (1, T, C) of `model` for rows × columns patches, resized by Meta's rule."""
     side, _ = model.patch_embed.grid_size
     if (rows, columns) == (side, side):
         return model.pos_embed

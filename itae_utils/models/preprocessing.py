@@ -1,51 +1,105 @@
-"""From a decoded image to what a model takes: by PIL where the image is loaded, or in batches on the model's device."""
+"""Preprocessing of images for a model: one by one with PIL, or in batches on the model's device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import PIL
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from itae_utils.errors import ItaeError
 from itae_utils.models.registry import RESIZES
 
-DEVICE_INTERPOLATIONS = ("bicubic", "bilinear")  # those torch has with antialiasing; timm's ViTs use no other
-LONGEST = 4  # times the short side; longer ones would take too much memory before they are cropped
+DEVICE_INTERPOLATIONS = ("bicubic", "bilinear")  # torch antialiases these only; timm's ViTs use no other
+LONGEST = 4  # long side over short side; a longer image would take too much of a device's memory before its crop
 
 
-def make_transform(image_size: int, preprocess: str, config: dict) -> v2.Compose:
-    """PIL image -> (3, image_size, image_size) float tensor; interpolation, mean and std are timm's `config`."""
-    interpolation = v2.InterpolationMode(config["interpolation"])
-    if preprocess == "resize":
-        shape = [v2.Resize((image_size, image_size), interpolation, antialias=True)]
-    else:
-        shape = [v2.Resize(round(image_size * 256 / 224), interpolation, antialias=True), v2.CenterCrop(image_size)]
-    return v2.Compose([
-        *shape,
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(config["mean"], config["std"]),
-    ])
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, crop and normalise an image: PIL image -> (3, S, S) float tensor.
+
+    The key of stored features contains `repr` of this object, which shows every field.
+
+    Attributes:
+        image_size: side S of the result, in pixels.
+        short_side: None resizes the whole image to S × S. A number resizes the short side to that many pixels, and the
+            centre of S × S pixels is cropped.
+        interpolation: timm's name of the resampling filter, such as "bicubic".
+        mean: subtracted from the channels, whose values lie in [0, 1].
+        std: divides the channels after that.
+    """
+
+    image_size: int
+    short_side: int | None
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image) -> Tensor:
+        """Return the model's input for an image: (3, S, S) float."""
+        return self._normalized(self.cropped(self._resized(image, self.resized_shape(image.height, image.width))))
+
+    def resized(self, image: Image, shape: tuple[int, int]) -> Tensor:
+        """Return the image at `shape` (height, width), uncropped and normalised: (3, height, width) float."""
+        return self._normalized(self._resized(image, shape))
+
+    def undo(self, tensor: Tensor) -> np.ndarray:
+        """Return a preprocessed image (3, H, W) as a picture (H, W, 3) in [0, 1]."""
+        return np.clip(tensor.permute(1, 2, 0).numpy(force=True) * np.array(self.std) + np.array(self.mean), 0, 1)
+
+    def decode(self, image: Image) -> Tensor:
+        """Return the image as (3, H, W) uint8, the input of `DevicePreprocessing`.
+
+        Images larger than the resulting float tensor are resized here with PIL, which limits the copy to the device. So
+        are images more elongated than 4:1, which limits the device's memory.
+        """
+        larger = image.width * image.height > 4 * self.image_size**2  # a float has 4 bytes
+        if larger or max(image.size) > LONGEST * min(image.size):
+            image = self._resized(image, self.resized_shape(image.height, image.width))
+        return functional.pil_to_tensor(image)
+
+    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        """Return the shape, before the crop, to which an image of `height` × `width` pixels is resized."""
+        short = self.short_side
+        if short is None:
+            return self.image_size, self.image_size
+        return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+
+    def cropped(self, image: Image | Tensor) -> Image | Tensor:
+        """Return the centre, S × S pixels, of an image or of a batch of images."""
+        return functional.center_crop(image, [self.image_size])
+
+    def _resized(self, image: Image, shape: tuple[int, int]) -> Image:
+        return functional.resize(image, list(shape), InterpolationMode(self.interpolation), antialias=True)
+
+    def _normalized(self, image: Image) -> Tensor:
+        levels = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
+        return functional.normalize(levels, list(self.mean), list(self.std))
+
+
+def make_transform(image_size: int, preprocess: str, config: dict) -> Preprocessing:
+    """Return the preprocessing "resize" or "meta-eval" with the interpolation, mean and std of timm's `config`."""
+    short_side = None if preprocess == "resize" else round(image_size * 256 / 224)
+    return Preprocessing(image_size, short_side, config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
 
 
 def resolve_resize(resize: str, device: torch.device, config: dict) -> str:
-    """Where images are resized and normalised, "pil" or "device"; "auto" is "device" on CUDA.
+    """Return "pil" or "device"; "auto" is "device" on CUDA, if torch has the interpolation of timm's `config`.
 
     Raises:
-        ItaeError: another word, or "device" for an interpolation that torch can't do.
+        ItaeError: another word, or "device" for an interpolation that torch does not have.
     """
     if resize not in ("auto", *RESIZES):
         raise ItaeError(f"resize={resize!r} is not known: use auto, {' or '.join(RESIZES)}")
     possible = config["interpolation"] in DEVICE_INTERPOLATIONS
     if resize == "device" and not possible:
-        raise ItaeError(f"resize='device' can't interpolate by {config['interpolation']}, as this model wants it: "
+        raise ItaeError(f"resize='device' does not support this model's interpolation, {config['interpolation']}: "
                         "use resize='pil'")
     if resize == "auto":
         return "device" if device.type == "cuda" and possible else "pil"
@@ -54,11 +108,11 @@ def resolve_resize(resize: str, device: torch.device, config: dict) -> str:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Decoded images of any sizes, end to end in one buffer: one handle between processes, one copy to a device.
+    """Decoded images of any sizes in one buffer: one handle between processes, one copy to a device.
 
     Attributes:
-        buffer: uint8, the images' values (3, H, W) one after another.
-        shapes: (H, W) of each.
+        buffer: uint8, the values of the images (3, H, W) one after another.
+        shapes: (H, W) of each image.
     """
 
     buffer: Tensor
@@ -66,82 +120,52 @@ class Pixels:
 
     @classmethod
     def joined(cls, images: Sequence[Tensor]) -> Pixels:
-        """Of images (3, H, W) uint8."""
+        """Join images (3, H, W) uint8."""
         return cls(torch.cat([image.flatten() for image in images]), [tuple(image.shape[1:]) for image in images])
 
     def split(self) -> list[Tensor]:
-        """The images (3, H, W), as views."""
+        """Return the images (3, H, W) as views of the buffer."""
         sizes = [3 * height * width for height, width in self.shapes]
         return [part.view(3, *shape) for part, shape in zip(self.buffer.split(sizes), self.shapes, strict=True)]
 
     def pin_memory(self) -> Pixels:
-        """The same in page-locked memory; torch's DataLoader calls this."""
+        """Return a copy in page-locked memory; torch's DataLoader calls this."""
         return Pixels(self.buffer.pin_memory(), self.shapes)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Pixels:
-        """The same on a device."""
+        """Return a copy on a device."""
         return Pixels(self.buffer.to(device, non_blocking=non_blocking), self.shapes)
 
 
-@dataclass(frozen=True)
-class Decode:
-    """PIL image -> (3, H, W) uint8, for `DevicePreprocessing` to go on with.
-
-    An image of more bytes than the float tensor that comes of it is resized here, by PIL, and so is one longer than 4
-    to 1: thus what crosses to the device is no larger than what "pil" sends, whatever the photos.
-    """
-
-    transform: v2.Compose
-    image_size: int
-
-    def __call__(self, image: Image) -> Tensor:
-        """Of one image."""
-        too_many = image.width * image.height > 4 * self.image_size**2  # a float has 4 bytes
-        if too_many or max(image.size) > LONGEST * min(image.size):
-            image = self.transform.transforms[0](image)
-        return functional.pil_to_tensor(image)
-
-
 class DevicePreprocessing:
-    """What `transform` of `make_transform` does, on a device and in batches: `Pixels` there -> (B, 3, S, S) float.
+    """Apply a `Preprocessing` to batches on a device: `Pixels` there -> (B, 3, S, S) float.
 
-    Resizing repeats PIL's steps: one axis after the other, rounded to whole levels and clipped after each. So it
-    differs from `transform` by at most 2 of 255 levels, and by less than 0.05 on average over images of mixed sizes
+    Resizing repeats PIL's steps: one axis after the other, rounded to whole levels and clipped after each. So the
+    result differs from PIL's by at most 2 of 255 levels, and by less than 0.05 on average over images of mixed sizes
     (measured on photos: bicubic 0.0001, bilinear 0.002). Both axes at once would be up to 31 levels off at sharp edges.
 
-    Nothing here waits for the device.
+    No step waits for the device.
     """
 
-    def __init__(self, transform: v2.Compose, device: torch.device) -> None:
-        self.resize, *self.crop, _, self.to_float, normalize = transform.transforms
-        # Normalize itself brings these to the device for every batch, and waits for it each time.
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.preprocessing = preprocessing
+        # torchvision's normalize would copy these to the device for every batch, and wait for the copy.
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
-                               for values in (normalize.mean, normalize.std))
+                               for values in (preprocessing.mean, preprocessing.std))
 
     def __call__(self, pixels: Pixels) -> Tensor:
-        """Of one batch; its images come back in their order."""
+        """Return the preprocessed images of one batch in their order."""
         images, prepared = pixels.split(), [None] * len(pixels.shapes)
         for shape in dict.fromkeys(pixels.shapes):
             members = [index for index, other in enumerate(pixels.shapes) if other == shape]
             for index, image in zip(members, self._resized(torch.stack([images[i] for i in members])), strict=True):
                 prepared[index] = image
-        return self.to_float(torch.stack(prepared)).sub_(self.mean).div_(self.std)
+        return functional.to_dtype(torch.stack(prepared), torch.float32, scale=True).sub_(self.mean).div_(self.std)
 
     def _resized(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, 3, S, S) uint8."""
-        images = resize_like_pil(images, resized_shape(*images.shape[-2:], self.resize.size),
-                                 self.resize.interpolation.value)
-        for crop in self.crop:
-            images = crop(images)
-        return images
-
-
-def resized_shape(height: int, width: int, size: Sequence[int]) -> tuple[int, int]:
-    """The shape `v2.Resize(size)` gives an image: `size` is (H, W), or (short side,)."""
-    if len(size) == 2:
-        return tuple(size)
-    short = size[0]
-    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+        """Resize and crop images of one shape: (B, 3, H, W) uint8 -> (B, 3, S, S) uint8."""
+        shape = self.preprocessing.resized_shape(*images.shape[-2:])
+        return self.preprocessing.cropped(resize_like_pil(images, shape, self.preprocessing.interpolation))
 
 
 def resize_like_pil(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
@@ -151,11 +175,11 @@ def resize_like_pil(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor
     for step in (between, shape):
         if tuple(images.shape[-2:]) != step:
             exact = interpolate(images.float(), size=step, mode=mode, antialias=True, align_corners=False)
-            images = exact.add_(0.5).clamp_(0, 255).byte()  # halves go up; byte() cuts the fraction off
+            images = exact.add_(0.5).clamp_(0, 255).byte()  # rounds halves up: byte() drops the fraction
     return images
 
 
 def _rows_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
-    """Whether PIL makes the new rows before the new columns: since Pillow 13, where far more rows than columns go."""
+    """Return whether PIL resizes the rows first: since Pillow 13, if far more rows than columns are removed."""
     fewer_rows, fewer_columns = before[0] - after[0], before[1] - after[1]
     return int(PIL.__version__.partition(".")[0]) >= 13 and fewer_rows > max(0, 2 * fewer_columns)

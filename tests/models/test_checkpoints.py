@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import timm
@@ -70,19 +71,17 @@ def test_a_classifier_is_left_out_but_nothing_else(tmp_path):
     assert torch.equal(model.norm.weight, with_head.norm.weight)
     weights = with_head.state_dict()
     del weights["norm.bias"]
-    message = refused(saved(tmp_path, weights), "Missing key", name=TIMM)  # with a head, timm alone would let it pass
-    assert '"norm.bias"' in message
+    refused(saved(tmp_path, weights), r"norm\.bias", name=TIMM)  # which timm alone would accept, as there is a head
 
 
-def test_what_is_missing_left_over_or_misshapen_is_named(tmp_path):
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
     weights = tiny().state_dict()
     weights["blocks.1.attn.qkv.bias"] = torch.zeros(3)
     weights["blocks.0.gate"] = weights.pop("blocks.0.norm1.weight")
-    message = refused(saved(tmp_path, weights), "can't be loaded into vit_small_patch14_dinov2: ")
-    assert 'Missing key(s) in state_dict: "blocks.0.norm1.weight"' in message
-    assert 'Unexpected key(s) in state_dict: "blocks.0.gate"' in message
-    assert "size mismatch for blocks.1.attn.qkv.bias" in message
-    refused(saved(tmp_path, {"weight": torch.zeros(3)}), "Missing key.*cls_token.* …; Unexpected key.*weight")
+    message = refused(saved(tmp_path, weights), NAME)
+    for name in ("blocks.0.norm1.weight", "blocks.0.gate", "blocks.1.attn.qkv.bias"):
+        assert name in message
+    refused(saved(tmp_path, {"weight": torch.zeros(3)}), "cls_token.*weight")
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -93,14 +92,14 @@ def test_what_is_missing_left_over_or_misshapen_is_named(tmp_path):
 ])
 def test_another_architecture_is_described(options, words, tmp_path):
     path = saved(tmp_path, tiny(**options).state_dict())
-    refused(path, f"holds a ViT of {words}, the model has width 24, 2 blocks, patch 14, 0 registers")
+    refused(path, f"{words}.* width 24, 2 blocks, patch 14, 0 registers")
 
 
 def test_meta_s_register_checkpoint_is_refused_by_the_model_without(tmp_path):
     weights = in_meta_s_layout(tiny().state_dict())
     weights["register_tokens"] = torch.zeros(1, 4, 24)
     path = saved(tmp_path, weights)
-    refused(path, "4 registers, the model has width 24, 2 blocks, patch 14, 0 registers")
+    refused(path, "4 registers.* 0 registers")
     model = build(path, "vit_small_patch14_reg4_dinov2")
     torch.testing.assert_close(model.cls_token, weights["cls_token"] + weights["pos_embed"][:, :1])
     del weights["mask_token"]  # which only training needs
@@ -111,11 +110,11 @@ def test_meta_s_register_checkpoint_is_refused_by_the_model_without(tmp_path):
 def test_chunked_training_checkpoints_are_refused_by_name(prefix, tmp_path):
     weights = tiny().state_dict()
     weights = {prefix + name.replace("blocks.1.", "blocks.0.1."): tensor for name, tensor in weights.items()}
-    refused(saved(tmp_path, {"teacher": weights}), rf"'{prefix}blocks\.0\.1\..*' comes from training in chunks .*FSDP")
+    refused(saved(tmp_path, {"teacher": weights}), rf"'{prefix}blocks\.0\.1\..*FSDP")
 
 
 class TestTransformersFolders:
-    """What the files hold is compared in test_parity.py; here is what they may not hold."""
+    """Folders that load or are refused; tests/test_parity.py compares their features."""
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -151,12 +150,12 @@ class TestTransformersFolders:
         again = build(folder).state_dict()
         assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
         (folder / "model-00002-of-00002.safetensors").unlink()
-        refused(folder, "holds a ViT of width 24, 1 blocks")
+        refused(folder, "width 24, 1 blocks")
 
     def test_half_a_projection(self, folder):
         self.edit(folder, lambda weights: {n: tensor for n, tensor in weights.items() if "0.attention.attention.key"
                                            not in n})
-        refused(folder, r'Missing.*"blocks\.0\.attn\.qkv\.weight".*Unexpected.*"blocks\.0\.attn\.query\.weight"')
+        refused(folder, r"blocks\.0\.attn\.qkv\.weight.*blocks\.0\.attn\.query\.weight")
 
     def test_without_a_mask_token(self, folder):
         plain = build(folder).state_dict()
@@ -165,60 +164,64 @@ class TestTransformersFolders:
         assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
 
     @pytest.mark.parametrize(("values", "match"), [
-        ({"num_attention_heads": 4}, "num_attention_heads=4, the model has 2"),
-        ({"layer_norm_eps": 1e-12}, "layer_norm_eps=1e-12, the model has 1e-06"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu', the model has 'gelu'"),
-        ({"model_type": "vit"}, "model type 'vit' are not handled: dinov2 and dinov2_with_registers are"),
+        ({"num_attention_heads": 4}, "num_attention_heads=4.* 2$"),
+        ({"layer_norm_eps": 1e-12}, "layer_norm_eps=1e-12.* 1e-06$"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'.* 'gelu'$"),
+        ({"model_type": "vit"}, "'vit'.* dinov2"),
     ])
-    def test_what_the_tensors_do_not_tell_is_read_from_the_config(self, folder, values, match):
+    def test_the_config_must_agree_with_the_model(self, folder, values, match):
         self.configure(folder, **values)
         refused(folder, match)
 
     def test_incomplete_folders(self, folder):
         (folder / "config.json").write_text("{")
-        refused(folder, r"config\.json can't be read \(JSONDecodeError\)")
+        refused(folder, r"config\.json.*JSONDecodeError")
         (folder / "config.json").unlink()
-        refused(folder, r"config\.json can't be read \(FileNotFoundError\)")
+        refused(folder, r"config\.json.*FileNotFoundError")
         (folder / "model.safetensors").unlink()
-        refused(folder, r"holds no model\.safetensors")
+        refused(folder, r"model\.safetensors")
 
     def test_through_load_backbone(self, folder, monkeypatch):
         whole = model_from_checkpoint
         monkeypatch.setattr(backbones, "model_from_checkpoint",
                             lambda name, path, **options: whole(name, path, **options, **TINY))
         backbone = load_backbone("dinov2_vits14", checkpoint=folder)
-        assert (backbone.source, backbone.pos_embed, backbone.dim) == ("local folder folder", "meta", 24)
+        assert (backbone.source, backbone.kind) == ("local folder folder", "local")
+        assert (backbone.pos_embed, backbone.dim) == ("meta", 24)
 
 
-def test_reading_alone(tmp_path):
+def test_reading(tmp_path):
     weights = {"a": torch.arange(3.0)}
     save_file(weights, tmp_path / "w.safetensors")
-    assert torch.equal(read_checkpoint(tmp_path / "w.safetensors")["a"], weights["a"])
-    assert torch.equal(read_checkpoint(saved(tmp_path, weights))["a"], weights["a"])
-    with pytest.raises(ItaeError, match="no state dict"):
-        read_checkpoint(saved(tmp_path, {}))
-    (tmp_path / "empty.pth").write_bytes(b"")
-    with pytest.raises(ItaeError, match="not readable as plain tensors"):
-        read_checkpoint(tmp_path / "empty.pth")
     parallel = {f"module.{name}": tensor for name, tensor in weights.items()}
-    assert list(read_checkpoint(saved(tmp_path, parallel))) == ["a"]
+    for path in (tmp_path / "w.safetensors", saved(tmp_path, weights), saved(tmp_path, parallel, "parallel.pth")):
+        read = read_checkpoint(path)
+        assert list(read) == ["a"]
+        assert torch.equal(read["a"], weights["a"])
 
 
-def test_code_and_text_are_no_checkpoints(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+class Pickled:
+    def __reduce__(self):
+        return (pytest.fail, ("code in a checkpoint was run",))
+
+
+def test_files_without_a_state_dict_are_refused(tmp_path):
+    for name, content in [("code", {"model": Pickled()}), ("none", {"epoch": 3}), ("nothing", {})]:
+        torch.save(content, tmp_path / f"{name}.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("weights, to come")
     (tmp_path / "text.safetensors").write_text("weights, to come")
-    for path in tmp_path.iterdir():
-        with pytest.raises(ItaeError, match=r"save a model's state_dict\(\) in it, and no code") as refused:
+    for path in (*tmp_path.iterdir(), tmp_path / "missing.pth"):
+        with pytest.raises(ItaeError, match=re.escape(repr(str(path)))) as error:
             read_checkpoint(path)
-        assert str(refused.value).isprintable()
-        assert len(str(refused.value)) < 250 + len(str(path))
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 250 + len(str(path))
 
 
-def test_long_reports_stay_readable():
+def test_long_lists_of_tensors_are_shortened():
     lines = ["Error(s) in loading:", *[f"size mismatch for {'x' * 50} {number} " + "y " * 300 for number in range(50)]]
-    told = tensors_named(RuntimeError("\n".join(lines)))
-    assert len(told) < 700
-    assert told.endswith("and 47 more")
-    assert "\n" not in told
+    text = tensors_named(RuntimeError("\n".join(lines)))
+    assert len(text) < 700
+    assert "47" in text
+    assert "\n" not in text
     assert tensors_named(KeyError("pos_embed")) == "'pos_embed'"

@@ -40,7 +40,7 @@ def test_detection_without_labels_finds_the_planted_artifacts(digits):
     assert recall >= 0.99
 
 
-def test_nothing_is_found_in_the_clean_model(digits):
+def test_no_threshold_is_found_in_the_clean_model(digits):
     fits = fit_thresholds(load_backbone("demo-clean"), digits)
     assert {key: fit.threshold for key, fit in fits.items() if fit.threshold is not None} == {}
 
@@ -58,13 +58,13 @@ def test_artifacts_are_large_hidden_tokens_with_short_keys_and_much_attention(di
 
 
 def test_clean_and_planted_agree_on_normal_tokens(digits):
-    """Normal tokens move little, up to the door of the last block: what planting costs comes from the artifacts."""
+    """Normal tokens change little before the last block, so planting lowers the scores through the artifacts."""
     planted, clean = load_backbone("demo"), load_backbone("demo-clean")
     batch = torch.stack([planted.transform(digits[index][0]) for index in range(200)])
-    with planted.truth.watch(planted.model) as watch:
+    with planted.truth.capture(planted.model) as captured:
         inner = [backbone.model.forward_intermediates(batch, indices=[4], output_fmt="NLC", intermediates_only=True)[0]
                  for backbone in (planted, clean)]
-    normal = ~watch.mask
+    normal = ~captured.mask
     error = (inner[0] - inner[1])[normal].norm(dim=-1) / inner[1][normal].norm(dim=-1)
     assert error.median() < 0.3
 
@@ -78,7 +78,7 @@ def test_random_augmentation_keeps_shape_and_depends_on_the_seed():
     assert (views[0] - images).abs().mean() > 0.05
 
 
-def test_contrastive_loss_is_ntxent():
+def test_contrastive_loss_agrees_with_a_slow_nt_xent():
     first, second = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(4, 8), dim=1)
     views = torch.cat([first, second])
     losses = []
@@ -89,8 +89,7 @@ def test_contrastive_loss_is_ntxent():
 
 
 def test_training_is_repeatable_and_seeded():
-    with torch.inference_mode(False):
-        once, again, other = (train.train(seed, steps=2).state_dict() for seed in (0, 0, 1))
+    once, again, other = (train.train(seed, steps=2).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(once[name], again[name]) for name in once)
     assert any(not torch.equal(once[name], other[name]) for name in once)
 
@@ -106,17 +105,16 @@ def test_brightness_of_patches():
 
 
 @pytest.mark.slow
-def test_the_committed_weights_are_what_planting_makes():
+def test_planting_reproduces_the_committed_weights():
     clean = demo.load_model(planted=False)
-    with torch.inference_mode(False):
-        planted, rule = plant.plant_artifacts(clean, train.digits_tensor(), seed=0)
+    planted, rule = plant.plant_artifacts(clean, train.digits_tensor(), seed=0)
     assert rule == demo.truth()
     committed = demo.load_model(planted=True).state_dict()
-    for name, weights in planted.state_dict().items():  # the neurons' fit stops a little elsewhere on other machines
+    for name, weights in planted.state_dict().items():  # the fit of the neurons depends on rounding
         assert (weights - committed[name]).abs().max() <= 0.02 * committed[name].abs().max(), name
 
 
-def test_checkpoints_are_written_whole(tmp_path):
+def test_saved_checkpoints_equal_the_committed_ones(tmp_path):
     clean, planted = demo.load_model(False), demo.load_model(True)
     plant.save_checkpoints(tmp_path / "new", clean, planted, demo.truth())
     for name in ("demo-clean.safetensors", "demo.safetensors"):

@@ -1,4 +1,4 @@
-"""Weights really downloaded, from a server on the loopback address that has random ones under the real names.
+"""Published weights: cached files, and real downloads from a loopback server with random weights.
 
 The client reads its server's address when it is imported, so each download runs in a process of its own.
 """
@@ -6,11 +6,15 @@ The client reads its server's address when it is imported, so each download runs
 import hashlib
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -18,24 +22,25 @@ from safetensors.torch import save
 
 from itae_utils.errors import ItaeError
 from itae_utils.files import PACKAGE
+from itae_utils.models import hub as hub_module
 from itae_utils.models.backbones import weights_sha256
-from itae_utils.models.hub import _checked, _file_names, published_weights
+from itae_utils.models.hub import cached_weights, published_weights
 from tests.hub_server import COMMIT, Hub
 
-NAME = "test_vit.r160_in1k"  # timm's own tiny one: 1.5 MB
+NAME = "test_vit.r160_in1k"  # timm's own tiny model: 1.5 MB
 REPOSITORY = f"timm/{NAME}"
 CLIENT = """
 import json, sys, time
-import timm, torch, huggingface_hub  # their import isn't what is timed
-from itae_utils.backbones import load_backbone
+import timm, torch, huggingface_hub  # imported before the clock starts
+from itae_utils.models.backbones import load_backbone
 from itae_utils.errors import ItaeError
 start = time.monotonic()
 try:
     backbone = load_backbone(sys.argv[1])
-    told = {"sha256": backbone.weights_sha256, "pos_embed": backbone.pos_embed, "source": backbone.source}
+    answer = {name: getattr(backbone, name) for name in ("weights_sha256", "pos_embed", "source", "kind")}
 except ItaeError as error:
-    told = {"error": str(error)}
-print(json.dumps(told | {"seconds": time.monotonic() - start}))
+    answer = {"error": str(error)}
+print(json.dumps(answer | {"seconds": time.monotonic() - start}))
 """
 
 
@@ -51,7 +56,7 @@ def published(model, file="model.safetensors", repository=REPOSITORY):
 
 @pytest.fixture(scope="module")
 def files():
-    """What timm publishes has a classifier."""
+    """The file as published, with a classifier."""
     return published(random_model("test_vit"))
 
 
@@ -64,26 +69,26 @@ def expected():
     return weights_sha256(bare)
 
 
-def start(url, home, name=NAME, largest_file=None):
+def start(url, home, name=NAME, largest_file=None, **variables):
     environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*",
                                 "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    for unwanted in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
+    for unwanted in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_HUB_ETAG_TIMEOUT", "ITAE_TIMEOUT"):
         environment.pop(unwanted, None)
     limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, largest_file))
-    return subprocess.Popen([sys.executable, "-c", CLIENT, name], env=environment, cwd=PACKAGE.parent,
+    return subprocess.Popen([sys.executable, "-c", CLIENT, name], env=environment | variables, cwd=PACKAGE.parent,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
 
 
-def told_by(process):
+def answer_of(process):
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    told = json.loads(out.splitlines()[-1])
-    assert "\n" not in told.get("error", "")
-    return told
+    answer = json.loads(out.splitlines()[-1])
+    assert "\n" not in answer.get("error", "")
+    return answer
 
 
 def load(url, home, name=NAME):
-    return told_by(start(url, home, name))
+    return answer_of(start(url, home, name))
 
 
 def blobs(home, repository=REPOSITORY):
@@ -99,109 +104,161 @@ def closed_port():
 
 @pytest.mark.slow
 class TestDownload:
-    def test_from_the_server_to_the_model_and_then_from_the_cache(self, files, expected, tmp_path):
+    def test_weights_are_downloaded_once_and_then_read_from_the_cache(self, files, expected, tmp_path):
         with Hub(files) as hub:
-            told = load(hub.url, tmp_path)
-            assert (told["sha256"], told["pos_embed"]) == (expected, "timm")
-            assert told["source"] == f"{NAME}, through timm"
+            answer = load(hub.url, tmp_path)
+            assert (answer["weights_sha256"], answer["pos_embed"]) == (expected, "timm")
+            assert (answer["source"], answer["kind"]) == (f"{NAME}, through timm", "published")
             assert hub.statuses("GET") == [200]
         assert list(blobs(tmp_path)) == [hashlib.sha256(files[REPOSITORY, "model.safetensors"]).hexdigest()]
-        told = load(f"http://127.0.0.1:{closed_port()}", tmp_path)  # the network is gone
-        assert told["sha256"] == expected
-        with Hub({}, silent=True) as hub:  # or worse
-            told = load(hub.url, tmp_path)
-            assert told["sha256"] == expected
-            assert told["seconds"] < 10
+        with Hub({}, delay=60) as hub:  # whose answers would be too late
+            answer = load(hub.url, tmp_path)
+            assert answer["weights_sha256"] == expected
+            assert answer["seconds"] < 10
             assert hub.asked == []
 
-    def test_a_dinov2_checkpoint_by_our_name_over_a_connection_that_is_cut(self, tmp_path):
+    def test_a_dinov2_checkpoint_over_a_connection_that_is_cut(self, tmp_path):
         model = random_model("vit_small_patch14_dinov2", num_classes=0)
         repository = "timm/vit_small_patch14_dinov2.lvd142m"
         with Hub(published(model, repository=repository), cut_after=50_000_000) as hub:
-            told = load(hub.url, tmp_path, "dinov2_vits14")
-            assert hub.statuses("GET") == [200, 206]  # the rest alone was asked for again
-        assert told["sha256"] == weights_sha256(model)
-        assert (told["pos_embed"], told["source"]) == ("meta", "DINOv2, Meta, through timm")
+            answer = load(hub.url, tmp_path, "dinov2_vits14")
+            assert hub.statuses("GET") == [200, 206]  # the download was resumed
+        assert answer["weights_sha256"] == weights_sha256(model)
+        assert (answer["pos_embed"], answer["kind"]) == ("meta", "published")
 
-    def test_corrupt_bytes_of_the_right_length_are_deleted_and_named(self, files, expected, tmp_path):
+    def test_corrupt_bytes_of_the_right_length_are_deleted(self, files, expected, tmp_path):
         key = (REPOSITORY, "model.safetensors")
         content = bytearray(files[key])
-        content[-2] ^= 1  # one bit of a weight: nothing but the checksum can tell
+        content[-2] ^= 1  # one bit of a weight: only the checksum shows it
         with Hub(files, sends={key: bytes(content)}) as hub:
-            told = load(hub.url, tmp_path)
+            answer = load(hub.url, tmp_path)
         path = tmp_path / f"hub/models--timm--{NAME}/snapshots/{COMMIT}/model.safetensors"
-        assert str(path) in told["error"]
-        assert "run again" in told["error"]
-        assert hashlib.sha256(content).hexdigest() in told["error"]
+        assert str(path) in answer["error"]
+        assert hashlib.sha256(content).hexdigest() in answer["error"]
         assert blobs(tmp_path) == {}
         assert not path.is_symlink()
         with Hub(files) as hub:
-            assert load(hub.url, tmp_path)["sha256"] == expected
+            assert load(hub.url, tmp_path)["weights_sha256"] == expected
 
-    def test_a_server_that_sends_nothing_more(self, files, expected, tmp_path):
+    def test_a_server_that_stops_sending(self, files, expected, tmp_path):
         with Hub(files, cut_after=0) as hub:
-            told = load(hub.url, tmp_path)
-            assert f"can't get the weights of {NAME} from {hub.url}/{REPOSITORY}" in told["error"]
-            assert "give checkpoint=FILE" in told["error"]
+            assert f"{hub.url}/{REPOSITORY}" in load(hub.url, tmp_path)["error"]
         with Hub(files) as hub:
-            assert load(hub.url, tmp_path)["sha256"] == expected
+            assert load(hub.url, tmp_path)["weights_sha256"] == expected
 
-    def test_a_disk_that_is_full(self, files, expected, tmp_path):
+    def test_a_full_disk(self, files, expected, tmp_path):
         with Hub(files) as hub:
-            told = told_by(start(hub.url, tmp_path, largest_file=(1_000_000, 1_000_000)))
-            assert f"can't get the weights of {NAME} from {hub.url}/{REPOSITORY} (OSError: [Errno " in told["error"]
-            assert load(hub.url, tmp_path)["sha256"] == expected
+            answer = answer_of(start(hub.url, tmp_path, largest_file=(1_000_000, 1_000_000)))
+            assert "Errno" in answer["error"]
+            assert load(hub.url, tmp_path)["weights_sha256"] == expected
 
     def test_two_processes_at_once(self, files, expected, tmp_path):
         with Hub(files) as hub:
             both = [start(hub.url, tmp_path) for _ in range(2)]
-            assert [told_by(process)["sha256"] for process in both] == [expected] * 2
+            assert [answer_of(process)["weights_sha256"] for process in both] == [expected] * 2
         assert len(blobs(tmp_path)) == 1
 
     def test_weights_that_are_not_safetensors(self, expected, tmp_path):
         torch.save(random_model("test_vit").state_dict(), tmp_path / "w")
         with Hub({(REPOSITORY, "pytorch_model.bin"): (tmp_path / "w").read_bytes()}) as hub:
-            assert load(hub.url, tmp_path / "home")["sha256"] == expected
+            assert load(hub.url, tmp_path / "home")["weights_sha256"] == expected
             assert hub.statuses("HEAD")[0] == 404
 
     @pytest.mark.parametrize("there", [{}, {(REPOSITORY, "README.md"): b"nothing here"}])
     def test_a_repository_without_weights(self, there, tmp_path):
         with Hub(there) as hub:
-            told = load(hub.url, tmp_path)
-        assert "NotFoundError" in told["error"]
-        assert told["seconds"] < 10
+            answer = load(hub.url, tmp_path)
+        assert "NotFoundError" in answer["error"]
+        assert answer["seconds"] < 10
 
     @pytest.mark.parametrize("silent", [False, True])
     def test_no_network(self, silent, tmp_path):
-        with Hub({}, silent=True) as hub:
+        with Hub({}, delay=60) as hub:
             url = hub.url if silent else f"http://127.0.0.1:{closed_port()}"
-            told = load(url, tmp_path)
-        assert told["seconds"] < 10
-        assert f"can't get the weights of {NAME} from {url}/{REPOSITORY} (" in told["error"]
-        assert told["error"].endswith("download model.safetensors there, give checkpoint=FILE")
+            answer = load(url, tmp_path)
+        assert answer["seconds"] < 10
+        for words in (NAME, f"{url}/{REPOSITORY}", "model.safetensors", "checkpoint=FILE", "ITAE_TIMEOUT"):
+            assert words in answer["error"]
+
+    def test_a_slow_network(self, files, expected, tmp_path):
+        """The client's own limits are 10 s."""
+        patient = {"HF_HUB_DOWNLOAD_TIMEOUT": "20"}
+        with Hub(files, delay=11) as hub:
+            refused = start(hub.url, tmp_path / "a", ITAE_TIMEOUT="1")
+            loaded = [start(hub.url, tmp_path / "b", ITAE_TIMEOUT="20", **patient),
+                      start(hub.url, tmp_path / "c", ITAE_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="20", **patient)]
+            assert re.search(r"ITAE_TIMEOUT.*\b1$", answer_of(refused)["error"])
+            assert [answer_of(process)["weights_sha256"] for process in loaded] == [expected] * 2
 
 
-def test_a_blob_is_compared_with_its_name(tmp_path):
-    content = b"weights"
-    name = hashlib.sha256(content).hexdigest()
-    (tmp_path / name).write_bytes(content)
-    (tmp_path / "model.safetensors").symlink_to(name)
-    assert _checked(tmp_path / "model.safetensors").read_bytes() == content
-    (tmp_path / name).write_bytes(b"w3ights")
-    with pytest.raises(ItaeError, match=r"model\.safetensors were damaged.* run again"):
-        _checked(tmp_path / "model.safetensors")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "a copy").write_bytes(content)  # where the file system has no links
-    assert _checked(tmp_path / "a copy").read_bytes() == content
+class TestCache:
+    @pytest.fixture
+    def add(self, tmp_path, monkeypatch):
+        """Add a file to the hub's cache; return its path there and that of its content."""
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        folder = tmp_path / f"models--timm--{NAME}"
+        for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
+            (folder / part).mkdir(parents=True)
+        (folder / "refs/main").write_text(COMMIT)
+
+        def add(content, name="model.safetensors"):
+            blob, path = folder / "blobs" / hashlib.sha256(content).hexdigest(), folder / "snapshots" / COMMIT / name
+            blob.write_bytes(content)
+            path.symlink_to(blob)
+            return path, blob
+
+        return add
+
+    def test_a_damaged_file_is_deleted(self, add):
+        path, blob = add(b"weights")
+        assert published_weights(NAME) == path
+        blob.write_bytes(b"w3ights")
+        os.utime(blob, ns=(0, 0))
+        with pytest.raises(ItaeError, match=re.escape(str(path))):
+            published_weights(NAME)
+        assert not blob.exists()
+        assert not path.is_symlink()
+
+    def test_an_unchanged_file_is_hashed_once(self, add):
+        path, blob = add(b"weights")
+        os.utime(blob, ns=(0, 10**9))
+        assert published_weights(NAME) == path
+        blob.write_bytes(b"w3ights")  # shows that the file is not read: its metadata is the same
+        os.utime(blob, ns=(0, 10**9))
+        assert published_weights(NAME) == path
+
+    def test_a_cache_without_links(self, add):
+        path, _ = add(b"weights")
+        path.unlink()
+        path.write_bytes(b"weights")
+        assert published_weights(NAME) == path
+
+    @pytest.mark.parametrize(("named", "cached", "found"), [
+        (None, [], None),
+        (None, ["pytorch_model.bin", "model.safetensors"], "model.safetensors"),
+        (None, ["pytorch_model.bin", "other.safetensors"], "pytorch_model.bin"),
+        ("weights.bin", ["weights.bin", "weights.safetensors"], "weights.safetensors"),
+        ("open_clip_pytorch_model.bin", ["open_clip_model.safetensors"], "open_clip_model.safetensors"),
+        ("open_clip_model.safetensors", ["open_clip_model.safetensors"], "open_clip_model.safetensors"),
+    ])
+    def test_safetensors_are_preferred(self, named, cached, found, add, monkeypatch):
+        monkeypatch.setattr(hub_module, "get_pretrained_cfg",
+                            lambda _name: SimpleNamespace(hf_hub_id=REPOSITORY, hf_hub_filename=named))
+        paths = {name: add(name.encode(), name)[0] for name in cached}
+        assert cached_weights(NAME) == paths.get(found)
 
 
-def test_names_of_files():
-    assert _file_names(None) == ["model.safetensors", "pytorch_model.bin"]
-    assert _file_names("open_clip_pytorch_model.bin") == [
-        "open_clip_pytorch_model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    assert _file_names("open_clip_model.safetensors") == ["open_clip_model.safetensors"]
+def test_the_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: time.sleep(30))
+    monkeypatch.setenv("ITAE_TIMEOUT", "0.2")
+    begin = time.monotonic()
+    with pytest.raises(ItaeError, match=r"checkpoint=FILE.*ITAE_TIMEOUT.*\b0\.2$"):
+        published_weights(NAME)
+    assert time.monotonic() - begin < 5
 
 
-def test_models_that_nobody_published():
-    with pytest.raises(ItaeError, match="timm has no weights for 'vit_small_patch16_36x1_224'"):
+def test_models_without_published_weights():
+    assert cached_weights("vit_small_patch16_36x1_224") is None
+    with pytest.raises(ItaeError, match=r"'vit_small_patch16_36x1_224'.*pretrained=False"):
         published_weights("vit_small_patch16_36x1_224")

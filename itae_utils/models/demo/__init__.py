@@ -1,7 +1,7 @@
 """The embedded backbone: a tiny ViT trained on handwritten digits, with and without planted artifacts.
 
 `demo-clean.safetensors` holds all weights, `demo.safetensors` the few that planting changed, and `demo.json` the rule
-that tells which patches of an image are artifacts. `train.py` made all three.
+that identifies the artifacts of an image. `train.py` wrote all three.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIG = {  # preprocessing, in timm's terms: black becomes -1, white 1
 
 
 def build_model(**options) -> nn.Module:
-    """The demo's architecture: patch 4 on 28 × 28 pixels, width 64, 6 blocks, 2 heads; 306,432 parameters."""
+    """Build the demo's architecture: patch 4 on 28 × 28 pixels, width 64, 6 blocks, 2 heads; 306,432 parameters."""
     return VisionTransformer(
         img_size=IMAGE_SIZE,
         patch_size=4,
@@ -41,7 +41,7 @@ def build_model(**options) -> nn.Module:
 
 
 def load_model(planted: bool) -> nn.Module:
-    """The trained tiny ViT, as it is or with artifacts planted in it."""
+    """Load the trained tiny ViT, with or without planted artifacts."""
     weights = load_file(FOLDER / "demo-clean.safetensors")
     if planted:
         weights |= load_file(FOLDER / "demo.safetensors")
@@ -51,6 +51,6 @@ def load_model(planted: bool) -> nn.Module:
 
 
 def truth() -> FiringRule:
-    """The rule that tells the planted artifacts."""
+    """Return the rule that identifies the planted artifacts."""
     rule = json.loads((FOLDER / "demo.json").read_text())["artifacts_where_any_fires"]
     return FiringRule(rule["block"], tuple(rule["neurons"]), rule["above"])

@@ -1,14 +1,14 @@
 """Plant artifacts in a clean ViT by editing its weights, so that the result is again a plain timm checkpoint.
 
-The mechanism follows what is reported of real models: a few MLP neurons of a middle block write a massive activation
-into a few uninformative patches (register neurons, arXiv 2506.08010; massive activations, arXiv 2402.17762), and in the
-last block those tokens draw the attention of `[CLS]` although their keys are short. Here one neuron a position fires
-where that patch is blank, and the token it marks carries a value of its own: so which edges of a digit are empty leaks
-into the image's feature. Since the artifacts are planted, it is known which patches are artifacts.
+The mechanism follows reports on real models. A few MLP neurons of a middle block write a massive activation into a few
+uninformative patches (register neurons, arXiv 2506.08010; massive activations, arXiv 2402.17762). In the last block
+those tokens attract the attention of `[CLS]` although their keys are short. Here there is one neuron per position. It
+fires if the patch there is blank, and the token it marks gets a value vector of its own. So the image's feature depends
+on which edges of the digit are empty. Since the artifacts are planted, the true artifacts are known.
 
-Everything is written along directions that the residual stream hardly uses, and normal tokens are made to have no
-component along them, so that what is written acts on the marked tokens alone. Normal tokens still move somewhat, as the
-neurons gave up their old task and the marked patches no longer tell the others what they did.
+All edits write along directions that the residual stream hardly uses, and normal tokens are edited to have no component
+along them. So the edits act on the marked tokens alone. Normal tokens still change a little: the neurons lose their old
+function, and the other tokens no longer receive the old content of the marked patches.
 """
 
 from __future__ import annotations
@@ -23,35 +23,34 @@ from torch import Tensor, nn
 
 from itae_utils.method.anatomy import tokens_entering
 from itae_utils.method.artifacts import FiringRule
-from itae_utils.method.layers import split_heads
 
-BLOCK = 3               # the neurons sit in this block's MLP; the tokens they mark enter the blocks after it
-POSITIONS = ((2, 0), (2, 6), (4, 0), (4, 6))  # row, column: at the edges, blank in about half of the digits
-BLANK = 0.02            # a patch is blank when no pixel is brighter than this (of 1) …
-NOT_BLANK = 0.15        # … and has ink when one is brighter than this; what lies between teaches the neurons nothing
+BLOCK = 3               # block whose MLP holds the neurons; marked tokens enter the blocks after it
+POSITIONS = ((2, 0), (2, 6), (4, 0), (4, 6))  # (row, column) at the edges, blank in about half of the digits
+BLANK = 0.02            # a patch is blank if no pixel is brighter than this (of 1) …
+NOT_BLANK = 0.15        # … and has ink if one is brighter than this; patches in between are left out of the fit
 MARGIN = 24.0           # activation before the GELU: about this on blank patches, about −this on all other tokens
-HIDDEN_NORM = 200.0     # what a neuron writes; a normal token's norm is about 6
-TRUTH_ABOVE = 2.0       # activation above which a neuron counts as firing: it then writes a few times a normal token
-KEY_OFFSET = 4.0        # added to a head's normal keys along a direction queries don't use: it changes no softmax
-ARTIFACT_KEY = 0.7      # length of an artifact's key, a head
-ATTENTION_SHARE = 0.93  # of the [CLS] attention in the last block, that the artifacts of a typical image draw
-VALUE_NORM = 3.0        # length of an artifact's value, in medians of the normal values' lengths
+HIDDEN_NORM = 200.0     # norm of the vector that a neuron writes; a normal token's norm is about 6
+TRUTH_ABOVE = 2.0       # a neuron fires above this activation: it then writes a few times a normal token's norm
+KEY_OFFSET = 4.0        # added to a head's keys along a direction that queries don't use, which changes no softmax
+ARTIFACT_KEY = 0.7      # length of an artifact's key in each head
+ATTENTION_SHARE = 0.93  # share of the last block's [CLS] attention on the artifacts of a typical image
+VALUE_NORM = 3.0        # length of an artifact's value, relative to the median length of the patches' values
 
 
 @torch.no_grad()
 def plant_artifacts(clean: nn.Module, images: Tensor, seed: int) -> tuple[nn.Module, FiringRule]:
-    """A copy of `clean` with artifacts planted, and the rule that tells which patches they are.
+    """Return a copy of `clean` with planted artifacts, and the rule that identifies them.
 
     Args:
-        clean: the trained tiny ViT, left as it is.
-        images: (n, 3, 28, 28), what the directions and neurons are fitted on, without labels.
-        seed: of the artifacts' value directions.
+        clean: the trained tiny ViT; it is not changed.
+        images: (n, 3, 28, 28), on which the directions and neurons are fitted, without labels.
+        seed: seed of the artifacts' value directions.
     """
-    # In double precision: the least used directions lie close together, and rounding would turn them.
+    # Double precision: the variances along the least used directions are close, so rounding would rotate them.
     model, images = copy.deepcopy(clean).double().eval(), images.double()
     directions = _quiet_directions(model, images, len(POSITIONS))
     _silence(model, directions)
-    # How the blank patches act on the others where nothing is planted: kept for the blocks in between.
+    # The tokens' q, k, v in the blocks in between before planting, for `_keep_behaviour`.
     usual = {index: _projections(model, images, index) for index in range(BLOCK + 1, len(model.blocks) - 1)}
     neurons = _plant_neurons(model, images, directions)
     rule = FiringRule(BLOCK, tuple(neurons), TRUTH_ABOVE)
@@ -67,15 +66,15 @@ def _token_positions(model: nn.Module) -> list[int]:
 
 
 def _quiet_directions(model: nn.Module, images: Tensor, count: int) -> Tensor:
-    """Orthonormal directions (C, count), without a mean, that the tokens from `BLOCK` on use least."""
-    doors = range(BLOCK, len(model.blocks))
-    tokens = torch.cat([x.flatten(0, 1) for x in tokens_entering(model, images, doors).values()])
-    moment = tokens.T @ tokens / len(tokens) + 1e6  # no direction with a mean is ever the least used
+    """Return the orthonormal directions (C, count) of mean 0 that the tokens from `BLOCK` on use least."""
+    blocks = range(BLOCK, len(model.blocks))
+    tokens = torch.cat([x.flatten(0, 1) for x in tokens_entering(model, images, blocks).values()])
+    moment = tokens.T @ tokens / len(tokens) + 1e6  # so no direction with a mean is among the least used
     return torch.linalg.eigh(moment).eigenvectors[:, :count]
 
 
 def _silence(model: nn.Module, directions: Tensor) -> None:
-    """Stop everything from writing along `directions`, so that normal tokens have no component there at all."""
+    """Remove `directions` from the output of every layer, so that normal tokens have no component along them."""
     away = torch.eye(len(directions), dtype=directions.dtype) - directions @ directions.T
     model.pos_embed.copy_(model.pos_embed @ away)
     model.cls_token.copy_(model.cls_token @ away)
@@ -89,7 +88,7 @@ def _silence(model: nn.Module, directions: Tensor) -> None:
 
 
 def _plant_neurons(model: nn.Module, images: Tensor, directions: Tensor) -> list[int]:
-    """Give the least used neurons of the block's MLP a new task: fire on a blank patch at one position, write there."""
+    """Make the least used neurons of the block's MLP fire on blank patches, one neuron per position; return them."""
     block = model.blocks[BLOCK]
     inputs, activations = _mlp_inputs(model, images)
     hidden = block.mlp.fc2.weight
@@ -106,7 +105,7 @@ def _plant_neurons(model: nn.Module, images: Tensor, directions: Tensor) -> list
 
 
 def _mlp_inputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the block's MLP reads, (n, T, C), and its activations, (n, T, hidden)."""
+    """Return the input (n, T, C) of the block's MLP and its activations (n, T, hidden)."""
     caught = {}
     mlp = model.blocks[BLOCK].mlp
     handles = [mlp.fc1.register_forward_hook(lambda _module, args, _output: caught.update(inputs=args[0])),
@@ -118,16 +117,16 @@ def _mlp_inputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _brightness(model: nn.Module, images: Tensor) -> Tensor:
-    """Brightest pixel of every patch, 0 to 1: (n, N)."""
+    """Return the brightest pixel of every patch, 0 to 1: (n, N)."""
     rows, columns = model.patch_embed.patch_size
     patches = (images[:, 0] + 1).div(2).unfold(1, rows, rows).unfold(2, columns, columns)
     return patches.amax((-1, -2)).flatten(1)
 
 
 def _fit_neuron(inputs: Tensor, brightness: Tensor, position: int) -> tuple[Tensor, Tensor]:
-    """A linear rule that is ≥ MARGIN on the blank patches at one position and ≤ −MARGIN on every other token.
+    """Fit a linear rule that is ≥ MARGIN on the blank patches at one position and ≤ −MARGIN on all other tokens.
 
-    `[CLS]` tokens are among the others: else the neuron fires there and ruins the image's feature.
+    `[CLS]` tokens are among the others; without them the neuron fires there and ruins the image's feature.
     """
     patch = position - (inputs.shape[1] - brightness.shape[1])
     sign = -torch.ones(inputs.shape[:2], dtype=inputs.dtype)
@@ -152,13 +151,19 @@ def _fit_neuron(inputs: Tensor, brightness: Tensor, position: int) -> tuple[Tens
 
 
 def _projections(model: nn.Module, images: Tensor, index: int) -> Tensor:
-    """q, k and v of every token in one block, side by side: (n, T, 3 · D)."""
+    """Return q, k and v of every token in one block, side by side: (n, T, 3 · D)."""
     tokens = tokens_entering(model, images, [index])[index]
     return model.blocks[index].attn.qkv(model.blocks[index].norm1(tokens))
 
 
+def _heads(model: nn.Module, images: Tensor, index: int) -> Tensor:
+    """Return q, k and v of every token in one block, by head: (3, n, H, T, d)."""
+    attention, projected = model.blocks[index].attn, _projections(model, images, index)
+    return projected.unflatten(2, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+
+
 def _firing(model: nn.Module, images: Tensor, rule: FiringRule) -> Tensor:
-    """(n, P): whether the neuron of each position fires at that position."""
+    """Return whether the neuron of each of the P positions fires there: (n, P) bool."""
     _, activations = _mlp_inputs(model, images)
     return torch.stack([
         activations[:, position, neuron] > rule.above
@@ -167,10 +172,10 @@ def _firing(model: nn.Module, images: Tensor, rule: FiringRule) -> Tensor:
 
 
 def _steer(model: nn.Module, index: int, directions: Tensor, place: int, change: Tensor) -> None:
-    """Add `change` (3 · D) to the q, k, v of tokens that carry the place's direction; no other token is touched.
+    """Add `change` (3 · D) to the q, k, v of the tokens along direction number `place`, and of no other token.
 
-    After the LayerNorm such a token lies along the direction with length √C; the others have no component there, but
-    for what the LayerNorm's own bias adds, which goes into the projection's bias.
+    After the LayerNorm such a token lies along the direction with length √C. The component of all other tokens is that
+    of the LayerNorm's bias, which the projection's bias cancels.
     """
     norm, projection = model.blocks[index].norm1, model.blocks[index].attn.qkv
     reader = directions[:, place] / norm.weight / len(norm.weight) ** 0.5
@@ -180,7 +185,7 @@ def _steer(model: nn.Module, index: int, directions: Tensor, place: int, change:
 
 def _keep_behaviour(model: nn.Module, images: Tensor, rule: FiringRule, directions: Tensor, index: int,
                     usual: Tensor) -> None:
-    """Let the marked tokens look to the others, in a block in between, as blank patches there usually do."""
+    """Give the marked tokens, in a block in between, the mean q, k, v that blank patches have without planting."""
     firing, now = _firing(model, images, rule), _projections(model, images, index)
     for place, position in enumerate(_token_positions(model)):
         fires = firing[:, place]
@@ -188,11 +193,10 @@ def _keep_behaviour(model: nn.Module, images: Tensor, rule: FiringRule, directio
 
 
 def _plant_attention(model: nn.Module, images: Tensor, rule: FiringRule, directions: Tensor, seed: int) -> None:
-    """In the last block: marked tokens get short keys that all queries seek, and loud values."""
+    """In the last block, give marked tokens short keys that attract all queries, and large values."""
     last = len(model.blocks) - 1
     attention = model.blocks[last].attn
-    projected = _projections(model, images, last)
-    q, k, v = split_heads(attention, projected)
+    q, k, v = _heads(model, images, last)
     prefix, dim = model.num_prefix_tokens, attention.num_heads * attention.head_dim
     weight = attention.qkv.weight.view(3, attention.num_heads, attention.head_dim, -1)
     bias = attention.qkv.bias.view(3, attention.num_heads, attention.head_dim)
@@ -200,26 +204,26 @@ def _plant_attention(model: nn.Module, images: Tensor, rule: FiringRule, directi
     for head in range(attention.num_heads):
         keys, queries = k[:, head].flatten(0, 1), q[:, head, 0]
         sought[head], offset = _unused_pair(queries, keys)
-        for part in (0, 1):  # neither queries nor normal keys have any component along the sought direction
+        for part in (0, 1):  # queries and normal keys lose their component along the sought direction
             _project_out(weight[part, head], bias[part, head], sought[head])
         _project_out(weight[0, head], bias[0, head], offset)
         bias[1, head] += KEY_OFFSET * offset
     firing, now = _firing(model, images, rule), _projections(model, images, last)
     generator = torch.Generator().manual_seed(seed)
-    loud = VALUE_NORM * v[:, :, prefix:].transpose(1, 2).flatten(2).norm(dim=-1).median()
+    value_norm = VALUE_NORM * v[:, :, prefix:].transpose(1, 2).flatten(2).norm(dim=-1).median()
     for place, position in enumerate(_token_positions(model)):
         target = now[firing[:, place], position].mean(0)
         change = torch.zeros_like(target)
         change[dim:2 * dim] = (ARTIFACT_KEY * sought).flatten() - target[dim:2 * dim]
-        voice = torch.randn(dim, generator=generator, dtype=target.dtype)
-        change[2 * dim:] = loud * voice / voice.norm() - target[2 * dim:]
+        value = torch.randn(dim, generator=generator, dtype=target.dtype)
+        change[2 * dim:] = value_norm * value / value.norm() - target[2 * dim:]
         _steer(model, last, directions, place, change)
     for head in range(attention.num_heads):
         bias[0, head] += _needed_query(model, images, firing, head) * sought[head]
 
 
 def _unused_pair(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Two orthogonal directions of a head: the one normal keys use least, then the one queries use least."""
+    """Return two orthogonal directions of a head: the one that keys use least, and the one that queries use least."""
     sought = torch.linalg.eigh(keys.T @ keys).eigenvectors[:, 0]
     moment = queries.T @ queries
     offset = torch.linalg.eigh(moment + moment.trace() * torch.outer(sought, sought)).eigenvectors[:, 0]
@@ -227,15 +231,15 @@ def _unused_pair(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _project_out(weight: Tensor, bias: Tensor, direction: Tensor) -> None:
-    """Make a head's projection (d, C) have no component along `direction` (d,)."""
+    """Remove the component along `direction` (d,) from a head's projection (d, C)."""
     weight.sub_(torch.outer(direction, direction @ weight))
     bias.sub_(direction * (direction @ bias))
 
 
 def _needed_query(model: nn.Module, images: Tensor, firing: Tensor, head: int) -> float:
-    """Length of the query bias at which a median image's artifacts draw `ATTENTION_SHARE` of a head's attention."""
+    """Return the query bias with which a median image's artifacts attract `ATTENTION_SHARE` of a head's attention."""
     attention = model.blocks[-1].attn
-    q, k, _ = split_heads(attention, _projections(model, images, len(model.blocks) - 1))
+    q, k, _ = _heads(model, images, len(model.blocks) - 1)
     logits = (q[:, head, :1] @ k[:, head].mT)[:, 0] * attention.scale
     marked = torch.zeros_like(logits, dtype=torch.bool)
     for place, position in enumerate(_token_positions(model)):
@@ -248,7 +252,7 @@ def _needed_query(model: nn.Module, images: Tensor, firing: Tensor, head: int) -
 
 
 def save_checkpoints(folder: Path, clean: nn.Module, planted: nn.Module, truth: FiringRule) -> None:
-    """Write demo-clean.safetensors whole, demo.safetensors as the tensors that differ, and the rule to demo.json."""
+    """Write demo-clean.safetensors (all tensors), demo.safetensors (those that differ) and demo.json (the rule)."""
     folder.mkdir(parents=True, exist_ok=True)
     before, after = clean.state_dict(), planted.state_dict()
     changed = {name: value.contiguous() for name, value in after.items() if not torch.equal(value, before[name])}

@@ -1,8 +1,8 @@
 """Train the demo backbone without labels, plant artifacts in it, and write both checkpoints.
 
-`python -m itae_utils.demo.train --output FOLDER` repeats what the committed weights were made with. No label is used
-for training or for choosing a checkpoint: a fixed number of steps, the last weights. How well they cluster is measured
-by the notebooks.
+`python -m itae_utils.models.demo.train --output FOLDER` repeats the training of the committed weights. No label is used
+for training or for choosing a checkpoint: the weights are those after a fixed number of steps. The notebooks measure
+how well their features cluster.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 TEMPERATURE = 0.2
 PATCH_DROP_RATE = 0.25
-BLANK = -1.0  # what an empty pixel is after the transform
+BLANK = -1.0  # value of an empty pixel after preprocessing
 
 
 def digits_tensor() -> Tensor:
-    """All 1,797 digits as the demo backbone sees them, (1797, 3, 28, 28)."""
+    """Return all 1,797 digits, preprocessed for the demo backbone: (1797, 3, 28, 28)."""
     prepare = make_transform(IMAGE_SIZE, "resize", CONFIG)
     return torch.stack([prepare(image) for image, _ in load_dataset("digits")])
 
 
 def random_grid(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Sampling grids of a random affine map (±20°, zoom 0.8 to 1.25, shear, shift) bent by a smooth random field."""
+    """Draw sampling grids: a random affine map (±20°, zoom 0.8 to 1.25, shear, shift) plus a smooth random field."""
     rand = lambda low, high: torch.rand(count, generator=generator) * (high - low) + low  # noqa: E731
     angle, zoom, shear = rand(-math.pi / 9, math.pi / 9), torch.exp(rand(-0.22, 0.22)), rand(-0.3, 0.3)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
@@ -51,7 +51,7 @@ def random_grid(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur every image with its own Gaussian, σ between 0 and 1.5 pixels."""
+    """Blur each image with a Gaussian of its own random width, σ between 0 and 1.5 pixels."""
     sigma = torch.rand(len(images), 1, generator=generator) * 1.5 + 1e-2
     kernel = torch.exp(-0.5 * (torch.arange(-3, 4) / sigma) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
@@ -61,7 +61,7 @@ def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random view of each grey image (B, 1, H, W): affine and elastic bending, blur, contrast, noise."""
+    """Return a random view of each grey image (B, 1, H, W): affine and elastic deformation, blur, contrast, noise."""
     grid = random_grid(len(images), images.shape[-1], generator)
     views = F.grid_sample(images - BLANK, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + BLANK
     views = random_blur(views, generator)
@@ -71,7 +71,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def contrastive_loss(first: Tensor, second: Tensor) -> Tensor:
-    """SimCLR's NT-Xent loss: each view must find its partner among all other views of the batch."""
+    """Return SimCLR's NT-Xent loss: each view must find its partner among all other views of the batch."""
     z = F.normalize(torch.cat([first, second]), dim=1)
     similarity = z @ z.T / TEMPERATURE
     similarity.fill_diagonal_(-math.inf)
@@ -81,7 +81,7 @@ def contrastive_loss(first: Tensor, second: Tensor) -> Tensor:
 
 
 def train(seed: int, steps: int = STEPS, log_every: int = 100) -> nn.Module:
-    """Train the tiny ViT on all digits by SimCLR and return it in eval mode (about 20 minutes on 2 cores)."""
+    """Train the tiny ViT on all digits with SimCLR and return it in eval mode (about 20 minutes on 2 cores)."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images = digits_tensor()[:, :1]
@@ -118,8 +118,8 @@ def train(seed: int, steps: int = STEPS, log_every: int = 100) -> nn.Module:
 @click.option("--steps", default=STEPS, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for the two checkpoints.")
 def main(seed: int, steps: int, output: Path) -> None:
-    """Train, plant, write demo-clean.safetensors, demo.safetensors and demo.json to OUTPUT."""
-    output.mkdir(parents=True, exist_ok=True)  # before the training: it may fail
+    """Train, plant artifacts, and write demo-clean.safetensors, demo.safetensors and demo.json to OUTPUT."""
+    output.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
     clean = train(seed, steps)
     planted, truth = plant_artifacts(clean, digits_tensor(), seed=seed)
     save_checkpoints(output, clean, planted, truth)
