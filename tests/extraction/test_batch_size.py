@@ -14,6 +14,7 @@ from itae_utils.extraction.batches import (
     memory_errors,
     resolve_batch_size,
 )
+from itae_utils.extraction.observation import fit_thresholds, observe
 from tests.conftest import array_dataset, as_backbone, tiny_vit
 
 CPU = torch.device("cpu")
@@ -142,6 +143,14 @@ def test_a_batch_that_does_not_fit_names_a_remedy_that_does(error, size, remedy)
     with pytest.raises(ItaeError, match=remedy) as caught, memory_errors(size, CPU):
         raise error
     assert "auto" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [fit_thresholds, observe])
+def test_measuring_norms_names_the_remedy_too(function):
+    backbone = as_backbone(tiny_vit())
+    backbone.model.patch_embed.register_forward_hook(lambda *_: (_ for _ in ()).throw(ERRORS["cuda"]))
+    with pytest.raises(ItaeError, match="batch_size=2"):
+        function(backbone, array_dataset(5), batch_size=4, store=None)
 
 
 def test_only_memory_errors_are_turned_into_that_one():
