@@ -1,4 +1,4 @@
-"""Random DINOv2 models of `transformers`, and their weights in every layout in which they are found."""
+"""Random DINOv2 models of `transformers`, and their weights in every layout that users have."""
 
 import json
 
@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-# What names tell: timm's name, width, depth, heads, and whether the MLP is gated.
+# Width, depth, heads, and whether the MLP is gated.
 SIZES = {"small": (384, 12, 6, False), "base": (768, 12, 12, False), "large": (1024, 24, 16, False),
          "giant": (1536, 40, 24, True)}
 STRUCTURES = [(size, registers) for size in SIZES for registers in (False, True)]
@@ -17,7 +17,7 @@ def timm_name(size: str, registers: bool) -> str:
 
 
 def theirs(size: str, registers: bool, side: int = 518, **tiny):
-    """A model of `transformers` with random weights whose every part can be seen in its output."""
+    """Return a model of `transformers` with random weights, each large enough to affect the output."""
     import transformers
 
     width, depth, heads, gated = SIZES[size]
@@ -39,7 +39,7 @@ def theirs(size: str, registers: bool, side: int = 518, **tiny):
 
 
 def meta_weights(model) -> dict[str, Tensor]:
-    """Meta's state dict of a model of `transformers`, put together module by module."""
+    """Return Meta's state dict of a model of `transformers`, built module by module."""
     embeddings = model.embeddings
     weights = {
         "cls_token": embeddings.cls_token, "pos_embed": embeddings.position_embeddings,
@@ -68,7 +68,7 @@ def meta_weights(model) -> dict[str, Tensor]:
 
 
 def save_as(layout: str, model, folder):
-    """The weights of `model` on disk: "meta", "transformers 4" (what it saves itself) or "transformers 5"."""
+    """Write the weights of `model` as "meta", "transformers 4" (its own `save_pretrained`) or "transformers 5"."""
     folder.mkdir(parents=True)
     if layout == "meta":
         torch.save(meta_weights(model), folder / "dinov2_pretrain.pth")

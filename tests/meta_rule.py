@@ -1,6 +1,6 @@
-"""The position embedding of Meta's DINOv2 at another size, written out in loops: slow, and plain to read.
+"""The position embedding of Meta's DINOv2 at another size, as loops: slow and plain.
 
-Nothing here is shared with the package or calls an interpolation: the weights of every sample are computed one by one.
+Nothing here is shared with the package or calls an interpolation. The weights of every sample are computed one by one.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def cubic(distance: float, a: float) -> float:
-    """Keys' kernel."""
+    """Return the value of Keys' cubic kernel."""
     distance = abs(distance)
     if distance < 1:
         return (a + 2) * distance ** 3 - (a + 3) * distance ** 2 + 1
@@ -20,9 +20,9 @@ def cubic(distance: float, a: float) -> float:
 
 
 def plain_weights(old: int, new: int, offset: float) -> list[dict[int, float]]:
-    """For each new place, the old ones it is mixed of: four neighbours, the border repeated; the scale has the offset.
+    """Return, for each new position, the weights of the old ones: four neighbours, with the border repeated.
 
-    torch's kernel has a = −0.75 here and −0.5 where it antialiases.
+    The offset is added to the new size in the scale. torch's kernel has a = −0.75 here, and −0.5 with antialiasing.
     """
     step = old / (new + offset)
     rows = []
@@ -38,7 +38,7 @@ def plain_weights(old: int, new: int, offset: float) -> list[dict[int, float]]:
 
 
 def antialiased_weights(old: int, new: int) -> list[dict[int, float]]:
-    """The same with a kernel as wide as a new place, cut at the border and normalised."""
+    """Return the same for a kernel as wide as a new position, cut at the border and normalised."""
     step = old / new
     width = max(step, 1.0)
     rows = []
@@ -52,7 +52,7 @@ def antialiased_weights(old: int, new: int) -> list[dict[int, float]]:
 
 
 def meta_position(position: Tensor, rows: int, columns: int, registers: bool) -> Tensor:
-    """Meta's `pos_embed` (1, 1 + M², C) for a grid of rows × columns patches: (1, 1 + rows · columns, C)."""
+    """Resize Meta's `pos_embed` (1, 1 + M², C) to a grid of patches: (1, 1 + rows · columns, C)."""
     side = math.isqrt(position.shape[1] - 1)
     if (rows, columns) == (side, side):
         return position

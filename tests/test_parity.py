@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 TINY = {"small": (48, 2, 3), "base": (64, 2, 4), "large": (64, 4, 4), "giant": (72, 5, 6)}  # width, depth, heads
 OPTIONS = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
 LAYOUTS = ["meta", "transformers 4", "transformers 5"]
-SIDE = 98  # native, in pixels: 7 × 7 patches
+SIDE = 98  # native image size, 7 × 7 patches
 
 
 def tiny_theirs(size, registers):
@@ -33,7 +33,7 @@ def ours(size, registers, path):
 
 
 def with_meta_s_position(model, rows, columns):
-    """`model` of `transformers` for one size of images, its own resize replaced by the spelled-out one."""
+    """Return a `transformers` model for one image size, with its resize replaced by the slow reference."""
     model = copy.deepcopy(model)
     registers = hasattr(model.embeddings, "register_tokens")
     position = meta_position(model.embeddings.position_embeddings, rows, columns, registers)
@@ -41,8 +41,9 @@ def with_meta_s_position(model, rows, columns):
     return model
 
 
+@torch.inference_mode()
 def difference(model, reference, batch) -> float:
-    """The largest one between all output tokens; both are of the size of 1."""
+    """Return the largest difference between any two output values, which are of the size of 1."""
     mine, expected = model.forward_features(batch), reference(batch).last_hidden_state
     assert mine.shape == expected.shape
     assert 0.3 < expected.std() < 3
@@ -53,7 +54,7 @@ def difference(model, reference, batch) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "registers"), STRUCTURES)
-def test_all_structures_at_native_size_and_elsewhere(size, registers, layout, tmp_path):
+def test_all_structures_at_native_and_other_sizes(size, registers, layout, tmp_path):
     reference = tiny_theirs(size, registers)
     model = ours(size, registers, save_as(layout, reference, tmp_path / "weights"))
     use_meta_rule(model)
@@ -64,8 +65,7 @@ def test_all_structures_at_native_size_and_elsewhere(size, registers, layout, tm
 
 
 @pytest.mark.parametrize(("registers", "differs"), [(False, True), (True, False)])
-def test_the_rules_of_the_three_libraries(registers, differs, tmp_path):
-    """With registers all agree; without, neither timm's nor that of `transformers` is Meta's."""
+def test_only_without_registers_do_timm_and_transformers_resize_differently_from_meta(registers, differs, tmp_path):
     reference = tiny_theirs("small", registers)
     model = ours("small", registers, save_as("meta", reference, tmp_path / "weights"))
     batch, meta = images(3, 56, 56), with_meta_s_position(reference, 4, 4)
@@ -74,7 +74,7 @@ def test_the_rules_of_the_three_libraries(registers, differs, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "registers"), [("small", True), ("giant", False)])
-def test_timm_s_own_file_of_the_same_weights(size, registers, tmp_path):
+def test_a_file_in_timm_s_layout(size, registers, tmp_path):
     from safetensors.torch import save_file
 
     reference = tiny_theirs(size, registers)
@@ -85,7 +85,7 @@ def test_timm_s_own_file_of_the_same_weights(size, registers, tmp_path):
     assert difference(again, reference, images(3, SIDE, SIDE)) < 1e-4
 
 
-def test_extracted_features_are_the_same_too(tmp_path):
+def test_extracted_features_are_equal_too(tmp_path):
     reference = tiny_theirs("base", False)
     model = ours("base", False, save_as("transformers 5", reference, tmp_path / "weights"))
     use_meta_rule(model)

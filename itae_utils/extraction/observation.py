@@ -1,4 +1,4 @@
-"""What one look at many images shows: norms in every block, and the attention of `[CLS]` before and after ITAE."""
+"""Measurements of the unmodified model: norms for fitting θ, and the attention of `[CLS]` before and after ITAE."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.batches import chosen_batch_size, model_batches
-from itae_utils.method.anatomy import anatomy, block_inputs
-from itae_utils.method.artifacts import patch_norms
-from itae_utils.method.attention import attenuated_logits, check_blocks, scaled_logits, select_artifacts
-from itae_utils.method.layers import Projections
+from itae_utils.extraction.batches import chosen_batch_size, memory_errors, model_batches
+from itae_utils.method.anatomy import adapt, block_inputs
+from itae_utils.method.artifacts import capture_truth, patch_norms, select_artifacts
+from itae_utils.method.attention import attenuated_logits, check_blocks, cls_attention, scaled_logits
+from itae_utils.method.layers import QKV
 from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.thresholds import Thresholds, fit_threshold
+from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.store import Store, open_store
 from itae_utils.store.variants import entry_key
@@ -30,7 +30,13 @@ SAMPLE = 512                # images that θ is fitted on
 
 
 def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
-    """`sample` numbers out of range(size), drawn by `seed`, in ascending order; all of them when there are no more."""
+    """Draw `sample` numbers from range(size), in ascending order; return all of them if there are no more.
+
+    Raises:
+        ItaeError: a sample of less than one.
+    """
+    if sample < 1:
+        raise ItaeError(f"sample={sample!r} is too small: use 1 or more")
     return np.sort(np.random.default_rng(seed).permutation(size)[:sample])
 
 
@@ -39,73 +45,74 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = SAMPLE
                    store: str | Path | Store | None = "auto") -> Thresholds:
     """Fit θ for every block and source on a sample of images, without labels, on the unmodified model.
 
-    One pass up to the last block's qkv projection; its norms are kept in the store, and found there the next time.
+    The norms are measured in one pass up to the last block's qkv projection. They are stored and reused. Each fit is
+    computed when it is first read.
 
     Args:
         backbone: from `load_backbone`.
         dataset: from `load_dataset`.
-        sample: how many images, drawn by `seed`.
-        seed: of the sample.
-        batch_size: images at a time; "auto" as in `extract_features`.
+        sample: number of images.
+        seed: seed for drawing them.
+        batch_size: images per batch; "auto" as in `extract_features`.
         num_workers: processes that load images, or "auto", as in `model_batches`.
-        store: as for `extract_features`.
+        store: as in `extract_features`.
 
     Returns:
-        `fits[block, source]`, a `ThresholdFit` each; `fits[-1, "key"].threshold` is the last block's, None where there
-        are no two modes.
+        `fits[block, source]`, a `ThresholdFit` each. `fits[-1, "key"].threshold` is θ for the last block's keys, or
+        None if their norms do not have two modes.
     """
     start = time.perf_counter()
     batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
 
     def measure() -> dict[str, np.ndarray]:
-        norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size,
-                              num_workers=num_workers)
+        with memory_errors(batch_size, backbone.device):
+            norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size,
+                                  num_workers=num_workers)
         return {f"{block} {source}": values for (block, source), values in norms.items()}
 
     place = open_store(store)
     key = None if place is None else entry_key(backbone, dataset, batch_size)
     found = measure() if key is None else place.remembered("norms", {**key, "sample": sample, "seed": seed}, measure)
     norms = {(int(block), source): values for name, values in found.items() for block, source in [name.split()]}
-    fits = {key: fit_threshold(values) for key, values in norms.items()}
-    return Thresholds(fits, backbone.num_blocks, time.perf_counter() - start)
+    return Thresholds(norms, seconds=time.perf_counter() - start)
 
 
 def sampled_norms(backbone: Backbone, dataset: Dataset, *, sample: int, seed: int, batch_size: int | Literal["auto"],
                   num_workers: int | Literal["auto"] = 0) -> dict[tuple[int, str], np.ndarray]:
-    """‖Q‖, ‖K‖ and ‖V‖ of every patch of a sample of images, in every block: {(block, source): (images, N)}."""
-    body, collected = anatomy(backbone.model), {}
-    *earlier, last = range(len(body.layers))
+    """Measure ‖Q‖, ‖K‖ and ‖V‖ of every patch in every block, on a sample of images: {(block, source): (images, N)}."""
+    vit, norms = adapt(backbone.model), {}
+    *earlier, last = range(len(vit.blocks))
 
-    def collect(index: int, projected: Projections) -> None:
+    def collect(block: int, qkv: QKV) -> None:
         for source in SOURCES:
-            norms = patch_norms(projected[source], body.num_prefix_tokens)
-            collected.setdefault((index, source), []).append(norms.cpu().numpy())
+            values = patch_norms(qkv[source], vit.num_prefix_tokens)
+            norms.setdefault((block, source), []).append(values.cpu().numpy())
 
     with ExitStack() as stack:
-        for index in earlier:
-            stack.enter_context(body.layers[index].watch(partial(collect, index)))
+        for block in earlier:
+            stack.enter_context(vit.blocks[block].capture_qkv(partial(collect, block)))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(backbone.autocast())
         for images in model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers,
                                     indices=sample_indices(len(dataset), sample, seed)):
-            entering = block_inputs(backbone.model, images, [last])[last]
-            collect(last, body.layers[last].project_input(entering))  # its own attention is never reached
-    return {key: np.concatenate(values) for key, values in collected.items()}
+            inputs = block_inputs(backbone.model, images, [last])[last]
+            collect(last, vit.blocks[last].qkv(inputs))  # the pass stops before this block's own projection
+    return {key: np.concatenate(values) for key, values in norms.items()}
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Per image and patch, for `indices` of a data set; N patches in reading order of `patch_grid`.
+    """Measurements of n images with N patches each; patches are in reading order of `patch_grid`.
 
     Attributes:
-        indices: (n,) numbers of the images in the data set.
+        indices: (n,), the images' numbers in the data set.
         patch_grid: rows and columns.
-        hidden_norms: (n, blocks, N), L2 norm of the patch token after each block, before the final norm.
-        norms: "query", "key", "value" -> (n, N), L2 norm in the last block, all heads together.
-        attention: (n, N), weight from `[CLS]` in the last block, mean over heads, in the model as it is.
-        attention_after: the same under the setting that was given; equal to `attention` when none was.
-        artifacts: (n, N) bool, what the setting acts on.
-        truth: (n, N) bool, the true artifacts of a planted backbone; else None.
+        hidden_norms: (n, blocks, N), L2 norm of the patch tokens after each block, before the final norm.
+        norms: {"query" | "key" | "value": (n, N)}, L2 norm in the last block, all heads together.
+        attention: (n, N), attention weight from `[CLS]` in the last block of the unmodified model, mean over heads.
+        attention_after: the same under the setting; equal to `attention` without a setting.
+        artifacts: (n, N) bool, the patches that the setting edits.
+        truth: (n, N) bool, the true artifacts of a planted backbone; None for any other.
     """
 
     indices: np.ndarray
@@ -118,94 +125,86 @@ class Observation:
     truth: np.ndarray | None
 
 
-def observe(
-    backbone: Backbone,
-    dataset: Dataset,
-    itae: ITAE | None = None,
-    *,
-    sample: int | None = None,
-    seed: int = 0,
-    batch_size: int | Literal["auto"] = "auto",
-    num_workers: int | Literal["auto"] = 0,
-    store: str | Path | Store | None = "auto",
-) -> Observation:
-    """Run the unmodified model once over the images and keep what tells artifacts.
+def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, sample: int | None = None, seed: int = 0,
+            batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0,
+            store: str | Path | Store | None = "auto") -> Observation:
+    """Run the unmodified model once over the images, and measure norms and attention.
 
     Args:
         backbone: from `load_backbone`.
         dataset: from `load_dataset`.
-        itae: setting of the last block, with a numeric threshold (or None in its place: nothing is attenuated).
-        sample: look at this many images only, drawn by `seed`; None looks at all.
-        seed: of the sample.
-        batch_size: images at a time; "auto" as in `extract_features`.
+        itae: a setting of the last block with a numeric threshold. None, in its place or as its threshold, edits
+            nothing.
+        sample: number of images, drawn with `seed`; None takes all.
+        seed: seed for drawing them.
+        batch_size: images per batch; "auto" as in `extract_features`.
         num_workers: processes that load images, or "auto", as in `model_batches`.
-        store: as for `extract_features`; only an automatic batch size is looked up there.
+        store: as in `extract_features`; used only to look up an automatic batch size.
+
+    Raises:
+        ItaeError: a setting with more than one block, or one that `attenuate` refuses.
     """
     batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
     if itae is not None:
         check_blocks(backbone.model, itae, backbone.truth)
         if itae.blocks > 1:
-            raise ItaeError(f"blocks={itae.blocks}: what is observed is the last block, give a setting with blocks=1")
+            raise ItaeError(f"blocks={itae.blocks}: only the last block is observed, pass a setting with blocks=1")
     indices = sample_indices(len(dataset), len(dataset) if sample is None else sample, seed)
-    pieces: dict[str, list[np.ndarray]] = {}
-    with torch.inference_mode(), backbone.autocast():
-        first = 0
+    batches: dict[str, list[np.ndarray]] = {}
+    with memory_errors(batch_size, backbone.device), torch.inference_mode(), backbone.autocast():
+        done = 0
         for images in model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices):
-            for name, values in _observe_batch(backbone, images, itae, first).items():
-                pieces.setdefault(name, []).append(values.cpu().numpy())
-            first += len(images)
-    whole = {name: np.concatenate(values) for name, values in pieces.items()}
+            image_numbers = tuple(indices[done:done + len(images)].tolist())
+            for name, values in _observe_batch(backbone, images, itae, image_numbers).items():
+                batches.setdefault(name, []).append(values.cpu().numpy())
+            done += len(images)
+    measured = {name: np.concatenate(values) for name, values in batches.items()}
     return Observation(
         indices=indices,
         patch_grid=backbone.patch_grid,
-        hidden_norms=whole["hidden"],
-        norms={source: whole[source] for source in SOURCES},
-        attention=whole["attention"],
-        attention_after=whole["attention_after"],
-        artifacts=whole["artifacts"],
-        truth=whole.get("truth"),
+        hidden_norms=measured["hidden"],
+        norms={source: measured[source] for source in SOURCES},
+        attention=measured["attention"],
+        attention_after=measured["attention_after"],
+        artifacts=measured["artifacts"],
+        truth=measured.get("truth"),
     )
 
 
-def _observe_batch(backbone: Backbone, images: Tensor, itae: ITAE | None, first_image: int) -> dict[str, Tensor]:
-    seen = measure(backbone, images)
-    logits, attention = seen.pop("logits"), seen["attention"]
-    seen["artifacts"], seen["attention_after"] = torch.zeros_like(attention, dtype=torch.bool), attention
+def _observe_batch(backbone: Backbone, images: Tensor, itae: ITAE | None,
+                   image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
+    measured = measure_batch(backbone, images)
+    logits, attention = measured.pop("logits"), measured["attention"]
+    measured["artifacts"], measured["attention_after"] = torch.zeros_like(attention, dtype=torch.bool), attention
     if itae is not None:
-        threshold = None if itae.select == "oracle" else itae.thresholds[0]
-        seen["artifacts"] = select_artifacts(seen[itae.source], threshold, itae, block=backbone.num_blocks - 1,
-                                             first_image=first_image, truth=seen.get("truth"))
-        seen["attention_after"] = cls_attention(attenuated_logits(logits, seen["artifacts"], itae),
-                                                attention.shape[-1])
-    return seen
+        artifacts = select_artifacts(measured[itae.source], itae.thresholds[-1], itae, block=backbone.num_blocks - 1,
+                                     image_numbers=image_numbers, truth=measured.get("truth"))
+        after = cls_attention(attenuated_logits(logits, artifacts, itae), artifacts.shape[-1])
+        measured |= {"artifacts": artifacts, "attention_after": after.mean(dim=1)}
+    return measured
 
 
-def measure(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
-    """Run the unmodified model once over one batch (B, 3, H, W), of any height and width.
+@torch.no_grad()
+def measure_batch(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
+    """Run the unmodified model once over one batch (B, 3, H, W) of any height and width.
 
     Returns:
-        "hidden": (B, blocks, N), L2 norm of the patch tokens after each block; "query", "key", "value": (B, N), L2 norm
-        in the last block; "logits": (B, H, 1, T), the `[CLS]` row of the last block; "attention": (B, N), its weights,
-        mean over heads; "truth": (B, N) bool, for a planted backbone.
+        "hidden": (B, blocks, N), L2 norm of the patch tokens after each block.
+        "query", "key", "value": (B, N), L2 norm in the last block.
+        "logits": (B, H, 1, T), the `[CLS]` row of the last block.
+        "attention": (B, N), its attention weights on the patches, mean over heads.
+        "truth": (B, N) bool, only for a planted backbone.
     """
-    model, body = backbone.model, anatomy(backbone.model)
-    prefix, last, doors = body.num_prefix_tokens, body.layers[-1], range(len(body.layers))
-    seen: dict[str, Tensor] = {}
-    if backbone.truth is None:
-        entering = block_inputs(model, images, doors)
-    else:
-        with backbone.truth.watch(model) as watch:
-            entering = block_inputs(model, images, doors)
-        seen["truth"] = watch.mask
-    after_each = [*[entering[door].tokens for door in doors[1:]], entering[doors[-1]].through(last.block)]
-    seen["hidden"] = torch.stack([patch_norms(hidden, prefix) for hidden in after_each], dim=1)
-    projected = last.project_input(entering[doors[-1]])
-    seen |= {source: patch_norms(projected[source], prefix) for source in SOURCES}
-    seen["logits"] = scaled_logits(projected.heads("query")[:, :, :1], projected.heads("key"))
-    seen["attention"] = cls_attention(seen["logits"], seen["key"].shape[-1])
-    return seen
-
-
-def cls_attention(logits: Tensor, num_patches: int) -> Tensor:
-    """Attention weights of `[CLS]` on the patches, mean over heads: (B, H, 1, T) logits -> (B, N)."""
-    return logits.softmax(dim=-1)[:, :, 0, -num_patches:].mean(dim=1)
+    model, vit = backbone.model, adapt(backbone.model)
+    last, blocks, prefix = vit.blocks[-1], range(len(vit.blocks)), vit.num_prefix_tokens
+    with capture_truth(backbone.truth, model) as captured:
+        inputs = block_inputs(model, images, blocks)
+    outputs = [*(inputs[block].tokens for block in blocks[1:]), inputs[blocks[-1]].run(last.block)]
+    qkv = last.qkv(inputs[blocks[-1]])
+    measured = {source: patch_norms(qkv[source], prefix) for source in SOURCES}
+    measured["hidden"] = torch.stack([patch_norms(tokens, prefix) for tokens in outputs], dim=1)
+    measured["logits"] = scaled_logits(qkv.heads("query")[:, :, :1], qkv.heads("key"))
+    measured["attention"] = cls_attention(measured["logits"], measured["key"].shape[-1]).mean(dim=1)
+    if captured.mask is not None:
+        measured["truth"] = captured.mask
+    return measured

@@ -1,14 +1,21 @@
-"""The method on one transformer block: which patches, what becomes of their logits, what `[CLS]` then reads.
+"""ITAE in one attention row: the equation, the edit, the attention that follows, and `attenuate` for a whole model.
 
-Everything here works on stock models. `attend` holds the equations; `attenuate` brings them into a model's forward
-pass. The one-pass extraction (`itae_utils.one_pass`) edits logits by the same `attenuated_logits`.
+Let (QKᵀ)₀ⱼ be the logits of the `[CLS]` query, scaled by 1/√d, over the patches 1 ≤ j ≤ N, and A the artifacts, as
+`select_artifacts` finds them. In every head the method sets
+
+    (QKᵀ)'₀ₖ = min_{1≤j≤N} (QKᵀ)₀ⱼ   for k ∈ A
+
+before the softmax (paper, method section). Everything after the logits runs unchanged, so the attention moves to the
+normal patches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -16,107 +23,66 @@ import torch
 from torch import Tensor, nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.anatomy import anatomy, block_index, block_inputs, check_images
-from itae_utils.method.artifacts import FiringRule, Watch, patch_norms, random_patches
-from itae_utils.method.layers import Projections
+from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid
+from itae_utils.method.artifacts import CapturedTruth, FiringRule, capture_truth, patch_norms, select_artifacts
+from itae_utils.method.layers import QKV
 from itae_utils.method.setting import ITAE, SOURCES
 
-QUERY_CHUNK_BYTES = 64 * 2**20  # rows="all" needs real logits: at most this much of them at a time
+QUERY_CHUNK_BYTES = 64 * 2**20  # memory for logits with rows="all": queries are processed in chunks of this size
+
+
+def scaled_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Return QKᵀ/√d in float32: (B, H, Q, d), (B, H, T, d) -> (B, H, Q, T)."""
+    return (q * q.shape[-1] ** -0.5 @ k.mT).float()
 
 
 def attenuated_logits(logits: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
-    """Edit the logits of `artifacts` in every query row; prefix tokens (`[CLS]`, registers) are never touched.
-
-    `min`: (QKᵀ)'₀ₖ = min_{1≤j≤N} (QKᵀ)₀ⱼ for k in A, the minimum over all patches, artifacts included (paper,
-    method section).
+    """Return the logits with those of the artifacts replaced in every row; prefix tokens are never edited.
 
     Args:
-        logits: (B, H, Q, T), scaled, after any q/k norm.
-        artifacts: (B, N) bool, the same for all rows, or (B, Q, N), each row's own; the last N of the T tokens are the
-            patches. Where one row of logits meets several of artifacts, it is edited in each of these ways.
-        itae: only `attenuation` and `alpha` are read.
+        logits: (B, H, Q, T), scaled, after any q/k norm. The last N of the T tokens are the patches.
+        artifacts: (B, N) bool, the same for all rows, or (B, Q, N), one set per row. A single row of logits is repeated
+            for each set.
+        itae: the setting; only `attenuation` and `alpha` are read.
     """
     num_prefix_tokens = logits.shape[-1] - artifacts.shape[-1]
     patches = logits[..., num_prefix_tokens:]
-    rows = artifacts if artifacts.ndim == 3 else artifacts[:, None]
-    hit = torch.nn.functional.pad(rows[:, None], (num_prefix_tokens, 0))  # (B, 1, Q, T)
+    artifacts = artifacts[:, None] if artifacts.ndim == 3 else artifacts[:, None, None]  # (B, 1, Q or 1, N)
     match itae.attenuation:
         case "min":
-            replaced = patches.amin(dim=-1, keepdim=True)
+            new = patches.amin(dim=-1, keepdim=True)  # over all patches, artifacts included
         case "mask":
-            replaced = logits.new_tensor(-math.inf)
+            new = -math.inf
         case "mean":
-            is_normal = ~hit[..., num_prefix_tokens:]
-            normal = is_normal.sum(dim=-1, keepdim=True)
-            replaced = torch.where(is_normal, patches, 0).sum(dim=-1, keepdim=True) / normal.clamp(min=1)
-            hit = hit & (normal > 0)  # no normal patch, no mean: such an image is left as it is
+            normal = ~artifacts
+            count = normal.sum(dim=-1, keepdim=True)
+            new = torch.where(normal, patches, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+            artifacts = artifacts & (count > 0)  # without a normal patch there is no mean: leave the row as it is
         case "scale":
-            replaced = logits + math.log(itae.alpha)
-    return torch.where(hit, replaced, logits)
+            new = logits + math.log(itae.alpha)
+    return torch.where(nn.functional.pad(artifacts, (num_prefix_tokens, 0)), new, logits)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
-    """Attention of some query rows with the artifacts attenuated: softmax(edited logits) · V.
+    """Return softmax(edited logits) · V for some query rows.
 
     Args:
-        q: (B, H, Q, d), the query rows, after any q-norm.
+        q: (B, H, Q, d), after any q-norm.
         k: (B, H, T, d), after any k-norm.
         v: (B, H, T, d).
         artifacts: (B, N) bool.
-        itae: the setting.
+        itae: the setting; only `attenuation` and `alpha` are read.
 
     Returns:
         (B, H, Q, d).
     """
-    return attenuated_logits(scaled_logits(q, k), artifacts, itae).softmax(dim=-1).to(v.dtype) @ v
+    attn = attenuated_logits(scaled_logits(q, k), artifacts, itae).softmax(dim=-1)
+    return attn.to(v.dtype) @ v
 
 
-def scaled_logits(q: Tensor, k: Tensor) -> Tensor:
-    """QKᵀ/√d in float32: (B, H, Q, d), (B, H, T, d) -> (B, H, Q, T)."""
-    return (q * q.shape[-1] ** -0.5 @ k.mT).float()
-
-
-def select_artifacts(
-    norms: Tensor,
-    threshold: float | None,
-    itae: ITAE,
-    *,
-    block: int,
-    first_image: int = 0,
-    truth: Tensor | None = None,
-) -> Tensor:
-    """The patches a setting acts on in one block: (B, N) norms -> (B, N) bool.
-
-    Args:
-        norms: ‖P_i‖₂ of `itae.source`.
-        threshold: θ of this block; None finds nothing.
-        itae: `select` and `seed` are read.
-        block: the block's number, which the random control's draw depends on.
-        first_image: number of the batch's first image in its data set, likewise.
-        truth: (B, N) bool, needed by select="oracle".
-    """
-    if itae.select == "oracle":
-        if truth is None:
-            raise ItaeError("select='oracle' needs the true artifacts, which only a planted backbone (demo) has")
-        return truth
-    found = torch.zeros_like(norms, dtype=torch.bool) if threshold is None else norms <= threshold
-    if itae.select == "random":
-        return random_patches(found.sum(dim=-1), norms.shape[-1], itae.seed, block, first_image)
-    return found
-
-
-def check_blocks(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None = None) -> None:
-    """Refuse more blocks than the model has, and an oracle in blocks before the artifacts appear."""
-    depth = len(anatomy(model).layers)
-    if itae.blocks > depth:
-        raise ItaeError(f"blocks={itae.blocks} but the model has {depth}: use at most that many")
-    if itae.select == "oracle" and isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
-        raise ItaeError(f"blocks={itae.blocks} with select='oracle' reaches back to block {depth - itae.blocks}, but "
-                        f"the artifacts appear after block {truth.block}: use at most {depth - truth.block - 1}")
-
-
-# Runs of `attenuate` now open on a model, innermost last: only that one acts.
-_open: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
+def cls_attention(logits: Tensor, num_patches: int) -> Tensor:
+    """Return the attention weights from `[CLS]` to the patches: logits (B, H, 1, T) -> (B, H, N)."""
+    return logits.softmax(dim=-1)[:, :, 0, -num_patches:]
 
 
 @contextmanager
@@ -127,83 +93,108 @@ def attenuate(
     truth: FiringRule | Tensor | None = None,
     first_image: int = 0,
 ) -> Iterator[nn.Module]:
-    """Apply the method to every forward pass of a stock model, in place, until the context is left.
+    """Apply the method to every forward pass of a stock model until the context is left.
 
-    In each block the projections are kept, and the edited rows of the concatenated heads are replaced before they are
-    projected. Attention itself stays fused; weights and code of the model are not touched.
-    Images without artifacts keep the model's own result to the bit. Contexts nest: the innermost alone acts.
+    In each edited block, the rows of the concatenated heads are replaced before the output projection. The model's own
+    attention stays fused, and its weights and code are not changed. Images without artifacts keep the model's result
+    to the bit. Gradients are recorded as usual. Contexts can be nested: only the innermost acts.
 
     Args:
         model: a timm VisionTransformer or Eva (EVA, DINOv3) with a `[CLS]` token, or a transformers Dinov2Model or
             Dinov2WithRegistersModel.
         itae: the setting, with numeric thresholds.
-        truth: for select="oracle": a planted backbone's rule, or the true artifacts (B, N) of the one batch to come.
-        first_image: number of the first image to come, on which the random control's draw depends.
+        truth: needed by select="oracle": the rule of a planted backbone, or the true artifacts (B, N) of the next
+            batch.
+        first_image: number of the next image in its data set. The random control depends on it and counts on from
+            there.
+
+    Yields:
+        The model.
 
     Raises:
-        ItaeError: unsupported model, threshold "auto", more blocks than there are, "oracle" without `truth`.
+        ItaeError: unsupported model, threshold "auto", more blocks than the model has, or "oracle" without `truth`.
     """
-    body = anatomy(model)
+    vit = adapt(model)
     if not isinstance(itae, ITAE):
-        raise ItaeError(f"itae={itae!r} is no setting: give an ITAE(…); without one the model is as it is")
+        raise ItaeError(f"itae={itae!r} is not a setting: pass ITAE(…), or use the model without attenuate")
     check_blocks(model, itae, truth)
     if itae.select == "oracle" and truth is None:
         raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth)")
-    thresholds = (None,) * itae.blocks if itae.select == "oracle" else itae.thresholds
-    runs, run = _open.setdefault(model, []), object()
-    with ExitStack() as stack:
-        watch = stack.enter_context(truth.watch(model)) if isinstance(truth, FiringRule) else Watch(truth)
-        for index, threshold in zip(range(len(body.layers))[-itae.blocks:], thresholds, strict=True):
+    contexts = _open_contexts.setdefault(model, _ContextStack())
+    with ExitStack() as context:
+        captured = context.enter_context(capture_truth(truth, model))
+        for index, threshold in zip(range(len(vit.blocks))[-itae.blocks:], itae.thresholds, strict=True):
             if threshold is None and itae.select != "oracle":
                 continue
-            editor = _RowEditor(index, body.num_prefix_tokens, threshold, itae, watch, first_image,
-                                lambda: runs[-1] is run)
-            layer = body.layers[index]
-            stack.enter_context(layer.watch(editor.keep))
-            stack.callback(layer.reads_heads.register_forward_pre_hook(editor.replace_rows).remove)
-        runs.append(run)
-        stack.callback(runs.remove, run)
+            editor = _RowEditor(itae, threshold, index, vit.num_prefix_tokens, captured, first_image,
+                                partial(contexts.is_innermost, context))
+            context.enter_context(vit.blocks[index].edit_heads(editor))
+        contexts.append(context)
+        context.callback(contexts.remove, context)
         yield model
 
 
+def check_blocks(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None = None) -> None:
+    """Check that the model has the blocks that a setting edits.
+
+    Raises:
+        ItaeError: more blocks than the model has, or an oracle that reaches back to where no artifacts exist yet.
+    """
+    depth = len(adapt(model).blocks)
+    if itae.blocks > depth:
+        raise ItaeError(f"blocks={itae.blocks} but the model has {depth}: use at most {depth}")
+    if itae.select == "oracle" and isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
+        raise ItaeError(f"blocks={itae.blocks} with select='oracle' reaches back to block {depth - itae.blocks}, but "
+                        f"the artifacts appear after block {truth.block}: use at most {depth - truth.block - 1}")
+
+
+class _ContextStack(list[ExitStack]):
+    """The open `attenuate` contexts of one model, innermost last."""
+
+    def is_innermost(self, context: ExitStack) -> bool:
+        return self[-1] is context
+
+
+_open_contexts: WeakKeyDictionary[nn.Module, _ContextStack] = WeakKeyDictionary()
+
+
+@dataclass
 class _RowEditor:
-    """The two hooks of one block, and what they pass to each other."""
+    """Replaces the edited rows of one block's concatenated heads; called once per forward pass."""
 
-    def __init__(self, index, num_prefix_tokens, threshold, itae, watch, next_image, is_innermost) -> None:
-        self.index, self.num_prefix_tokens = index, num_prefix_tokens
-        self.threshold, self.itae, self.watch = threshold, itae, watch
-        self.next_image, self.is_innermost = next_image, is_innermost
-        self.projected: Projections | None = None
+    itae: ITAE
+    threshold: float | None        # of this block
+    block: int                     # its index
+    num_prefix_tokens: int
+    truth: CapturedTruth
+    next_image: int                # number of the next image in its data set
+    is_active: Callable[[], bool]  # whether this editor's context is the innermost
 
-    def keep(self, projected: Projections) -> None:
-        self.projected = projected
-
-    def replace_rows(self, _module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        heads, projected, self.projected = args[0], self.projected, None
-        first_image, self.next_image = self.next_image, self.next_image + len(heads)
-        if not self.is_innermost():
-            return None
-        norms = patch_norms(projected[self.itae.source], self.num_prefix_tokens)
-        artifacts = select_artifacts(norms, self.threshold, self.itae, block=self.index, first_image=first_image,
-                                     truth=self.watch.mask)
-        q, k, v = (projected.heads(source) for source in SOURCES)
-        return (self._edited(heads, q, k, v, artifacts),)
-
-    def _edited(self, heads: Tensor, q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor) -> Tensor:
-        edited, has_artifacts = heads.clone(), artifacts.any(dim=-1)[:, None, None]
+    def __call__(self, qkv: QKV, x: Tensor) -> Tensor:
+        """Return `x`, the concatenated heads (B, T, H · d), with the edited rows replaced."""
+        image_numbers = range(self.next_image, self.next_image + len(x))
+        self.next_image = image_numbers.stop
+        if not self.is_active():
+            return x
+        norms = patch_norms(qkv[self.itae.source], self.num_prefix_tokens)
+        artifacts = select_artifacts(norms, self.threshold, self.itae, block=self.block, image_numbers=image_numbers,
+                                     truth=self.truth.mask)
+        q, k, v = (qkv.heads(source) for source in SOURCES)
+        edited, has_artifacts = x.clone(), artifacts.any(dim=-1)[:, None, None]
         for rows in self._row_chunks(k):
-            new = attend(q[:, :, rows], k, v, artifacts, self.itae).transpose(1, 2).flatten(2).to(heads.dtype)
-            edited[:, rows] = torch.where(has_artifacts, new, heads[:, rows])
+            new = attend(q[:, :, rows], k, v, artifacts, self.itae).transpose(1, 2).flatten(2).to(x.dtype)
+            edited[:, rows] = torch.where(has_artifacts, new, x[:, rows])
         return edited
 
     def _row_chunks(self, k: Tensor) -> list[slice]:
         if self.itae.rows == "cls":
             return [slice(0, 1)]
-        batch, num_heads, tokens, _ = k.shape
-        step = max(1, QUERY_CHUNK_BYTES // (4 * batch * num_heads * tokens))
-        return [slice(start, start + step) for start in range(0, tokens, step)]
+        B, H, T, _ = k.shape
+        step = max(1, QUERY_CHUNK_BYTES // (4 * B * H * T))
+        return [slice(start, start + step) for start in range(0, T, step)]
 
 
+@torch.no_grad()
 def attention_map(
     model: nn.Module,
     images: Tensor,
@@ -213,36 +204,41 @@ def attention_map(
     heads: Literal["mean", "each"] = "mean",
     truth: FiringRule | None = None,
 ) -> Tensor:
-    """Attention weights from `[CLS]` to every patch in one block, on the image grid, as the model or as ITAE has them.
+    """Return the attention weights from `[CLS]` to every patch in one block, on the patch grid.
 
-    Works with fused attention on: the one row that is shown is computed here. Prefix tokens keep their share of the
-    row, so the weights over the patches add up to less than 1.
+    Fused attention can stay on, because the `[CLS]` row is computed here. Prefix tokens keep their share of the row, so
+    the weights over the patches add up to less than 1. No gradients are recorded.
 
     Args:
-        model: as `attenuate` takes.
+        model: as for `attenuate`.
         images: (B, 3, H, W), preprocessed.
-        block: which block; negative numbers count from the end.
-        itae: the setting whose row is shown; None shows the model's own.
-        heads: "mean" over the heads, or "each" head.
-        truth: ground-truth rule, for select="oracle".
+        block: index of the block; negative numbers count from the end.
+        itae: a setting to apply; None shows the model's own attention.
+        heads: "mean" averages over the heads, "each" returns every head.
+        truth: the rule of a planted backbone, needed by select="oracle".
 
     Returns:
         (B, rows, columns) for "mean", (B, H, rows, columns) for "each"; float32.
+
+    Raises:
+        ItaeError: as `attenuate`, an unknown block or value of `heads`, or images of a wrong size.
     """
-    body, index = anatomy(model), block_index(model, block)
-    grid = check_images(model, images)
+    if heads not in ("mean", "each"):
+        raise ItaeError(f"heads={heads!r} is not known: use 'mean' or 'each'")
+    vit, index = adapt(model), block_index(model, block)
+    grid = patch_grid(model, images)
     with ExitStack() as stack:
-        watch = stack.enter_context(truth.watch(model)) if truth is not None else Watch()
+        captured = stack.enter_context(capture_truth(truth, model))
         if itae is not None:
             stack.enter_context(attenuate(model, itae, truth=truth))
-        entering = block_inputs(model, images, [index])[index]
-    projected = body.layers[index].project_input(entering)
-    logits = scaled_logits(projected.heads("query")[:, :, :1], projected.heads("key"))
-    first = len(body.layers) - (itae.blocks if itae is not None else 0)
-    if index >= first:
-        threshold = None if itae.select == "oracle" else itae.thresholds[index - first]
-        norms = patch_norms(projected[itae.source], body.num_prefix_tokens)
-        artifacts = select_artifacts(norms, threshold, itae, block=index, truth=watch.mask)
+        inputs = block_inputs(model, images, [index])[index]
+    qkv = vit.blocks[index].qkv(inputs)
+    logits = scaled_logits(qkv.heads("query")[:, :, :1], qkv.heads("key"))
+    first_edited = len(vit.blocks) - (0 if itae is None else itae.blocks)
+    if index >= first_edited:
+        norms = patch_norms(qkv[itae.source], vit.num_prefix_tokens)
+        artifacts = select_artifacts(norms, itae.thresholds[index - first_edited], itae, block=index,
+                                     image_numbers=range(len(images)), truth=captured.mask)
         logits = attenuated_logits(logits, artifacts, itae)
-    weights = logits.softmax(dim=-1)[:, :, 0, body.num_prefix_tokens:].unflatten(-1, grid)
-    return weights.mean(dim=1) if heads == "mean" else weights
+    attn = cls_attention(logits, math.prod(grid)).unflatten(-1, grid)
+    return attn.mean(dim=1) if heads == "mean" else attn

@@ -1,12 +1,12 @@
-"""A transformer block opened up, whichever class it is: where q, k and v come from, and what follows the attention.
+"""Adapters for transformer blocks: where each class keeps q, k and v, and what it does after its attention.
 
-One adapter for each kind of block; the method itself (`itae_utils.attention`) sees only their common face, `Layer`.
+There is one adapter per block class of timm and `transformers`. The method uses only what they share, `BlockAdapter`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,235 +22,263 @@ from itae_utils.method.setting import SOURCES
 
 @dataclass(frozen=True)
 class BlockInput:
-    """What a model passes to one of its blocks.
+    """The arguments that a model passes to one of its blocks.
 
     Attributes:
         tokens: (B, T, C).
-        options: everything passed by name, a rotary embedding among it.
+        kwargs: the keyword arguments, such as a rotary embedding.
     """
 
     tokens: Tensor
-    options: dict[str, object]
+    kwargs: dict[str, object]
 
     @property
     def rope(self) -> Tensor | None:
-        """The rotary embedding of the patches, for models that have one."""
-        return self.options.get("rope")
+        """Return the rotary embedding of the patches, or None if the model has none."""
+        return self.kwargs.get("rope")
 
-    def through(self, block: nn.Module) -> Tensor:
-        """The tokens after the block."""
-        return block(self.tokens, **self.options)
+    def run(self, block: nn.Module) -> Tensor:
+        """Return the output tokens of `block`, (B, T, C)."""
+        return block(self.tokens, **self.kwargs)
 
 
 @dataclass(frozen=True)
-class Projections:
-    """Outputs of a block's projections, biases included, before any norm or rotation: what norms are measured on.
+class QKV:
+    """Queries, keys and values of one block, (B, T, H · d) each.
 
-    Attributes:
-        layer: whose they are.
-        parts: (B, T, H · d) by source; only what was asked for.
-        rope: the rotary embedding that queries and keys get.
+    They are the outputs of the projections, biases included, before any q/k norm or rotation. Norms are measured on
+    them.
     """
 
-    layer: Layer
-    parts: dict[str, Tensor]
+    block: BlockAdapter
+    by_source: dict[str, Tensor]
     rope: Tensor | None = None
 
     def __getitem__(self, source: str) -> Tensor:
-        return self.parts[source]
+        return self.by_source[source]
 
     def heads(self, source: str) -> Tensor:
-        """(B, H, T, d) as they enter the attention: after q/k norm and rotation."""
-        return self.layer.heads(source, self.parts[source], self.rope)
+        """Return one of the three as it enters the attention, after q/k norm and rotation: (B, H, T, d)."""
+        return self.block.heads(source, self[source], self.rope)
 
 
-def split_heads(attention: nn.Module, projected: Tensor) -> Tensor:
-    """The last dimension of `projected` (B, T, parts · H · d) cut into (parts, B, H, T, d)."""
-    batch, tokens, _ = projected.shape
-    return projected.view(batch, tokens, -1, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
-
-
-class Layer(ABC):
-    """One block, and the two places where the method takes hold of it.
+class BlockAdapter(ABC):
+    """Adapter for one transformer block: gives its q, k, v and lets its attention output be replaced.
 
     Attributes:
-        block: the module.
-        attention: the module in it that attends.
+        block: the transformer block.
+        attention: its attention module.
         num_heads: H.
         head_dim: d.
-        reads_heads: the module that is given the concatenated heads, (B, T, H · d).
-        projections_of: the Linear modules that make q, k and v.
+        projections: the Linear modules that compute q, k and v.
+        after_heads: the first module that is applied to the concatenated heads, (B, T, H · d).
     """
 
     block: nn.Module
     attention: nn.Module
     num_heads: int
     head_dim: int
-    reads_heads: nn.Module
-    projections_of: list[nn.Module]
+    projections: list[nn.Module]
+    after_heads: nn.Module
 
     @abstractmethod
-    def project(self, normed: Tensor, rope: Tensor | None = None, sources: Sequence[str] = SOURCES) -> Projections:
-        """Project tokens that went through the block's first norm; `sources` are neighbours in `SOURCES`."""
+    def project(self, x: Tensor, source: str) -> Tensor:
+        """Return the queries, keys or values of normed tokens: (B, T, C) -> (B, T, H · d)."""
+
+    def project_all(self, x: Tensor, rope: Tensor | None) -> QKV:
+        """Return the queries, keys and values of normed tokens (B, T, C)."""
+        return QKV(self, {source: self.project(x, source) for source in SOURCES}, rope)
+
+    def qkv(self, inputs: BlockInput) -> QKV:
+        """Return the queries, keys and values of a block's input."""
+        return self.project_all(self.block.norm1(inputs.tokens), inputs.rope)
+
+    def heads(self, source: str, projected: Tensor, rope: Tensor | None) -> Tensor:
+        """Split a projection into heads as they enter the attention: (B, T, H · d) -> (B, H, T, d)."""
+        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     @abstractmethod
-    def _hook(self, receive: Callable[[Projections], None]) -> list[RemovableHandle]:
-        """Hand the projections of every forward pass to `receive`, before the heads are read."""
+    def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
+        """Make every forward pass call `receive` with its q, k and v, before the heads are computed."""
 
     @contextmanager
-    def watch(self, receive: Callable[[Projections], None]) -> Iterator[None]:
-        """While open, every forward pass hands its projections to `receive`, before the heads are read."""
-        handles = self._hook(receive)
+    def capture_qkv(self, receive: Callable[[QKV], None]) -> Iterator[None]:
+        """While open, every forward pass calls `receive` with its q, k and v."""
+        handles = self._register_hooks(receive)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def project_input(self, entering: BlockInput) -> Projections:
-        """All projections of what enters the block."""
-        return self.project(self.block.norm1(entering.tokens), entering.rope)
+    @contextmanager
+    def edit_heads(self, edit: Callable[[QKV, Tensor], Tensor]) -> Iterator[None]:
+        """While open, every forward pass replaces its concatenated heads x (B, T, H · d) by `edit(qkv, x)`."""
+        captured: list[QKV] = []
 
-    def heads(self, source: str, part: Tensor, rope: Tensor | None) -> Tensor:
-        """One projection (B, T, H · d) as it enters the attention, (B, H, T, d)."""
-        return part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        def replace(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            qkv = captured.pop()
+            captured.clear()  # a pass that failed may have left its own
+            return (edit(qkv, *args),)
+
+        with self.capture_qkv(captured.append):
+            handle = self.after_heads.register_forward_pre_hook(replace)
+            try:
+                yield
+            finally:
+                handle.remove()
 
 
-class VitLayer(Layer):
-    """timm's Block with its Attention: q, k and v are thirds of one Linear."""
+class TimmAdapter(BlockAdapter):
+    """What timm's two kinds of block share. It can also compute a block's output for `[CLS]` alone."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.attention = block, block.attn
         self.num_heads, self.head_dim = self.attention.num_heads, self.attention.head_dim
-        self.reads_heads = self.attention.norm  # an Identity in most models
-        self.projections_of = [self.attention.qkv]
+        self.projections = [self.attention.qkv]
+        self.after_heads = self.attention.norm  # an Identity in most models
 
-    def project(self, normed: Tensor, rope: Tensor | None = None, sources: Sequence[str] = SOURCES) -> Projections:
-        """See `Layer`: one product for all of `sources`."""
-        return self._thirds(linear(normed, *self._weight_and_bias(*sources)), sources)
+    @abstractmethod
+    def _weight_and_bias(self, source: str) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (H · d, C) and bias (H · d,) of one projection."""
 
-    def _weight_and_bias(self, *sources: str) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.attention.qkv.weight, self.attention.qkv.bias
-        width, first = self.num_heads * self.head_dim, SOURCES.index(sources[0])
-        rows = slice(first * width, (first + len(sources)) * width)
-        return weight[rows], None if bias is None else bias[rows]
+    @abstractmethod
+    def _layer_scale(self, branch: int, x: Tensor) -> Tensor:
+        """Apply LayerScale to the attention branch (1) or the MLP branch (2)."""
 
-    def value_sums(self, weights: Tensor, normed: Tensor) -> Tensor:
-        """Σ_t w_t V_t for rows of weights that add up to 1: the tokens are averaged first and the averages projected.
+    def project(self, x: Tensor, source: str) -> Tensor:
+        """Return one projection, computed from its own part of the weights."""
+        return linear(x, *self._weight_and_bias(source))
 
-        Values are linear in the tokens, so this is the same sum, without a projection of every token.
+    def heads(self, source: str, projected: Tensor, rope: Tensor | None) -> Tensor:
+        """Split a projection into heads, and apply the q/k norm."""
+        heads = super().heads(source, projected, rope)
+        norms = {"query": self.attention.q_norm, "key": self.attention.k_norm}
+        return norms[source](heads) if source in norms else heads
+
+    def value_sums(self, weights: Tensor, x: Tensor) -> Tensor:
+        """Return Σ_t w_t V_t for attention weights that add up to 1.
+
+        Values are linear in the tokens. So the tokens are averaged first and only the averages are projected, which
+        gives the same sums without projecting every token.
 
         Args:
             weights: (B, H, Q, T).
-            normed: (B, T, C), after the block's first norm.
+            x: (B, T, C), after the block's first norm.
 
         Returns:
             (B, H, Q, d).
         """
         weight, bias = self._weight_and_bias("value")
-        averages = (weights.flatten(1, 2) @ normed).unflatten(1, weights.shape[1:3])
+        averages = (weights.flatten(1, 2) @ x).unflatten(1, weights.shape[1:3])
         by_head = weight.unflatten(0, (self.num_heads, self.head_dim))
         sums = torch.einsum("bhqc,hdc->bhqd", averages, by_head)  # a matmul would copy the weights for every image
         return sums if bias is None else sums + bias.view(self.num_heads, 1, self.head_dim)
 
-    def _thirds(self, projected: Tensor, sources: Sequence[str] = SOURCES) -> Projections:
-        return Projections(self, dict(zip(sources, projected.chunk(len(sources), dim=-1), strict=True)))
-
-    def _hook(self, receive: Callable[[Projections], None]) -> list[RemovableHandle]:
-        return [self.attention.qkv.register_forward_hook(lambda _module, _args, out: receive(self._thirds(out)))]
-
-    def heads(self, source: str, part: Tensor, rope: Tensor | None) -> Tensor:
-        """See `Layer`: queries and keys are normed."""
-        heads = super().heads(source, part, rope)
-        norms = {"query": self.attention.q_norm, "key": self.attention.k_norm}
-        return norms[source](heads) if source in norms else heads
-
-    def finish(self, cls_token: Tensor, normed: Tensor, heads: Tensor) -> Tensor:
-        """The block's output for `[CLS]` alone: everything after the value sum.
+    def finish(self, cls_token: Tensor, x: Tensor, heads: Tensor) -> Tensor:
+        """Return the block's output for `[CLS]`, given its concatenated heads.
 
         Args:
             cls_token: (B, C), as it enters the block.
-            normed: (B, C), after the first norm: a gate reads it.
-            heads: (…, B, H · d), the concatenated heads.
+            x: (B, C), the same after the block's first norm, which a gated attention reads.
+            heads: (…, B, H · d).
+
+        Returns:
+            (…, B, C).
         """
         block, attention = self.block, self.attention
-        x = attention.norm(heads)
+        heads = attention.norm(heads)
         if getattr(attention, "gate", None) is not None:
-            x = x * attention.gate(normed).sigmoid()
-        x = cls_token + block.drop_path1(self._scale(1, attention.proj_drop(attention.proj(x))))
-        return x + block.drop_path2(self._scale(2, block.mlp(block.norm2(x))))
+            heads = heads * attention.gate(x).sigmoid()
+        out = cls_token + block.drop_path1(self._layer_scale(1, attention.proj_drop(attention.proj(heads))))
+        return out + block.drop_path2(self._layer_scale(2, block.mlp(block.norm2(out))))
 
-    def _scale(self, branch: int, x: Tensor) -> Tensor:
+
+class VitAdapter(TimmAdapter):
+    """timm's Block with Attention: one Linear computes q, k and v."""
+
+    def _weight_and_bias(self, source: str) -> tuple[Tensor, Tensor | None]:
+        qkv, index = self.attention.qkv, SOURCES.index(source)
+        return qkv.weight.chunk(3)[index], None if qkv.bias is None else qkv.bias.chunk(3)[index]
+
+    def project_all(self, x: Tensor, rope: Tensor | None) -> QKV:
+        """Return the queries, keys and values from one product."""
+        return self._split(linear(x, self.attention.qkv.weight, self.attention.qkv.bias))
+
+    def _split(self, projected: Tensor) -> QKV:
+        return QKV(self, dict(zip(SOURCES, projected.chunk(3, dim=-1), strict=True)))
+
+    def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
+        return [self.attention.qkv.register_forward_hook(lambda _module, _args, out: receive(self._split(out)))]
+
+    def _layer_scale(self, branch: int, x: Tensor) -> Tensor:
         return getattr(self.block, f"ls{branch}")(x)
 
 
-class EvaLayer(VitLayer):
-    """timm's EvaBlock with EvaAttention, as in EVA and DINOv3: split or fused, biases apart, patches rotated."""
+class EvaAdapter(TimmAdapter):
+    """timm's EvaBlock with EvaAttention (EVA, DINOv3): fused or split projections, separate biases, rotation."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         attention = self.attention
         self.is_split = attention.qkv is None
-        self.projections_of = ([attention.q_proj, attention.k_proj, attention.v_proj] if self.is_split
-                               else [attention.qkv])
-
-    def project(self, normed: Tensor, rope: Tensor | None = None, sources: Sequence[str] = SOURCES) -> Projections:
-        """See `Layer`."""
-        return Projections(self, {source: linear(normed, *self._weight_and_bias(source)) for source in sources}, rope)
+        if self.is_split:
+            self.projections = [attention.q_proj, attention.k_proj, attention.v_proj]
 
     def _weight_and_bias(self, source: str) -> tuple[Tensor, Tensor | None]:
-        place = SOURCES.index(source)
+        index = SOURCES.index(source)
         if self.is_split:
-            return self.projections_of[place].weight, self.projections_of[place].bias
-        return self.attention.qkv.weight.chunk(3)[place], getattr(self.attention, f"{source[0]}_bias")
+            return self.projections[index].weight, self.projections[index].bias
+        return self.attention.qkv.weight.chunk(3)[index], getattr(self.attention, f"{source[0]}_bias")
 
-    def _hook(self, receive: Callable[[Projections], None]) -> list[RemovableHandle]:
-        # No module's output is the projection: a fused one's weight is used without calling it, and its biases lie
-        # outside. So the attention's input is projected once more, which costs a quarter of a block's products.
-        def hook(_module, args, options):
-            receive(self.project(args[0], options.get("rope")))
+    def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
+        # EvaAttention uses a fused weight without calling its module, and adds the biases itself. So no module outputs
+        # q, k and v, and the attention's input is projected a second time, a quarter of the block's products.
+        def hook(_module: nn.Module, args: tuple[Tensor], kwargs: dict[str, object]) -> None:
+            receive(self.project_all(args[0], kwargs.get("rope")))
 
         return [self.attention.register_forward_pre_hook(hook, with_kwargs=True)]
 
-    def heads(self, source: str, part: Tensor, rope: Tensor | None) -> Tensor:
-        """See `Layer`: queries and keys are normed, then those of the patches rotated."""
-        heads, prefix = super().heads(source, part, rope), self.attention.num_prefix_tokens
+    def heads(self, source: str, projected: Tensor, rope: Tensor | None) -> Tensor:
+        """Split a projection into heads, apply the q/k norm, and rotate the queries and keys of the patches."""
+        heads, prefix = super().heads(source, projected, rope), self.attention.num_prefix_tokens
         if rope is None or source == "value" or heads.shape[2] <= prefix:
             return heads
         rotated = apply_rot_embed_cat(heads[:, :, prefix:], rope, half=getattr(self.attention, "rotate_half", False))
         return torch.cat([heads[:, :, :prefix], rotated], dim=2)
 
-    def _scale(self, branch: int, x: Tensor) -> Tensor:
+    def _layer_scale(self, branch: int, x: Tensor) -> Tensor:
         gamma = getattr(self.block, f"gamma_{branch}")
         return x if gamma is None else gamma * x
 
 
-class Dinov2Layer(Layer):
-    """The block of a `transformers` Dinov2Model, with or without registers: three Linear modules for q, k and v."""
+class Dinov2Adapter(BlockAdapter):
+    """The block of a `transformers` Dinov2Model, with or without registers: one Linear each for q, k and v."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.attention = block, block.attention
         if not hasattr(self.attention, "q_proj"):
-            raise ItaeError("this release of transformers has q, k and v elsewhere: install transformers>=5.18")
+            raise ItaeError("this release of transformers has no Dinov2 attention with q_proj: "
+                            "install transformers>=5.18")
         self.num_heads, self.head_dim = self.attention.num_attention_heads, self.attention.head_dim
-        self.reads_heads = self.attention.o_proj
-        self.projections_of = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+        self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+        self.after_heads = self.attention.o_proj
 
-    def project(self, normed: Tensor, rope: Tensor | None = None, sources: Sequence[str] = SOURCES) -> Projections:
-        """See `Layer`."""
-        return Projections(self, {source: self.projections_of[SOURCES.index(source)](normed) for source in sources})
+    def project(self, x: Tensor, source: str) -> Tensor:
+        """Return the output of one of the three modules."""
+        return self.projections[SOURCES.index(source)](x)
 
-    def _hook(self, receive: Callable[[Projections], None]) -> list[RemovableHandle]:
-        parts: dict[str, Tensor] = {}
+    def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
+        captured: dict[str, Tensor] = {}
 
-        def keep(source: str):
-            def hook(_module, _args, projected: Tensor) -> None:
-                parts[source] = projected
-                if len(parts) == len(SOURCES):
-                    receive(Projections(self, dict(parts)))
-                    parts.clear()
+        def capture(source: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: tuple[Tensor], projected: Tensor) -> None:
+                captured[source] = projected
+                if len(captured) == len(SOURCES):
+                    receive(QKV(self, dict(captured)))
+                    captured.clear()
 
             return hook
 
-        return [module.register_forward_hook(keep(source))
-                for source, module in zip(SOURCES, self.projections_of, strict=True)]
+        return [module.register_forward_hook(capture(source))
+                for source, module in zip(SOURCES, self.projections, strict=True)]

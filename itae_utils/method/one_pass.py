@@ -1,8 +1,9 @@
 """One pass over a batch of images for any number of variants.
 
-The method touches only the `[CLS]` row of the last block, so what enters that block, and its keys, are the same for
-every variant; and after the attention only one token is needed. Each further variant costs one row of attention and one
-token through the MLP. Variants that reach into earlier blocks share the pass up to there and run the rest each.
+The method edits only the `[CLS]` row of the last block. So the tokens that enter that block and its keys are the same
+for every variant, and after the attention only one token is needed. Each further variant costs one row of attention and
+one token through the MLP. Variants that edit earlier blocks, too, share the pass up to the first of these and run the
+following blocks on their own.
 """
 
 from __future__ import annotations
@@ -14,81 +15,83 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from itae_utils.method.anatomy import anatomy, block_inputs
-from itae_utils.method.artifacts import FiringRule, patch_norms
-from itae_utils.method.attention import attenuate, attenuated_logits, scaled_logits, select_artifacts
+from itae_utils.method.anatomy import adapt, block_inputs
+from itae_utils.method.artifacts import FiringRule, capture_truth, patch_norms, select_artifacts
+from itae_utils.method.attention import attenuate, attenuated_logits, scaled_logits
 from itae_utils.method.layers import BlockInput
 from itae_utils.method.setting import ITAE
 
-GROUP = 8  # bits depend on how many rows run at once: always the baseline and seven variants, padded with the baseline
+# The last bits of an output depend on how many rows are computed at once. So there are always this many: the baseline
+# and up to seven variants, padded with the baseline.
+GROUP = 8
 
 
 class OnePass:
-    """What is done to one batch: the shared pass, the variants of the last block in groups, then the deeper ones.
+    """Computes the `[CLS]` outputs of all variants for one batch at a time.
+
+    Nothing in a call waits for the device.
 
     Args:
         model: a timm ViT.
-        settings: variants by name, with numeric thresholds; None is the model as it is.
-        truth: ground-truth rule, for select="oracle".
+        settings: the variants by name, with numeric thresholds; None is the unmodified model.
+        truth: the rule of a planted backbone, needed by select="oracle".
     """
 
     def __init__(self, model: nn.Module, settings: Mapping[str, ITAE | None], truth: FiringRule | None = None) -> None:
-        self.model, self.truth, self.settings = model, truth, settings
+        self.model, self.settings = model, settings
         self.last = len(model.blocks) - 1
-        self.deep = [name for name, itae in settings.items() if itae is not None and itae.blocks > 1]
-        shallow = [name for name, itae in settings.items() if itae is not None and itae.blocks == 1]
-        self.shallow = sorted(shallow, key=lambda name: _edit(settings[name]))  # those edited alike are edited at once
-        self.doors = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
-        self.needs_truth = any(itae is not None and itae.select == "oracle" for itae in settings.values())
+        edited = {name: itae for name, itae in settings.items() if itae is not None}
+        self.deep = [name for name, itae in edited.items() if itae.blocks > 1]
+        # Variants with equal edits stand side by side and are edited at once.
+        self.shallow = sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name]))
+        self.captured = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
+        self.truth = truth if any(itae.select == "oracle" for itae in edited.values()) else None
 
     def _first_block(self, name: str) -> int:
         return self.last + 1 - self.settings[name].blocks
 
     def __call__(self, images: Tensor, first_image: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """(B, dim) `[CLS]` outputs and (B, N) artifacts in the last block, by variant in the order of the settings.
+        """Return the `[CLS]` outputs (B, dim) and the artifacts in the last block (B, N) of every variant.
 
         Args:
             images: (B, 3, H, W), preprocessed, on the model's device.
-            first_image: number of the first of them in its data set, which the random control's draw depends on.
+            first_image: number of the first image in its data set, used by the random control.
         """
-        entering, truth = self._shared(images)
-        tail = _LastBlock(self.model, entering[self.last], first_image, truth)
-        baseline, *rows = tail.run([self.settings[name] for name in self.shallow])
-        results = dict(zip(self.shallow, rows, strict=True))
+        image_numbers = range(first_image, first_image + len(images))
+        with capture_truth(self.truth, self.model) as captured:
+            inputs = block_inputs(self.model, images, self.captured)
+        last_block = _LastBlock(self.model, inputs[self.last], image_numbers, captured.mask)
+        baseline, *outputs = last_block.run([self.settings[name] for name in self.shallow])
+        results = dict(zip(self.shallow, outputs, strict=True))
         results |= {name: baseline for name, itae in self.settings.items() if itae is None}
         for name in self.deep:
-            results[name] = self._deep(name, entering, first_image, truth)
-        return {name: (results[name].or_else(baseline), results[name].artifacts) for name in self.settings}
+            results[name] = self._run_deep(name, inputs, image_numbers, captured.mask)
+        return {name: (results[name].or_baseline(baseline), results[name].artifacts) for name in self.settings}
 
-    def _shared(self, images: Tensor) -> tuple[dict[int, BlockInput], Tensor | None]:
-        if not self.needs_truth:
-            return block_inputs(self.model, images, self.doors), None
-        with self.truth.watch(self.model) as watch:
-            return block_inputs(self.model, images, self.doors), watch.mask
-
-    def _deep(self, name: str, entering: dict[int, BlockInput], first_image: int, truth: Tensor | None) -> _Row:
-        """A variant of several blocks: its own way from the first of them on."""
+    def _run_deep(self, name: str, inputs: dict[int, BlockInput], image_numbers: range,
+                  truth: Tensor | None) -> _Output:
+        """Run a variant of several blocks from the first of them on."""
         itae, first = self.settings[name], self._first_block(name)
-        with attenuate(self.model, itae, truth=truth, first_image=first_image):
-            tokens = entering[first].tokens
+        tokens = inputs[first].tokens
+        with attenuate(self.model, itae, truth=truth, first_image=image_numbers.start):
             for index in range(first, self.last):
-                tokens = replace(entering[index], tokens=tokens).through(self.model.blocks[index])
-        at_last = replace(entering[self.last], tokens=tokens)
-        row = _LastBlock(self.model, at_last, first_image, truth).run([itae])[1]
-        row.changed |= (tokens != entering[self.last].tokens).flatten(1).any(dim=1)
-        return row
+                tokens = replace(inputs[index], tokens=tokens).run(self.model.blocks[index])
+        last_block = _LastBlock(self.model, replace(inputs[self.last], tokens=tokens), image_numbers, truth)
+        _, output = last_block.run([itae])
+        output.changed |= (tokens != inputs[self.last].tokens).flatten(1).any(dim=1)
+        return output
 
 
 @dataclass
-class _Row:
-    """One variant of one batch: `[CLS]` outputs (B, dim), artifacts (B, N), and which images it changed (B,)."""
+class _Output:
+    """Result of one variant for one batch."""
 
-    cls_output: Tensor
-    artifacts: Tensor
-    changed: Tensor
+    cls_output: Tensor  # (B, dim)
+    artifacts: Tensor   # (B, N) bool, in the last block
+    changed: Tensor     # (B,) bool: the variant changes this image
 
-    def or_else(self, baseline: _Row) -> Tensor:
-        """Images that were not changed take the baseline's output itself, so that doing no harm holds to the bit."""
+    def or_baseline(self, baseline: _Output) -> Tensor:
+        """Return the outputs, with the baseline's own for unchanged images, so that these are equal to the bit."""
         return torch.where(self.changed[:, None], self.cls_output, baseline.cls_output)
 
 
@@ -97,48 +100,47 @@ def _edit(itae: ITAE) -> tuple[str, float]:
 
 
 class _LastBlock:
-    """The last block, computed for `[CLS]` alone; keys and logits are shared by all variants."""
+    """The last block for one batch, computed for `[CLS]` alone; all variants share its keys and logits."""
 
-    def __init__(self, model: nn.Module, entering: BlockInput, first_image: int, truth: Tensor | None) -> None:
-        self.model, self.layer = model, anatomy(model).layers[-1]
-        self.first_image, self.truth = first_image, truth
-        self.cls_token, self.normed = entering.tokens[:, 0], self.layer.block.norm1(entering.tokens)
-        self.rope = entering.rope
-        query = self.layer.project(self.normed[:, :1], self.rope, ["query"])
-        self.keys = self.layer.project(self.normed, self.rope, ["key"])
-        self.logits = scaled_logits(query.heads("query"), self.keys.heads("key"))
+    def __init__(self, model: nn.Module, inputs: BlockInput, image_numbers: range, truth: Tensor | None) -> None:
+        self.model, self.adapter = model, adapt(model).blocks[-1]
+        self.image_numbers, self.truth = image_numbers, truth
+        self.cls_token, self.x = inputs.tokens[:, 0], self.adapter.block.norm1(inputs.tokens)
+        query = self.adapter.project(self.x[:, :1], "query")
+        self.key = self.adapter.project(self.x, "key")
+        self.logits = scaled_logits(self.adapter.heads("query", query, inputs.rope),
+                                    self.adapter.heads("key", self.key, inputs.rope))
         self.norms: dict[str, Tensor] = {}
 
-    def run(self, settings: Sequence[ITAE]) -> list[_Row]:
-        """The baseline, and each of `settings` after it."""
-        rows, size = [], GROUP - 1
-        for start in range(0, max(1, len(settings)), size):
-            rows += self._group(settings[start:start + size])[bool(start):]  # one baseline is enough
-        return rows
+    def run(self, settings: Sequence[ITAE]) -> list[_Output]:
+        """Return the output of the baseline, then of each setting."""
+        size = GROUP - 1
+        baseline, *outputs = self._run_group(settings[:size])
+        for start in range(size, len(settings), size):
+            outputs += self._run_group(settings[start:start + size])[1:]
+        return [baseline, *outputs]
 
-    def _group(self, settings: Sequence[ITAE]) -> list[_Row]:
+    def _run_group(self, settings: Sequence[ITAE]) -> list[_Output]:
         num_patches = self.logits.shape[-1] - self.model.num_prefix_tokens
         artifacts, rows = [self.logits.new_zeros((len(self.logits), num_patches), dtype=bool)], [self.logits]
         for _, alike in groupby(settings, key=_edit):
             alike = list(alike)
-            found = [self._artifacts(itae) for itae in alike]
-            rows.append(attenuated_logits(self.logits, torch.stack(found, dim=1), alike[0]))
-            artifacts += found
-        padded = torch.cat(rows + [self.logits] * (GROUP - len(artifacts)), dim=2)
-        outputs = self._after_attention(self.layer.value_sums(padded.softmax(dim=-1), self.normed))
-        changed = (padded != self.logits).any(dim=-1).any(dim=1)
-        return [_Row(outputs[place], found, changed[:, place]) for place, found in enumerate(artifacts)]
+            selected = [self._select(itae) for itae in alike]
+            rows.append(attenuated_logits(self.logits, torch.stack(selected, dim=1), alike[0]))
+            artifacts += selected
+        logits = torch.cat(rows + [self.logits] * (GROUP - len(artifacts)), dim=2)
+        outputs = self._finish(self.adapter.value_sums(logits.softmax(dim=-1), self.x))
+        changed = (logits != self.logits).any(dim=-1).any(dim=1)
+        return [_Output(outputs[index], selected, changed[:, index]) for index, selected in enumerate(artifacts)]
 
-    def _artifacts(self, itae: ITAE) -> Tensor:
+    def _select(self, itae: ITAE) -> Tensor:
         if itae.source not in self.norms:
-            projected = (self.keys if itae.source == "key"
-                         else self.layer.project(self.normed, self.rope, [itae.source]))
-            self.norms[itae.source] = patch_norms(projected[itae.source], self.model.num_prefix_tokens)
-        threshold = None if itae.select == "oracle" else itae.thresholds[-1]
-        return select_artifacts(self.norms[itae.source], threshold, itae, block=len(self.model.blocks) - 1,
-                                first_image=self.first_image, truth=self.truth)
+            projected = self.key if itae.source == "key" else self.adapter.project(self.x, itae.source)
+            self.norms[itae.source] = patch_norms(projected, self.model.num_prefix_tokens)
+        return select_artifacts(self.norms[itae.source], itae.thresholds[-1], itae, block=len(self.model.blocks) - 1,
+                                image_numbers=self.image_numbers, truth=self.truth)
 
-    def _after_attention(self, heads: Tensor) -> Tensor:
-        """(B, H, G, d) -> (G, B, dim): everything after the value sum, for one token a variant and image."""
-        tokens = self.layer.finish(self.cls_token, self.normed[:, 0], heads.permute(2, 0, 1, 3).flatten(2))
-        return self.model.fc_norm(self.model.norm(tokens))  # the final norm is one of them, the other an Identity
+    def _finish(self, heads: Tensor) -> Tensor:
+        """Run everything after the attention, for one token per variant and image: (B, H, G, d) -> (G, B, dim)."""
+        tokens = self.adapter.finish(self.cls_token, self.x[:, 0], heads.permute(2, 0, 1, 3).flatten(2))
+        return self.model.fc_norm(self.model.norm(tokens))  # one of the two is the final norm, the other an Identity

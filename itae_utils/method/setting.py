@@ -1,4 +1,4 @@
-"""The settings of the method, and the words they may take; nothing here needs torch."""
+"""`ITAE`, the settings of the method, and the values they may take. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Literal
 
 from itae_utils.errors import ItaeError
 
-SOURCES = ("query", "key", "value")  # in the order in which a fused projection holds them
-
+SOURCES = ("query", "key", "value")  # in the order of a fused qkv projection
 ATTENUATIONS = ("min", "mask", "mean", "scale")
 ROWS = ("cls", "all")
 SELECTIONS = ("threshold", "random", "oracle")
@@ -21,20 +20,22 @@ class ITAE:
     """One setting of Inference-Time Attention Engineering (paper, method section).
 
     Attributes:
-        source: whose norm tells artifacts, "query", "key" or "value": they are the patches with ‖P_i‖₂ ≤ threshold.
-        threshold: θ. A number, one a block in block order (with `blocks` > 1), or "auto" (fitted without labels).
-        attenuation: what an artifact's logit becomes. "min": the smallest logit of the row over the patches (the
-            paper's); "mask": −∞; "mean": the mean over the row's normal patches; "scale": its weight times `alpha`.
-        alpha: factor of "scale" on the weight after the softmax, before the row is renormalised; in (0, 1).
-        blocks: the method is applied in the last this many blocks. The paper's is 1.
-        rows: the query rows that are edited: "cls" (the paper's) or "all". In the last block alone the two give the
-            same `[CLS]` output, so "all" with one block is resolved to "cls".
-        select: "threshold" (the method), or a control: "random" (as many patches as the threshold finds, drawn at
-            random) or "oracle" (the true artifacts, where they are known; the threshold is not used).
-        seed: seed of select="random".
+        source: the projection P whose norms identify artifacts: the patches with ‖P_i‖₂ ≤ θ.
+        threshold: θ. A number, one number per edited block in block order (None leaves that block unedited), or "auto",
+            which is fitted without labels.
+        attenuation: the new logit of an artifact. "min" is the smallest logit of the row over the patches (the paper's
+            choice), "mask" is −∞, "mean" is the mean logit of the row over the normal patches, and "scale" multiplies
+            the attention weight by `alpha`.
+        alpha: factor on the weights for "scale", in (0, 1). The row is renormalised afterwards.
+        blocks: number of blocks that are edited, counted from the last. The paper edits one.
+        rows: the query rows that are edited, "cls" (the paper's choice) or "all". With one block both give the same
+            `[CLS]` output, and "all" is replaced by "cls".
+        select: "threshold" is the method. Two controls replace its patches: "random" draws as many patches as the
+            threshold finds, and "oracle" takes the true artifacts, if they are known, and ignores the threshold.
+        seed: seed of the random control.
 
     Raises:
-        ItaeError: any value that isn't one of these.
+        ItaeError: a value is not one of these.
     """
 
     source: Literal["query", "key", "value"] = "key"
@@ -51,10 +52,12 @@ class ITAE:
                               ("select", SELECTIONS)]:
             if getattr(self, name) not in allowed:
                 raise ItaeError(f"{name}={getattr(self, name)!r} is not known: use one of {', '.join(allowed)}")
-        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
-            raise ItaeError(f"blocks={self.blocks!r} must be a whole number of at least 1 (the last so many blocks)")
-        if not 0 < self.alpha < 1:
-            raise ItaeError(f"alpha={self.alpha!r} must lie between 0 and 1, both excluded (use 'mask' for 0)")
+        for name, least in [("blocks", 1), ("seed", 0)]:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ItaeError(f"{name}={value!r} must be a whole number of at least {least}")
+        if not (_is_number(self.alpha) and 0 < self.alpha < 1):
+            raise ItaeError(f"alpha={self.alpha!r} must be a number between 0 and 1, both excluded (use 'mask' for 0)")
         if isinstance(self.threshold, list):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         self._check_threshold()
@@ -62,19 +65,30 @@ class ITAE:
             object.__setattr__(self, "rows", "cls")
 
     def _check_threshold(self) -> None:
-        if self.threshold == "auto":
+        if isinstance(self.threshold, str) and self.threshold == "auto":
             return
-        if isinstance(self.threshold, tuple) and len(self.threshold) != self.blocks:
-            raise ItaeError(f"threshold has {len(self.threshold)} numbers for blocks={self.blocks}: give one a block")
-        for value in self.thresholds:
-            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if value is not None and not (number and value >= 0):
-                raise ItaeError(f"threshold={value!r} must be a number of at least 0, as norms are, or 'auto'")
+        values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        if isinstance(self.threshold, tuple) and len(values) != self.blocks:
+            raise ItaeError(f"threshold={self.threshold!r} has {len(values)} numbers for blocks={self.blocks}: "
+                            "give one number per block")
+        for value in values:
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise ItaeError(f"threshold={value!r} must be a number of at least 0, or 'auto'")
 
     @property
     def thresholds(self) -> tuple[float | None, ...]:
-        """θ of each of the last `blocks` blocks; None where nothing is attenuated."""
+        """Return θ of each edited block, in block order; None where no patch is selected by its norm.
+
+        Raises:
+            ItaeError: the threshold is still "auto".
+        """
+        if self.select == "oracle":
+            return (None,) * self.blocks
         if self.threshold == "auto":
             raise ItaeError("threshold='auto' is not a number yet: "
                             "fit_thresholds(backbone, dataset)[block, source].threshold gives one")
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * self.blocks
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

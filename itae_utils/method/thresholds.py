@@ -1,11 +1,13 @@
-"""θ without labels: find the valley between the two modes of the patch norms, or say why there is none.
+"""θ without labels: find the valley between two modes of the patch norms, or give the reason why there is none.
 
-The test is on the data's own histogram, not on a likelihood: BIC, AIC and likelihood ratios prefer two normals on any
+The test uses the histogram of the data, not a likelihood: BIC, AIC and likelihood ratios prefer two normals on any
 skewed unimodal sample. The constants below were chosen on synthetic mixtures only.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,26 +16,26 @@ from scipy.ndimage import gaussian_filter1d
 from itae_utils.errors import ItaeError
 from itae_utils.method.setting import SOURCES
 
-MIN_PATCHES = 2000          # fewer are too few to tell a rare mode from a tail
-LOW_TAIL_STARTS = (0.001, 0.003, 0.01, 0.05)  # EM starts with this share of the patches as the low mode
+MIN_PATCHES = 2000          # with fewer, a rare mode cannot be distinguished from a tail
+LOW_TAIL_STARTS = (0.001, 0.003, 0.01, 0.05)  # shares of the patches that EM starts with as the low mode
 MIN_SEPARATION = 3.0        # Ashman's D = √2·Δμ/√(σ₁² + σ₂²)
-MAX_VALLEY = 0.10           # height of the valley, as a share of the low mode's peak
-SHARE_RANGE = (0.0005, 0.25)  # artifacts are a minority …
-MIN_LOW_PATCHES = 10        # … but not a handful of stray patches
+MAX_VALLEY = 0.10           # height of the valley as a share of the low mode's peak
+SHARE_RANGE = (0.0005, 0.25)  # share of the low mode: artifacts are a minority …
+MIN_LOW_PATCHES = 10        # … but more than a handful of stray patches
 HISTOGRAM_BINS = 4096
 EM_STEPS = 500
 
 
 @dataclass(frozen=True)
 class ThresholdFit:
-    """What the norms of one (block, source) say.
+    """Result of fitting θ to the norms of one (block, source).
 
     Attributes:
-        threshold: θ, the valley between the modes, in the norm's own unit; None where there are no two modes.
-        share: of the patches in the fitted low mode, whether it was accepted or not; NaN where nothing was fitted.
-        separation: Ashman's D of the two fitted modes; NaN where nothing was fitted.
+        threshold: θ, the valley between the modes, in the unit of the norms; None if there are no two modes.
+        share: share of the patches in the fitted low mode, accepted or not; NaN if nothing was fitted.
+        separation: Ashman's D of the two fitted modes; NaN if nothing was fitted.
         reason: the verdict in words.
-        norms: the norms it was fitted on, any shape.
+        norms: the norms, any shape.
     """
 
     threshold: float | None
@@ -44,48 +46,78 @@ class ThresholdFit:
 
     @property
     def is_tested(self) -> bool:
-        """Whether there were enough patches to look for two modes."""
+        """Return whether there were enough patches to look for two modes."""
         return self.norms.size >= MIN_PATCHES
 
     def is_given(self, threshold: float | None) -> bool:
-        """Whether a θ in use was not found by this fit."""
+        """Return whether `threshold` is a number that comes from elsewhere, not from this fit."""
         return threshold is not None and threshold != self.threshold
 
     def quantile(self, share: float) -> float:
-        """The threshold under which this share of the patches lies."""
+        """Return the threshold at or below which this share of the patches lies."""
         return float(np.quantile(self.norms, share))
 
 
-class Thresholds(dict):
-    """Fits by (block, source); a negative block counts from the end. `.seconds` is what they took."""
+class Thresholds(Mapping[tuple[int, str], ThresholdFit]):
+    """Fits by (block, source), each computed when it is first read.
 
-    def __init__(self, fits: dict[tuple[int, str], ThresholdFit], num_blocks: int, seconds: float) -> None:
-        super().__init__(fits)
-        self.num_blocks, self.seconds = num_blocks, seconds
+    `fits[-1, "key"]` is the fit of the last block's keys. A negative block counts from the end in `[…]`, `in` and
+    `get`; iteration yields blocks counted from the front.
 
-    def __missing__(self, key: tuple[int, str]) -> ThresholdFit:
-        block, source = key
-        if source in SOURCES and -self.num_blocks <= block < 0:
-            return self[block + self.num_blocks, source]
-        raise ItaeError(f"no fit for {key}: blocks are 0 to {self.num_blocks - 1} (or negative), "
-                        f"sources {', '.join(SOURCES)}")
+    Attributes:
+        seconds: time spent on measuring the norms and on the fits made so far.
+    """
+
+    def __init__(self, norms: Mapping[tuple[int, str], np.ndarray], seconds: float = 0.0) -> None:
+        """Store the norms of every (block, source), and the seconds spent on measuring them."""
+        self.seconds = seconds
+        self._norms, self._fits = norms, {}
+        self._num_blocks = 1 + max(block for block, _ in norms)
+        self._keys = {(named, source): (block, source) for block, source in norms
+                      for named in (block, block - self._num_blocks)}
+
+    def __getitem__(self, key: tuple[int, str]) -> ThresholdFit:
+        if key not in self._keys:
+            raise ItaeError(f"there is no fit for {key}: blocks are 0 to {self._num_blocks - 1} (or negative), sources "
+                            f"are {', '.join(SOURCES)}")
+        key = self._keys[key]
+        if key not in self._fits:
+            start = time.perf_counter()
+            self._fits[key] = fit_threshold(self._norms[key])
+            self.seconds += time.perf_counter() - start
+        return self._fits[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def get(self, key: tuple[int, str], default: ThresholdFit | None = None) -> ThresholdFit | None:
+        """Return the fit of a key, or `default` if there is no such block or source."""
+        return self[key] if key in self._keys else default
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._norms)
+
+    def __len__(self) -> int:
+        return len(self._norms)
 
 
 def fit_threshold(norms: np.ndarray) -> ThresholdFit:
-    """Fit two normals to the log norms and take the valley between them as θ, if there is one.
+    """Fit two normals to the log norms and return the valley between them as θ, or the reason why there is none.
 
-    Accepted only if the modes are separated (D ≥ 3), the data's histogram has a valley between them no higher than 10 %
-    of the low mode's peak, and the low mode holds 0.05 to 25 % of the patches and at least 10 of them.
+    θ is accepted only if the modes are separated (D ≥ 3), if the histogram has a valley between them that is no higher
+    than 10 % of the low mode's peak, and if the low mode holds 0.05 to 25 % of the patches and at least 10 of them.
 
     Args:
-        norms: L2 norms of any number of patches, any shape; at least 2,000 are needed for a fit.
+        norms: L2 norms of patches, any shape. At least 2,000 are needed for a fit.
 
     Raises:
-        ItaeError: NaN, infinite or negative norms.
+        ItaeError: norms that are NaN, infinite or negative.
     """
     flat = np.asarray(norms, dtype=np.float64).ravel()
     if not (np.isfinite(flat).all() and (flat >= 0).all()):
-        raise ItaeError("norms must be finite and not negative: the model's activations hold NaN or infinity")
+        wrong = flat[~(np.isfinite(flat) & (flat >= 0))][0]
+        raise ItaeError(f"norms hold {wrong}, but must be finite and at least 0: check the model's weights and "
+                        "precision")
     verdict = ThresholdFit(None, float("nan"), float("nan"), "", np.asarray(norms))
     if flat.size < MIN_PATCHES:
         return replace(verdict, reason=f"{flat.size:,} patches are too few to fit: at least {MIN_PATCHES:,} are needed")
@@ -94,7 +126,7 @@ def fit_threshold(norms: np.ndarray) -> ThresholdFit:
         return replace(verdict, reason="all norms are equal")
     counts, edges = np.histogram(logs, bins=HISTOGRAM_BINS)
     centres = (edges[:-1] + edges[1:]) / 2
-    # Under a skewed bulk the likeliest fit may split the bulk: the others are asked too, likeliest first.
+    # The likeliest fit may split a skewed bulk. So the other fits are judged, too, likeliest first.
     verdicts = [_judge(verdict, centres, counts, flat.size, *fit) for fit in _fit_two_normals(centres, counts)]
     verdict = next((each for each in verdicts if each.threshold is not None), verdicts[0])
     if verdict.threshold is None:
@@ -106,33 +138,37 @@ def fit_threshold(norms: np.ndarray) -> ThresholdFit:
 
 def _judge(verdict: ThresholdFit, x: np.ndarray, counts: np.ndarray, size: int, shares: np.ndarray, means: np.ndarray,
            sigmas: np.ndarray) -> ThresholdFit:
-    """Whether two fitted normals are two modes of the data: θ, or the first test they fail in words."""
+    """Return θ if the two fitted normals are two modes of the data, else the first test that they fail."""
     share, separation = float(shares[0]), float(np.sqrt(2) * (means[1] - means[0]) / np.hypot(*sigmas))
     verdict = replace(verdict, share=share, separation=separation)
-    if share < SHARE_RANGE[0]:  # first: where the fit found no low mode at all, its separation tells nothing
-        return replace(verdict, reason="no low mode: the lower of the two fitted ones holds less than "
+    if share < SHARE_RANGE[0]:  # tested first, because the separation of a mode without patches means nothing
+        return replace(verdict, reason="no low mode: the lower fitted mode holds less than "
                                        f"{SHARE_RANGE[0]:.2%} of the patches")
     if separation < MIN_SEPARATION:
-        return replace(verdict, reason=f"one mode: the two fitted ones overlap (separation {separation:.1f} < "
+        return replace(verdict, reason=f"one mode: the two fitted modes overlap (separation {separation:.1f} < "
                                        f"{MIN_SEPARATION:.0f})")
     if share > SHARE_RANGE[1]:
         return replace(verdict, reason=f"no minority: the low mode holds {share:.0%} of the patches (at most "
                                        f"{SHARE_RANGE[1]:.0%})")
     if share * size < MIN_LOW_PATCHES:
-        return replace(verdict, reason=f"the low mode holds about {share * size:.0f} patches: at least "
-                                       f"{MIN_LOW_PATCHES} are needed")
-    valley, depth = _valley(x, counts, share, means, sigmas)
-    if depth > MAX_VALLEY:
-        return replace(verdict, reason=f"no valley: between the fitted modes the histogram stays at {depth:.0%} of the "
-                                       f"low mode's peak (at most {MAX_VALLEY:.0%})")
+        return replace(verdict, reason=f"the low mode holds about {share * size:.0f} patches, fewer than "
+                                       f"{MIN_LOW_PATCHES}")
+    valley, height = _valley(x, counts, share, means, sigmas)
+    if height > MAX_VALLEY:
+        return replace(verdict, reason="no valley: between the fitted modes the histogram stays at "
+                                       f"{height:.0%} of the low mode's peak (at most {MAX_VALLEY:.0%})")
     return replace(verdict, threshold=float(np.exp(valley)))
 
 
 def _fit_two_normals(x: np.ndarray, weights: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Shares, means and standard deviations of two normals, low one first: EM on a histogram, likeliest fit first."""
+    """Fit two normals to a histogram by EM from several starts.
+
+    Returns:
+        Shares, means and standard deviations, low mode first, of every fit; the likeliest fit first.
+    """
     occupied = weights > 0
     x, weights = x[occupied], weights[occupied] / weights.sum()
-    floor = (x[-1] - x[0]) / HISTOGRAM_BINS  # a mode can't be known to be narrower than a bin
+    min_sigma = (x[-1] - x[0]) / HISTOGRAM_BINS  # a histogram cannot resolve a mode narrower than a bin
     below = np.cumsum(weights)
     fits = []
     for start in LOW_TAIL_STARTS:
@@ -143,7 +179,7 @@ def _fit_two_normals(x: np.ndarray, weights: np.ndarray) -> list[tuple[np.ndarra
             mass = responsibility * weights
             shares = np.maximum(mass.sum(axis=1), 1e-12)
             means = mass @ x / shares
-            sigmas = np.maximum(np.sqrt((mass * (x - means[:, None]) ** 2).sum(axis=1) / shares), floor)
+            sigmas = np.maximum(np.sqrt((mass * (x - means[:, None]) ** 2).sum(axis=1) / shares), min_sigma)
             log_density = (np.log(shares / sigmas)[:, None] - 0.5 * ((x - means[:, None]) / sigmas[:, None]) ** 2)
             total = np.logaddexp(*log_density)
             responsibility = np.exp(log_density - total)
@@ -156,11 +192,12 @@ def _fit_two_normals(x: np.ndarray, weights: np.ndarray) -> list[tuple[np.ndarra
     return [fit for _, fit in sorted(fits, key=lambda fit: -fit[0])]
 
 
-def _valley(x, counts, share, means, sigmas) -> tuple[float, float]:
-    """Place of the lowest point of the histogram between the two modes, and its height over the low mode's peak.
+def _valley(x: np.ndarray, counts: np.ndarray, share: float, means: np.ndarray,
+            sigmas: np.ndarray) -> tuple[float, float]:
+    """Return the lowest point of the histogram between the two modes, and its height over the low mode's peak.
 
-    The histogram is smoothed by a normal kernel, as wide as Silverman's rule makes it for the low mode, so that a rare
-    mode's empty bins are not taken for valleys.
+    The histogram is smoothed with a normal kernel, so that empty bins of a rare mode do not count as valleys. Its width
+    follows Silverman's rule for the low mode.
     """
     in_low_mode = max(share * counts.sum(), 1)
     bandwidth = 1.06 * sigmas[0] * in_low_mode ** -0.2
@@ -170,6 +207,6 @@ def _valley(x, counts, share, means, sigmas) -> tuple[float, float]:
     if not peak or not between.size:
         return float("nan"), float("inf")
     heights = density[between]
-    # The floor of a wide, empty valley is flat: take its middle.
-    floor = between[heights <= heights.min() + 0.01 * peak]
-    return float(x[floor].mean()), float(heights.min() / peak)
+    # A wide, empty valley is flat at the bottom: take its middle.
+    bottom = between[heights <= heights.min() + 0.01 * peak]
+    return float(x[bottom].mean()), float(heights.min() / peak)

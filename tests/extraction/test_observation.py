@@ -3,21 +3,27 @@ import dataclasses
 import numpy as np
 import pytest
 
+from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.observation import observe
+from itae_utils.extraction.observation import fit_thresholds, measure_batch, observe, sample_indices, sampled_norms
+from itae_utils.method import thresholds
 from itae_utils.method.artifacts import FiringRule, qkv_norms, token_norms
 from itae_utils.method.attention import attention_map
+from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.models.preprocessing import DevicePreprocessing
-from tests.conftest import MadeDataset, as_backbone, dataset_tensor, threshold_at, tiny_vit
+from itae_utils.models.backbones import load_backbone
+from itae_utils.models.preprocessing import Preprocessing
+from tests import reference
+from tests.conftest import EVA_STRUCTURES, MadeDataset, as_backbone, setup, threshold_at, tiny_vit
+
+# --- observe ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "one_block", "dinov3", "eva02_fused",
                                        "rope_mixed"])
-def test_one_pass_shows_what_the_single_functions_show(structure):
-    model = tiny_vit(structure)
-    backbone, dataset = as_backbone(model), MadeDataset(7)
-    batch = dataset_tensor(backbone, dataset)
+def test_one_pass_measures_what_the_single_functions_measure(structure):
+    backbone, dataset, batch = setup(structure, count=7)
+    model = backbone.model
     itae = ITAE("key", threshold_at(model, batch, "key", 0.3), "mask")
     seen = observe(backbone, dataset, itae, batch_size=3)
     assert seen.indices.tolist() == list(range(7))
@@ -31,7 +37,7 @@ def test_one_pass_shows_what_the_single_functions_show(structure):
     assert seen.truth is None
 
 
-def test_without_a_setting_nothing_is_marked():
+def test_without_a_threshold_no_patch_is_an_artifact():
     backbone, dataset = as_backbone(tiny_vit()), MadeDataset(4)
     for setting in (None, ITAE(threshold=(None,))):
         seen = observe(backbone, dataset, setting)
@@ -39,10 +45,9 @@ def test_without_a_setting_nothing_is_marked():
         assert np.array_equal(seen.attention, seen.attention_after)
 
 
-def test_a_sample_and_its_truth():
-    model = tiny_vit()
-    backbone = dataclasses.replace(as_backbone(model), truth=FiringRule(0, (5, 6), 0.9))
-    dataset = MadeDataset(12)
+def test_the_true_artifacts_of_a_sample():
+    backbone, dataset, _ = setup("plain", count=12)
+    backbone = dataclasses.replace(backbone, truth=FiringRule(0, (5, 6), 0.9))
     whole = observe(backbone, dataset, ITAE(select="oracle"))
     some = observe(backbone, dataset, sample=5, seed=2)
     assert len(some.indices) == 5
@@ -51,19 +56,110 @@ def test_a_sample_and_its_truth():
     assert 0 < whole.truth.mean() < 1
 
 
-def test_images_come_as_the_backbone_says(monkeypatch):
-    prepared, prepare = [], DevicePreprocessing.__call__
-    monkeypatch.setattr(DevicePreprocessing, "__call__",
-                        lambda self, pixels: prepared.append(len(pixels.shapes)) or prepare(self, pixels))
-    by_pil, dataset = as_backbone(tiny_vit()), MadeDataset(5, size=30)
-    seen = observe(by_pil, dataset)
-    by_workers = observe(by_pil, dataset, num_workers=1)
-    on_device = observe(dataclasses.replace(by_pil, resize="device"), dataset)
-    assert np.array_equal(seen.hidden_norms, by_workers.hidden_norms)
-    assert np.allclose(seen.hidden_norms, on_device.hidden_norms, rtol=0.05)
-    assert prepared == [5]
+def test_a_sampled_image_gets_the_random_patches_of_the_whole_data_set():
+    backbone, dataset, batch = setup(count=12)
+    itae = ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3), select="random", seed=4)
+    whole, some = observe(backbone, dataset, itae), observe(backbone, dataset, itae, sample=5, seed=2, batch_size=2)
+    assert some.indices.tolist() != list(range(5))
+    assert np.array_equal(some.artifacts, whole.artifacts[some.indices])
+    assert np.allclose(some.attention_after, whole.attention_after[some.indices], atol=1e-6)
+    _, extracted = OnePass(backbone.model, {"random": itae})(batch, 0)["random"]
+    assert np.array_equal(whole.artifacts, extracted)
 
 
-def test_deep_settings_are_refused():
+def test_settings_of_several_blocks_are_refused():
     with pytest.raises(ItaeError, match="blocks=2"):
         observe(as_backbone(tiny_vit()), MadeDataset(2), ITAE(threshold=1.0, blocks=2))
+
+
+def test_measuring_a_trainable_model_records_no_gradients():
+    backbone, _, batch = setup()
+    backbone.model.requires_grad_(True)
+    assert not any(values.requires_grad for values in measure_batch(backbone, batch).values())
+
+
+# --- samples and their norms ------------------------------------------------------------------------------------------
+
+def test_a_sample_is_seeded_sorted_and_at_most_the_whole():
+    assert sample_indices(5, 10, 0).tolist() == [0, 1, 2, 3, 4]
+    first, again, other = (sample_indices(1000, 50, seed).tolist() for seed in (1, 1, 2))
+    assert first == again == sorted(set(first))
+    assert first != other
+    assert len(first) == 50
+    for sample in (0, -3):
+        with pytest.raises(ItaeError, match=f"sample={sample}"):
+            sample_indices(5, sample, 0)
+
+
+@pytest.mark.parametrize("structure", ["registers", *EVA_STRUCTURES])
+def test_norms_of_every_block_and_source(structure):
+    backbone, dataset, batch = setup(structure, count=20)
+    sampled = sampled_norms(backbone, dataset, sample=7, seed=3, batch_size=4)
+    x, options = reference.embedded(backbone.model, batch[sample_indices(20, 7, 3)])
+    for index, block in enumerate(backbone.model.blocks):
+        qkv = reference.projected(block.attn, block.norm1(x))[:, backbone.model.num_prefix_tokens:]
+        for source, part in zip(SOURCES, qkv.split(24, dim=-1), strict=True):
+            assert np.allclose(sampled[index, source], part.square().sum(-1).sqrt(), atol=1e-4)
+        x = block(x, **options[index])
+
+
+def test_images_are_loaded_and_resized_as_asked(monkeypatch):
+    dataset, by_pil = MadeDataset(20, size=30), as_backbone(tiny_vit())
+    on_device = dataclasses.replace(by_pil, resize="device")
+
+    def measured(backbone, **options):
+        options |= {"sample": 7, "seed": 3, "batch_size": 4}
+        norms = sampled_norms(backbone, dataset, **options)
+        return np.concatenate([*norms.values(), *observe(backbone, dataset, **options).norms.values()])
+
+    expected = measured(by_pil)
+    assert np.array_equal(measured(by_pil, num_workers=1), expected)
+    monkeypatch.setattr(Preprocessing, "__call__", lambda *_: pytest.fail("resized one by one"))
+    assert np.allclose(measured(on_device), expected, rtol=0.05)
+
+
+# --- θ ----------------------------------------------------------------------------------------------------------------
+
+def test_reading_one_fit_runs_em_once(monkeypatch):
+    calls, fit = [], thresholds.fit_threshold
+    monkeypatch.setattr(thresholds, "fit_threshold", lambda norms: calls.append(norms.shape) or fit(norms))
+    fits = fit_thresholds(as_backbone(tiny_vit()), MadeDataset(20), sample=8)
+    assert set(fits) == {(block, source) for block in range(3) for source in SOURCES}
+    measuring = fits.seconds
+    assert fits[-1, "key"] is fits[2, "key"]
+    assert calls == [(8, 16)]
+    assert fits.seconds > measuring > 0
+
+
+@pytest.mark.parametrize("structure", ["registers", "dinov2", "qk_norm"])
+def test_no_threshold_is_found_in_random_models(structure):
+    fits = fit_thresholds(as_backbone(tiny_vit(structure)), MadeDataset(200))
+    assert all(fit.norms.size == 3200 for fit in fits.values())
+    assert {key: fit.reason for key, fit in fits.items() if fit.threshold is not None} == {}
+
+
+def test_hooks_are_removed_after_the_fit():
+    model = tiny_vit()
+    fit_thresholds(as_backbone(model), MadeDataset(4), sample=2)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_norms_are_measured_once_for_the_same_sample(tmp_path):
+    """A second fit with the same store runs no image; another sample, seed or batch size does."""
+    dataset, backbone = load_dataset("digits", limit=80), load_backbone("demo")
+    images = []
+    backbone.model.patch_embed.register_forward_hook(lambda _module, args, _out: images.append(len(args[0])))
+
+    def fit(**options):
+        return fit_thresholds(backbone, dataset, **{"sample": 60, "batch_size": 30, "store": tmp_path} | options)
+
+    plain, first, again = fit(store=None), fit(), fit()
+    assert sum(images) == 120
+    for key in plain:
+        assert np.array_equal(plain[key].norms, again[key].norms)
+        assert plain[key].threshold == first[key].threshold == again[key].threshold
+        assert plain[key].norms.shape == (60, 49)
+    for options in ({"sample": 50}, {"seed": 1}, {"batch_size": 20}):
+        images.clear()
+        fit(**options)
+        assert sum(images) == options.get("sample", 60)

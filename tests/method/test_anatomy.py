@@ -4,26 +4,26 @@ import torch
 from torch import nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.anatomy import block_index, block_inputs, check_images, check_supported, tokens_entering
+from itae_utils.method.anatomy import block_index, block_inputs, check_supported, patch_grid, tokens_entering
 from tests import reference
 from tests.conftest import STRUCTURES, as_backbone, images, tiny_vit
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("vit_base_patch16_siglip_224", r"no \[CLS\] token"),
-    ("swin_tiny_patch4_window7_224", "SwinTransformer is not handled"),
-    ("beit_base_patch16_224", "Beit is not handled"),
-    ("eva02_enormous_patch14_clip_224", "block 0 is a EvaBlockPostNorm"),
-    ("vit_small_patch16_rope_224", "block 0 attends with AttentionRope"),
-    ("vit_pe_core_tiny_patch16_384", "block 0 attends with AttentionRope"),
-    ("vit_base_patch16_rope_reg1_gap_256", r"no \[CLS\] token"),
-    ("resnet18", "ResNet is not handled"),
-    ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock"),
+@pytest.mark.parametrize(("name", "named"), [
+    ("vit_base_patch16_siglip_224", r"\[CLS\]"),
+    ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+    ("beit_base_patch16_224", "Beit"),
+    ("eva02_enormous_patch14_clip_224", "block 0 .*EvaBlockPostNorm"),
+    ("vit_small_patch16_rope_224", "block 0 .*AttentionRope"),
+    ("vit_pe_core_tiny_patch16_384", "block 0 .*AttentionRope"),
+    ("vit_base_patch16_rope_reg1_gap_256", r"\[CLS\]"),
+    ("resnet18", "ResNet"),
+    ("vit_small_patch16_18x2_224", "block 0 .*ParallelThingsBlock"),
 ])
-def test_models_the_method_is_not_defined_for_are_named(name, message):
+def test_unsupported_models_are_named(name, named):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(ItaeError, match=message):
+    with pytest.raises(ItaeError, match=named):
         check_supported(model)
 
 
@@ -34,23 +34,23 @@ def test_models_the_method_is_not_defined_for_are_named(name, message):
     "eva02_base_patch16_clip_224", "eva_giant_patch14_224", "vit_small_patch16_dinov3.lvd1689m",
     "vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
 ])
-def test_models_users_will_try_are_handled(name):
+def test_common_models_are_supported(name):
     with torch.device("meta"):
         check_supported(timm.create_model(name, num_classes=0))
 
 
-def test_a_backbone_is_no_model_but_has_one():
-    with pytest.raises(ItaeError, match=r"Backbone is no model but has one: give its \.model"):
+def test_a_backbone_in_place_of_its_model_is_refused():
+    with pytest.raises(ItaeError, match=r"Backbone .*\.model"):
         check_supported(as_backbone(tiny_vit()))
 
 
-def test_other_attention_and_projection_classes_are_named():
+def test_unsupported_attention_and_projection_classes_are_named():
     model = tiny_vit()
     model.blocks[1].attn.qkv = nn.Sequential(model.blocks[1].attn.qkv)
-    with pytest.raises(ItaeError, match="block 1 projects q, k, v with Sequential"):
+    with pytest.raises(ItaeError, match=r"block 1 .*Sequential"):
         check_supported(model)
     model.blocks[1].attn = nn.MultiheadAttention(24, 3)
-    with pytest.raises(ItaeError, match="block 1 attends with MultiheadAttention"):
+    with pytest.raises(ItaeError, match=r"block 1 .*MultiheadAttention"):
         check_supported(model)
 
 
@@ -58,47 +58,43 @@ def test_block_index():
     model = tiny_vit()
     assert [block_index(model, block) for block in (-3, -1, 0, 2)] == [0, 2, 0, 2]
     for block in (3, -4):
-        with pytest.raises(ItaeError, match=f"there is no block {block}"):
+        with pytest.raises(ItaeError, match=f"block {block}"):
             block_index(model, block)
 
 
 def test_patch_grid_and_its_errors():
-    assert check_images(tiny_vit(), images(1, 24, 40)) == (3, 5)
-    for height, remedy in [(30, "use 24 or 32"), (5, "use 8 or 16"), (0, "use 8 or 16")]:
-        with pytest.raises(ItaeError, match=f"image size {height} .* {remedy}"):
-            check_images(tiny_vit(), torch.zeros(1, 3, height, 32))
+    assert patch_grid(tiny_vit(), images(1, 24, 40)) == (3, 5)
+    for height, nearest in [(30, "24 or 32"), (5, "8 or 16"), (0, "8 or 16")]:
+        with pytest.raises(ItaeError, match=f"size {height} .*{nearest}"):
+            patch_grid(tiny_vit(), torch.zeros(1, 3, height, 32))
+    with pytest.raises(ItaeError, match=r"\(3, 32, 32\)"):
+        patch_grid(tiny_vit(), images(1)[0])
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_tokens_entering_are_what_the_blocks_get(structure):
+def test_block_inputs_are_the_arguments_that_each_block_gets(structure):
     model, batch = tiny_vit(structure), images(2, 24, 40)
-    expected = {}
+    blocks = range(len(model.blocks))
+    inputs = block_inputs(model, batch, blocks)
     x, options = reference.embedded(model, batch)
     for index, block in enumerate(model.blocks):
-        expected[index] = x
+        assert torch.equal(inputs[index].tokens, x)
+        if options[index].get("rope") is not None:
+            assert torch.equal(inputs[index].rope, options[index]["rope"])
         x = block(x, **options[index])
-    caught = tokens_entering(model, batch, list(expected))
-    assert all(torch.equal(caught[index], expected[index]) for index in expected)
+    assert torch.equal(inputs[blocks[-1]].run(model.blocks[-1]), x)
+    tokens = tokens_entering(model, batch, blocks)
+    assert all(torch.equal(tokens[index], inputs[index].tokens) for index in blocks)
 
 
-@pytest.mark.parametrize("structure", ["dinov3", "eva02_split", "rope_mixed"])
-def test_rotations_are_caught_with_the_tokens(structure):
-    model, batch = tiny_vit(structure), images(2, 24, 40)
-    _, options = reference.embedded(model, batch)
-    caught = block_inputs(model, batch, range(3))
-    assert all(torch.equal(caught[index].rope, options[index]["rope"]) for index in range(3))
-    assert torch.equal(model.norm(caught[2].through(model.blocks[2])), model.forward_features(batch))
-
-
-def test_nothing_after_the_last_door_is_computed_and_hooks_are_gone():
+def test_the_forward_pass_stops_at_the_last_block_asked_for_and_removes_its_hooks():
     model = tiny_vit()
     model.blocks[1].forward = model.blocks[2].forward = lambda *_: pytest.fail("computed too much")
-    caught = tokens_entering(model, images(1), [0, 1])
-    assert list(caught) == [0, 1]
+    assert list(tokens_entering(model, images(1), [0, 1])) == [0, 1]
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_hooks_are_gone_after_a_failure():
+def test_hooks_are_removed_after_a_failure():
     model = tiny_vit()
     with pytest.raises(RuntimeError):
         tokens_entering(model, torch.zeros(1, 5, 32, 32), [2])

@@ -10,9 +10,10 @@ from itae_utils.method.artifacts import (
     patch_norms,
     precision_recall,
     qkv_norms,
-    random_patches,
+    select_artifacts,
     token_norms,
 )
+from itae_utils.method.setting import ITAE
 from tests import reference
 from tests.conftest import EVA_STRUCTURES, STRUCTURES, images, tiny_vit
 
@@ -57,38 +58,83 @@ def test_qkv_norms_are_measured_before_any_qk_norm(structure, block):
         assert torch.allclose(norms[source].flatten(1), part.square().sum(-1).sqrt(), atol=1e-4)
 
 
+@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb"])
+def test_norms_of_a_trainable_model_record_no_gradients(structure):
+    model, batch = tiny_vit(structure).requires_grad_(True), images(2).requires_grad_(True)
+    for norms in (token_norms(model, batch), *qkv_norms(model, batch).values()):
+        assert np.isfinite(norms.numpy()).all()
+    assert model(batch).requires_grad  # afterwards gradients are recorded as before
+
+
 def test_images_of_a_wrong_size_are_named():
-    with pytest.raises(ItaeError, match="image size 30 is not a multiple of the patch, 8: use 24 or 32"):
+    with pytest.raises(ItaeError, match=r"size 30 .*24 or 32"):
         token_norms(tiny_vit(), images(1, 32, 30))
-    with pytest.raises(ItaeError, match="batch"):
+    with pytest.raises(ItaeError, match=r"\(3, 32, 32\)"):
         qkv_norms(tiny_vit(), images(1)[0])
 
 
-def test_random_patches_are_as_many_seeded_and_bound_to_the_image():
-    counts = torch.tensor([0, 3, 16, 1])
-    chosen = random_patches(counts, 16, seed=1, block=2, first_image=10)
-    assert chosen.sum(1).tolist() == counts.tolist()
-    assert torch.equal(chosen[1:], random_patches(counts[1:], 16, seed=1, block=2, first_image=11))
-    many = torch.full((200,), 4)
-    draws = random_patches(many, 16, 1, 2, 0)
-    for other in (random_patches(many, 16, 2, 2, 0), random_patches(many, 16, 1, 1, 0)):
-        assert not torch.equal(draws, other)
-    assert draws.float().mean(0).min() > 0.1  # every patch is drawn now and then
+# --- selection --------------------------------------------------------------------------------------------------------
+
+NORMS = torch.arange(16.0).expand(5, 16) + torch.tensor([[9.0], [0.0], [-3.0], [-20.0], [20.0]])  # (5, 16)
 
 
-def test_firing_rule_watches_any_of_its_neurons_on_patches():
+def selected(norms=NORMS, threshold=8.0, block=2, image_numbers=range(10, 15), truth=None, **options):
+    return select_artifacts(norms, threshold, ITAE(threshold=1.0, **options), block=block, image_numbers=image_numbers,
+                            truth=truth)
+
+
+def test_threshold_selects_norms_up_to_it():
+    assert selected().tolist() == (NORMS <= 8).tolist()
+    assert not selected(threshold=None).any()
+
+
+def slow_random_patches(counts, num_patches, seed, block, image_numbers) -> torch.Tensor:
+    chosen = torch.zeros(len(counts), num_patches, dtype=torch.bool)
+    for row, (count, number) in enumerate(zip(counts, image_numbers, strict=True)):
+        for patch in np.random.default_rng([seed, block, number]).permutation(num_patches)[:count]:
+            chosen[row, patch] = True
+    return chosen
+
+
+@pytest.mark.parametrize("image_numbers", [range(10, 15), (3, 4, 11, 700, 2**40)])
+def test_random_control_is_drawn_per_seed_block_and_image_number(image_numbers):
+    counts = [0, 9, 12, 16, 0]
+    assert (NORMS <= 8).sum(1).tolist() == counts
+    for seed, block in [(0, 0), (1, 2), (1, 11), (4, 2)]:
+        found = selected(select="random", seed=seed, block=block, image_numbers=image_numbers)
+        assert torch.equal(found, slow_random_patches(counts, 16, seed, block, image_numbers))
+
+
+def test_random_control_draws_every_patch_alike():
+    many = torch.zeros(2000, 16)
+    many[:, 4:] = 9.0
+    draws = selected(many, image_numbers=range(2000), select="random")
+    assert (draws.sum(1) == 4).all()
+    assert draws.float().mean(0).sub(0.25).abs().max() < 0.05
+
+
+def test_oracle_takes_the_truth_of_the_right_shape():
+    truth = torch.rand(5, 16) < 0.5
+    assert torch.equal(selected(select="oracle", truth=truth), truth)
+    for wrong, named in [(None, "oracle"), (truth[:, 1:], r"\(5, 15\)")]:
+        with pytest.raises(ItaeError, match=named):
+            selected(select="oracle", truth=wrong)
+
+
+# --- ground truth -----------------------------------------------------------------------------------------------------
+
+def test_firing_rule_captures_any_of_its_neurons_on_patches():
     model, batch = tiny_vit("registers"), images(3)
-    caught = []
-    handle = model.blocks[1].mlp.act.register_forward_hook(lambda _m, _a, out: caught.append(out))
-    rule = FiringRule(1, (4, 9), 0.5)
-    with rule.watch(model) as watch:
+    activations = []
+    handle = model.blocks[1].mlp.act.register_forward_hook(lambda _m, _a, out: activations.append(out))
+    with FiringRule(1, (4, 9), 0.5).capture(model) as captured:
         model(batch)
     handle.remove()
-    expected = [[any(float(token[n]) > 0.5 for n in (4, 9)) for token in image[5:]] for image in caught[0]]
-    assert watch.mask.tolist() == expected
-    assert 0 < watch.mask.float().mean() < 1
+    expected = [[any(float(token[n]) > 0.5 for n in (4, 9)) for token in image[5:]] for image in activations[0]]
+    assert captured.mask.tolist() == expected
+    assert 0 < captured.mask.float().mean() < 1
     model(images(1))
-    assert len(watch.mask) == 3  # closed: later passes are not watched
+    assert len(captured.mask) == 3  # a closed context captures nothing
 
 
 def test_precision_and_recall():
@@ -96,5 +142,5 @@ def test_precision_and_recall():
     truth = np.array([[True, False, True, True]])
     assert precision_recall(found, truth) == (1 / 2, 1 / 3)
     assert all(math.isnan(value) for value in precision_recall(found & False, truth & False))
-    with pytest.raises(ItaeError, match="shape"):
+    with pytest.raises(ItaeError, match=r"\(1, 3\)"):
         precision_recall(found, truth[:, :3])

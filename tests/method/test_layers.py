@@ -7,57 +7,70 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
-from itae_utils.method.anatomy import anatomy, block_inputs
+from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import qkv_norms, token_norms
 from itae_utils.method.attention import attention_map, attenuate
-from itae_utils.method.layers import split_heads
 from itae_utils.method.setting import ITAE, SOURCES
+from tests import reference
 from tests.conftest import STRUCTURES, MadeDataset, as_backbone, dataset_tensor, images, threshold_at, tiny_vit
 
 
-def test_split_heads():
-    projected = torch.randn(2, 7, 72)
-    parts = split_heads(tiny_vit().blocks[0].attn, projected)
-    assert parts.shape == (3, 2, 3, 7, 8)
-    assert torch.equal(parts[1, 0, 2, 5], projected[0, 5, 24 + 16:24 + 24])
-
-
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_parts_are_the_same_alone_together_and_as_the_model_has_them(structure):
-    model, batch, seen = tiny_vit(structure), images(2), []
-    layer = anatomy(model).layers[-1]
-    entering = block_inputs(model, batch, [len(model.blocks) - 1])[len(model.blocks) - 1]
-    with layer.watch(seen.append):
+def test_projections_are_the_same_one_by_one_together_and_captured(structure):
+    model, batch, captured = tiny_vit(structure), images(2), []
+    last = len(model.blocks) - 1
+    adapter, inputs = adapt(model).blocks[last], block_inputs(model, batch, [last])[last]
+    with adapter.capture_qkv(captured.append):
         model.forward_features(batch)
-    whole, normed = layer.project_input(entering), layer.block.norm1(entering.tokens)
-    keys_values = layer.project(normed, entering.rope, ["key", "value"])
-    query = layer.project(normed[:, :1], entering.rope, ["query"])
-    for source in SOURCES:
-        assert torch.allclose(seen[0][source], whole[source], atol=1e-5)
-        assert torch.allclose(seen[0].heads(source), whole.heads(source), atol=1e-5)
-    assert torch.allclose(keys_values["key"], whole["key"], atol=1e-5)
-    assert torch.allclose(keys_values.heads("value"), whole.heads("value"), atol=1e-5)
-    assert torch.allclose(query.heads("query"), whole.heads("query")[:, :, :1], atol=1e-5)
     model.forward_features(batch)
-    assert len(seen) == 1  # closed
+    (seen,) = captured  # a closed context captures nothing
+    qkv, x = adapter.qkv(inputs), adapter.block.norm1(inputs.tokens)
+    expected = reference.projected(model.blocks[last].attn, x).split(24, dim=-1)
+    for source, part in zip(SOURCES, expected, strict=True):
+        assert torch.allclose(qkv[source], part, atol=1e-5)
+        assert torch.allclose(seen[source], part, atol=1e-5)
+        assert torch.allclose(seen.heads(source), qkv.heads(source), atol=1e-5)
+        assert torch.allclose(adapter.project(x, source), part, atol=1e-5)
+        cls_alone = adapter.heads(source, adapter.project(x[:, :1], source), inputs.rope)
+        assert torch.allclose(cls_alone, qkv.heads(source)[:, :, :1], atol=1e-5)
 
 
-@torch.inference_mode(False)  # where products are one operation, and what they copy isn't seen
+@pytest.mark.parametrize("structure", ["registers", "dinov3", "eva02_split"])
+def test_edited_heads_replace_the_model_s_own(structure):
+    model, batch = tiny_vit(structure), images(2)
+    adapter, plain = adapt(model).blocks[-1], model.forward_features(batch)
+    with adapter.edit_heads(lambda _qkv, x: x):
+        assert torch.equal(model.forward_features(batch), plain)
+    with adapter.edit_heads(lambda qkv, _x: qkv.heads("value").transpose(1, 2).flatten(2)):
+        edited = model.forward_features(batch)
+    even = tiny_vit(structure)  # the same if every token attends to itself alone
+    even.blocks[-1].attn.fused_attn = False
+    even.blocks[-1].attn.attn_drop = Identity()
+    assert torch.allclose(edited, even.forward_features(batch), atol=1e-5)
+    assert not torch.allclose(edited, plain, atol=1e-2)
+
+
+class Identity(torch.nn.Module):
+    """Replaces attention weights by the identity matrix."""
+
+    def forward(self, weights):
+        return torch.eye(weights.shape[-1]).expand_as(weights)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_value_sums_are_sums_of_values_and_copy_no_weights(structure):
-    model = tiny_vit(structure)
-    layer = anatomy(model).layers[-1]
-    width = layer.num_heads * layer.head_dim
-    normed, weights = torch.randn(20, 5, width), torch.rand(20, layer.num_heads, 1, 5).softmax(dim=-1)
-    with Sizes() as seen:
-        sums = layer.value_sums(weights, normed)
-    expected = weights @ layer.project(normed, sources=["value"]).heads("value")
+    adapter = adapt(tiny_vit(structure)).blocks[-1]
+    width = adapter.num_heads * adapter.head_dim
+    x, weights = torch.randn(20, 5, width), torch.rand(20, adapter.num_heads, 1, 5).softmax(dim=-1)
+    with ResultSizes() as results:
+        sums = adapter.value_sums(weights, x)
+    expected = weights @ adapter.heads("value", adapter.project(x, "value"), None)
     assert torch.allclose(sums, expected, atol=1e-5)
-    assert max(seen.sizes) < 20 * width * width / 4  # the value weights once an image would be four times as much
+    assert max(results.sizes) < 20 * width * width / 4  # one copy of the value weights per image has four times as many
 
 
-class Sizes(TorchDispatchMode):
-    """While open, how many numbers each operation's result holds."""
+class ResultSizes(TorchDispatchMode):
+    """While open, records the number of elements in the result of each operation."""
 
     def __init__(self):
         super().__init__()
@@ -73,14 +86,13 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("structure", ["dinov3", "eva02_split", "rope_mixed"])
 def test_rotation_turns_patches_and_keeps_their_norms(structure):
     model, batch = tiny_vit(structure), images(2)
-    layer, prefix = anatomy(model).layers[-1], model.num_prefix_tokens
-    entering = block_inputs(model, batch, [2])[2]
-    turned = layer.project_input(entering)
-    still = layer.project(layer.block.norm1(entering.tokens))
-    assert torch.equal(turned.heads("key")[:, :, :prefix], still.heads("key")[:, :, :prefix])
-    assert not torch.allclose(turned.heads("key")[:, :, prefix:], still.heads("key")[:, :, prefix:], atol=0.1)
-    assert torch.allclose(turned.heads("key").norm(dim=-1), still.heads("key").norm(dim=-1), atol=1e-4)
-    assert torch.equal(turned.heads("value"), still.heads("value"))
+    adapter, prefix = adapt(model).blocks[-1], model.num_prefix_tokens
+    inputs = block_inputs(model, batch, [2])[2]
+    rotated, still = adapter.qkv(inputs), adapter.project_all(adapter.block.norm1(inputs.tokens), rope=None)
+    assert torch.equal(rotated.heads("key")[:, :, :prefix], still.heads("key")[:, :, :prefix])
+    assert not torch.allclose(rotated.heads("key")[:, :, prefix:], still.heads("key")[:, :, prefix:], atol=0.1)
+    assert torch.allclose(rotated.heads("key").norm(dim=-1), still.heads("key").norm(dim=-1), atol=1e-4)
+    assert torch.equal(rotated.heads("value"), still.heads("value"))
 
 
 def test_rotation_of_a_model_of_one_fixed_size():
@@ -92,7 +104,7 @@ def test_rotation_of_a_model_of_one_fixed_size():
     assert torch.allclose(attention_map(model, batch, itae=itae), attention_map(fixed, batch, itae=itae), atol=1e-6)
 
 
-# --- models users will try, at a small size -------------------------------------------------------------------------
+# --- common models, at a small size ----------------------------------------------------------------------------------
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0, "global_pool": "token",
          "dynamic_img_size": True}
@@ -108,9 +120,9 @@ SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0, "global_
 ])
 def test_extraction_follows_the_stock_model(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, **SMALL).eval()
+    model = timm.create_model(name, **SMALL).eval().requires_grad_(False)
     for part, parameter in model.named_parameters():
-        if "gamma" in part:  # made small, so that a new model's blocks do little
+        if "gamma" in part:  # initialised so small that a new model's blocks do little
             torch.nn.init.constant_(parameter, 0.5)
         elif parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -129,7 +141,7 @@ def test_extraction_follows_the_stock_model(name):
 # --- a transformers Dinov2Model -------------------------------------------------------------------------------------
 
 def twins(registers: int, **options):
-    """A random `transformers` model, and timm's with its weights."""
+    """Return a random `transformers` model, and timm's model with the same weights."""
     transformers = pytest.importorskip("transformers")
     config = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32, "patch_size": 8,
               "layer_norm_eps": 1e-6, **options}
@@ -172,7 +184,7 @@ def timm_names(weights: dict[str, torch.Tensor], registers: int) -> dict[str, to
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-def test_a_transformers_model_shows_what_its_timm_twin_shows(registers):
+def test_a_transformers_model_measures_as_its_timm_twin(registers):
     model, twin = twins(registers)
     batch = images(2)
     assert (model(batch).last_hidden_state - twin.forward_features(batch)).abs().max() < 1e-5
@@ -203,17 +215,17 @@ def test_attenuate_on_a_transformers_model_is_attenuate_on_its_timm_twin(registe
     assert (output.last_hidden_state - expected).abs().max() < 1e-5
     assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
     assert (expected - plain)[:, 0].abs().max() > 1e-3  # the edit shows
-    assert torch.equal(model(batch).last_hidden_state, plain)  # and is undone
+    assert torch.equal(model(batch).last_hidden_state, plain)  # the edit is undone
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.encoder.layer.modules())
 
 
-def test_every_pass_of_a_transformers_model_is_handed_over_once():
+def test_every_pass_of_a_transformers_model_is_captured_once():
     model, _ = twins(0)
-    seen = []
-    with anatomy(model).layers[1].watch(seen.append):
+    captured = []
+    with adapt(model).blocks[1].capture_qkv(captured.append):
         for count in (2, 3):
             model(images(count))
-    assert [len(projected["value"]) for projected in seen] == [2, 3]
+    assert [len(qkv["value"]) for qkv in captured] == [2, 3]
 
 
 def test_swiglu_and_no_bias_in_transformers():
@@ -221,7 +233,7 @@ def test_swiglu_and_no_bias_in_transformers():
     torch.manual_seed(0)
     config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=32,
                                        patch_size=8, use_swiglu_ffn=True, qkv_bias=False)
-    model, batch = transformers.Dinov2Model(config).eval(), images(2, 24, 40)
+    model, batch = transformers.Dinov2Model(config).eval().requires_grad_(False), images(2, 24, 40)
     norms = qkv_norms(model, batch)["key"]
     assert norms.shape == (2, 3, 5)
     with attenuate(model, ITAE(threshold=float(norms.amax()) + 1, attenuation="mask")):
@@ -236,19 +248,19 @@ def test_other_transformers_models_are_named():
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, image_size=32,
                                        patch_size=8)
-    with pytest.raises(ItaeError, match="Dinov2ForImageClassification is not handled"):
+    with pytest.raises(ItaeError, match="Dinov2ForImageClassification"):
         qkv_norms(transformers.Dinov2ForImageClassification(config), images(1))
 
 
-def test_a_transformers_that_names_its_parts_otherwise_is_named():
+def test_an_older_transformers_is_refused_with_the_release_that_works():
     model, _ = twins(0)
     del model.encoder.layer[0].attention.q_proj
     with pytest.raises(ItaeError, match=r"transformers>=5\.18"):
-        anatomy(model)
+        adapt(model)
 
 
 def test_transformers_is_not_needed(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("transformers")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
-    assert len(anatomy(tiny_vit()).layers) == 3
+    assert len(adapt(tiny_vit()).blocks) == 3

@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from itae_utils.extraction.features import extract_features
-from itae_utils.method import one_pass
-from itae_utils.method.artifacts import qkv_norms
-from itae_utils.method.attention import attenuate, attenuated_logits
+from itae_utils.method.artifacts import FiringRule, qkv_norms
+from itae_utils.method.attention import attenuate
 from itae_utils.method.one_pass import GROUP, OnePass
 from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
 from tests import reference
@@ -16,7 +15,7 @@ from tests.conftest import EVA_STRUCTURES, STRUCTURES, setup, threshold_at
 def test_baseline_is_the_model_s_cls_output(structure):
     backbone, dataset, batch = setup(structure)
     features = extract_features(backbone, dataset, {"baseline": None}, batch_size=2)
-    expected = backbone.model(batch).numpy()  # "token" pooling and the final norm, wherever it stands
+    expected = backbone.model(batch).numpy()  # token pooling and the final norm
     assert features["baseline"].dtype == np.float32
     assert np.abs(features["baseline"] - expected).max() < 1e-5
     assert features.targets.tolist() == [0, 1, 2, 0, 1]
@@ -63,33 +62,18 @@ def test_extraction_and_attenuate_agree_for_every_kind_of_variant(structure):
         assert np.abs(features[name] - features["baseline"]).max() > 1e-4, name
 
 
-def test_a_variant_s_bytes_do_not_depend_on_the_others():
-    backbone, dataset, batch = setup(count=6)
-    variants = every_kind_of_variant(backbone.model, batch)
-    together = extract_features(backbone, dataset, variants, batch_size=3)
-    assert len(variants) > 2 * GROUP
-    for name in ("baseline", "key-min", "value-scale", "two blocks"):
-        alone = extract_features(backbone, dataset, {name: variants[name]}, batch_size=3)
-        assert np.array_equal(alone[name], together[name]), name
-
-
-def test_variants_of_one_attenuation_are_edited_at_once_in_whatever_order_they_come(monkeypatch):
+def test_the_bytes_of_a_variant_do_not_depend_on_the_others():
     backbone, _, batch = setup(count=3)
-    shares = [number / 10 for number in range(1, GROUP)]
-    settings = {f"{name} {share}": ITAE("key", threshold_at(backbone.model, batch, "key", share), name)
-                for share in shares for name in ATTENUATIONS}
-    expected = {name: OnePass(backbone.model, {name: itae})(batch, 0)[name] for name, itae in settings.items()}
-    edits = []
-    monkeypatch.setattr(one_pass, "attenuated_logits", lambda *given: edits.append(given) or attenuated_logits(*given))
-    together = OnePass(backbone.model, settings)(batch, 0)
-    assert len(edits) == len(ATTENUATIONS)
-    assert list(together) == list(settings)
-    for name in settings:
-        for part, alone in zip(together[name], expected[name], strict=True):
+    settings = every_kind_of_variant(backbone.model, batch)
+    assert len(settings) > 2 * GROUP
+    together = OnePass(backbone.model, dict(reversed(settings.items())))(batch, 0)
+    assert list(together) == list(reversed(settings))
+    for name, itae in settings.items():
+        for part, alone in zip(together[name], OnePass(backbone.model, {name: itae})(batch, 0)[name], strict=True):
             assert torch.equal(part, alone), name
 
 
-def test_images_are_run_once_whatever_the_number_of_variants():
+def test_images_are_run_once_for_any_number_of_variants():
     backbone, dataset, batch = setup(count=6)
     calls, variants = [], every_kind_of_variant(backbone.model, batch)
     handle = backbone.model.patch_embed.register_forward_hook(lambda *_: calls.append(1))
@@ -98,8 +82,32 @@ def test_images_are_run_once_whatever_the_number_of_variants():
     assert len(calls) == 2
 
 
+def test_random_patches_are_drawn_once_per_image_for_all_variants(monkeypatch):
+    backbone, _, batch = setup(count=3)
+    threshold = threshold_at(backbone.model, batch, "key", 0.3)
+    controls = {f"{source} {name} {factor}": ITAE(source, threshold * factor, name, select="random", seed=91)
+                for source in SOURCES for name in ("min", "mask", "mean") for factor in (0.9, 1.1)}
+    one_pass, draws, draw = OnePass(backbone.model, controls), [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: draws.append(seed) or draw(seed))
+    for first_image in (0, 3):
+        one_pass(batch, first_image)
+    assert len(controls) == 18
+    assert draws == [[91, 2, number] for number in range(6)]
+
+
+@pytest.mark.parametrize("structure", ["registers", "dinov3"])
+def test_a_pass_reads_nothing_back_from_the_device(structure):
+    """Tensors on the meta device have no values: whatever waits for one fails."""
+    backbone, _, batch = setup(structure, count=3)
+    settings = every_kind_of_variant(backbone.model, batch) | {"oracle": ITAE(select="oracle", blocks=2)}
+    one_pass = OnePass(backbone.model.to("meta"), settings, FiringRule(0, (5, 6), 0.9))
+    results = one_pass(batch.to("meta"), 0)
+    assert {tuple(output.shape) for output, _ in results.values()} == {(3, 24)}
+    assert all(artifacts.is_meta for _, artifacts in results.values())
+
+
 @pytest.mark.parametrize("structure", ["registers", "dinov3", "eva02_split"])
-def test_images_without_artifacts_get_the_baseline_itself(structure):
+def test_images_without_artifacts_get_the_baseline_s_own_output(structure):
     backbone, dataset, batch = setup(structure, count=6)
     smallest = qkv_norms(backbone.model, batch)["key"].flatten(1).amin(1)
     threshold = float(smallest.sort().values[2:4].mean())  # three images have artifacts, three have none
@@ -114,7 +122,7 @@ def test_images_without_artifacts_get_the_baseline_itself(structure):
     assert np.array_equal(features["deep, nothing"], features["baseline"])
 
 
-def test_images_without_a_normal_patch_are_left_alone_and_counted():
+def test_images_without_a_normal_patch_are_unchanged_and_counted():
     backbone, dataset, batch = setup(count=6)
     largest = qkv_norms(backbone.model, batch)["key"].flatten(1).amax(1)
     threshold = float(largest.sort().values[1:3].mean())
