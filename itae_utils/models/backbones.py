@@ -159,7 +159,9 @@ def load_backbone(
     timm_name = timm_name_of(name)
     pos_embed = resolve_pos_embed(pos_embed, timm_name)
     structure = stock_model(name)
-    config = demo.CONFIG if timm_name is None else _timm_config(timm_name)
+    config = demo.CONFIG
+    if timm_name is not None:
+        config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(timm_name).to_dict())
     if image_size is None:
         image_size = BACKBONES[name].image_size if name in BACKBONES else config["input_size"][-1]
     patches_along(image_size, structure.patch_embed.patch_size[0])  # a wrong size is refused before any download
@@ -198,10 +200,6 @@ def _resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ItaeError(f"device={device!r} is not available ({in_one_line(error)}): use auto or cpu") from error
     return found
-
-
-def _timm_config(timm_name: str) -> dict:
-    return resolve_data_config(pretrained_cfg=get_pretrained_cfg(timm_name).to_dict())
 
 
 def weights_sha256(model: nn.Module) -> str:

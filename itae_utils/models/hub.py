@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -24,14 +23,6 @@ from itae_utils.files import in_one_line
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class _Location(NamedTuple):
-    """A repository of the hub, its revision, and the names its weights may have, in order of preference."""
-
-    repository: str
-    revision: str | None
-    names: list[str]
-
-
 def published_weights(timm_name: str) -> Path:
     """Return the path of the weights that timm names for a model, verified; download them if they are not cached.
 
@@ -42,7 +33,7 @@ def published_weights(timm_name: str) -> Path:
     if location is None:
         raise ItaeError(f"timm has no weights for {timm_name!r}: add a tag (timm.list_pretrained lists them), "
                         "give checkpoint=FILE, or pretrained=False for random ones")
-    return _verified(cached_weights(timm_name) or _download(timm_name, location))
+    return _verified(cached_weights(timm_name) or _download(timm_name, *location))
 
 
 def cached_weights(timm_name: str) -> Path | None:
@@ -50,25 +41,25 @@ def cached_weights(timm_name: str) -> Path | None:
     location = _location(timm_name)
     if location is None:
         return None
-    found = (huggingface_hub.try_to_load_from_cache(location.repository, name, revision=location.revision)
-             for name in location.names)
+    repository, revision, names = location
+    found = (huggingface_hub.try_to_load_from_cache(repository, name, revision=revision) for name in names)
     return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
-def _location(timm_name: str) -> _Location | None:
+def _location(timm_name: str) -> tuple[str, str | None, list[str]] | None:
+    """Return the repository and revision that timm names, and the preferred order of the names of its weights."""
     config = get_pretrained_cfg(timm_name)
     if config is None or not config.hf_hub_id:
         return None
     repository, _, revision = config.hf_hub_id.partition("@")
     name = config.hf_hub_filename or constants.PYTORCH_WEIGHTS_NAME
     safe = str(Path(name).with_suffix(".safetensors")).replace("pytorch_model", "model")  # timm's rule, too
-    return _Location(repository, revision or None, list(dict.fromkeys([safe, name])))
+    return repository, revision or None, list(dict.fromkeys([safe, name]))
 
 
-def _download(timm_name: str, location: _Location) -> Path:
+def _download(timm_name: str, repository: str, revision: str | None, names: list[str]) -> Path:
     """Download the first of the names that the repository has."""
     seconds = _timeout()
-    repository, revision, names = location
     try:
         for name in names:
             url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
