@@ -59,7 +59,7 @@ def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) ->
         with torch.inference_mode(), backbone.autocast():
             backbone.model.forward_features(torch.zeros(size, 3, side, side, device=backbone.device))
 
-    return fitting_batch_size(run, backbone.device)
+    return fitting_batch_size(run, backbone.device, LARGEST.get(backbone.device.type, LARGEST_ELSEWHERE))
 
 
 def chosen_batch_size(
@@ -80,7 +80,7 @@ def chosen_batch_size(
     return int(found["images"])
 
 
-def fitting_batch_size(run: Callable[[int], object], device: torch.device, *, start: int | None = None) -> int:
+def fitting_batch_size(run: Callable[[int], object], device: torch.device, start: int) -> int:
     """Return the first of `start`, `start` / 2, `start` / 4 … 1 with which `run(size)` does not run out of memory.
 
     On a CPU this is no proof: an allocation may succeed, and the system may kill the process later.
@@ -88,15 +88,11 @@ def fitting_batch_size(run: Callable[[int], object], device: torch.device, *, st
     Args:
         run: does the work once with a batch of the given size; its result is dropped.
         device: the device it runs on.
-        start: the first size; None is 256 on CUDA and 64 elsewhere.
+        start: the first size.
 
     Raises:
-        ItaeError: the start is below 1, or not even one image fits.
+        ItaeError: not even one image fits.
     """
-    if start is None:
-        start = LARGEST.get(device.type, LARGEST_ELSEWHERE)
-    if start < 1:
-        raise ItaeError(f"batch_size={start} is too small: use 1 or more")
     size = start
     while not _fits(run, size):
         _free_cache(device)

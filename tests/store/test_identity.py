@@ -89,8 +89,9 @@ def test_two_kinds_of_gpu_have_two_keys(monkeypatch):
 # Code that decides features. A part that moves to a module outside of these patterns must be added to them.
 DECIDING = ("method/setting.py", "method/layers.py", "method/artifacts.py", "method/attention.py", "method/one_pass.py",
             "method/anatomy.py", "method/thresholds.py", "models/backbones.py", "models/preprocessing.py",
-            "models/pos_embed.py", "models/checkpoints.py", "models/compiled.py", "models/demo/__init__.py", "data/folders.py",
-            "data/datasets.py", "extraction/batches.py", "extraction/job.py", "extraction/observation.py")
+            "models/pos_embed.py", "models/checkpoints.py", "models/compiled.py", "models/demo/__init__.py",
+            "data/folders.py", "data/datasets.py", "extraction/batches.py", "extraction/job.py",
+            "extraction/observation.py")
 
 
 def changed(code: str, kind: type[ast.AST], change) -> str:
