@@ -194,7 +194,7 @@ def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thre
 
 def _plan(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE | None], batch_size: int,
           store: str | Path | Store | None, device: str) -> tuple[dict[str, StoredVariant], Work]:
-    """Return where each variant is stored, and what is missing; in memory if the user's default store fails."""
+    """Return where each variant is stored and the missing work; use memory if the user's default store fails."""
     keys = {name: setting_key(itae, backbone.truth) for name, itae in settings.items()}
     shape = {"size": len(dataset), "dim": backbone.dim, "shard_size": shard_size(backbone, batch_size)}
     place = open_store(store)
@@ -215,7 +215,7 @@ def _plan(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE | No
 
 def _prepared(store: Store, entry: Mapping[str, object], keys: Mapping[str, Mapping[str, object]],
               about: Mapping[str, object]) -> tuple[dict[str, StoredVariant], Work]:
-    """Return the variants in a store, prepared, and what is missing; variants with equal settings are one object."""
+    """Return the prepared variants in a store and the missing work; variants with equal settings are one object."""
     by_setting = {digest(key): StoredVariant(store, entry, key, about) for key in keys.values()}
     stored = {name: by_setting[digest(key)] for name, key in keys.items()}
     work = missing_work({name: variant for variant, name in _first_names(stored).items()})

@@ -234,7 +234,7 @@ def _round(client: Client, job: Job, work: Work) -> Iterator[TaskResult]:
 
 
 def _task(pickled: PickledBackbone, dataset: Dataset, job: Job, work: Work) -> TaskResult | ItaeError:
-    """Compute shards on a worker and store them, except those that another worker has stored meanwhile.
+    """Compute shards on a worker and store them, except those that another worker has stored since.
 
     An error is returned: Dask would print the traceback of one that is raised.
     """

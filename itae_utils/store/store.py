@@ -150,7 +150,7 @@ class Store:
             except Exception as error:
                 self.log_damage(path, error)
                 self.remove(path)
-            with suppress(ContainsArrayError):  # another process has created it meanwhile, with the same contents
+            with suppress(ContainsArrayError):  # another process has just created it with the same contents
                 # With the checksum as the last codec every flipped bit is found; zarr alone would miss most of them.
                 zarr.create_array(self.zarr, name=path, shape=kind.shape, chunks=kind.chunks, dtype=kind.dtype,
                                   fill_value=kind.fill, compressors=[Crc32cCodec()], attributes=about)
