@@ -1,4 +1,4 @@
-"""What tests read off figures."""
+"""Helpers of the tests of figures."""
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

@@ -1,11 +1,11 @@
-"""Results as notebooks 01 to 03 would leave them, for the tests of what collects them."""
+"""Results as notebooks 01 to 03 write them, for the tests of the comparison."""
 
 import copy
 from pathlib import Path
 
 from PIL import Image
 
-from itae_utils.analysis.collection import Cell, collect
+from itae_utils.analysis.collection import Pairing, collect
 from itae_utils.data.datasets import DATASETS
 from itae_utils.files import make_folder, write_json
 from itae_utils.models.registry import BACKBONES
@@ -15,9 +15,10 @@ SCORES = {"baseline": 0.70, "random control": 0.69, "itae": 0.80}
 
 
 def about(backbone: str, dataset: str, **changes: object) -> dict:
-    """A provenance of the real things, but for `changes` such as source="x", size=3, classes=2, hub="http://x"."""
+    """Return a provenance of published weights and images, with `changes` such as kind="local", size=3, date="…"."""
     made, entry, info = copy.deepcopy(PROVENANCE), BACKBONES.get(backbone), DATASETS.get(dataset)
-    made["backbone"] |= {"name": backbone, "source": entry.origin if entry else f"{backbone}, through timm"}
+    made["backbone"] |= {"name": backbone, "kind": "embedded" if entry and entry.timm_name is None else "published",
+                         "source": entry.origin if entry else f"{backbone}, through timm"}
     made["dataset"] |= {"name": dataset, "split": "test (10,000)", "source": info.origin if info else "a folder",
                         "size": info.images if info else 30, "classes": info.classes if info else 3}
     for name, value in changes.items():
@@ -27,7 +28,7 @@ def about(backbone: str, dataset: str, **changes: object) -> dict:
 
 
 def score_rows(backbone: str, dataset: str, scores: dict = SCORES, interval: tuple | None = (0.1, 0.05, 0.15)) -> list:
-    """Three seeds of every score, and ITAE's difference to the baseline with its interval where there is one."""
+    """Return three seeds of every score, and ITAE's difference to the baseline if `interval` is given."""
     rows = [
         {"backbone": backbone, "dataset": dataset, "n": 30, "variant": variant, "seed": seed, "metric": metric,
          "value": value + (seed - 1) / 100}
@@ -42,18 +43,25 @@ def score_rows(backbone: str, dataset: str, scores: dict = SCORES, interval: tup
     return rows
 
 
-def write_cell(
+def ablation_rows(row: dict) -> list:
+    """Return rows of a small ablation without θ for the query, as changes of a score row."""
+    settings = [(None, None, None, 0.7), ("key", "min", "0.00001 %", 0.6), ("key", "min", "auto", 0.8),
+                ("query", "min", "0.00001 %", 0.5)]
+    return [{**row, "variant": f"{source} {attenuation} {theta}" if source else "baseline", "metric": "acc", "seed": 0,
+             "value": value, "source": source, "attenuation": attenuation, "theta": theta}
+            for source, attenuation, theta, value in settings]
+
+
+def write_pairing(
     folder: Path, backbone: str, dataset: str, *, theta: float | None = 2.5, rows: list | None = None,
     notebooks: tuple[str, ...] = ("01", "02", "03"), **changes: object,
 ) -> Path:
-    """A folder with the results, and the figures, of notebooks 01 to 03."""
+    """Make a folder with the results and figures of notebooks 01 to 03, and return it."""
     provenance = about(backbone, dataset, **changes)
     rows = score_rows(backbone, dataset) if rows is None else rows
-    ablation = [{**rows[0], "variant": variant, "metric": "acc", "seed": 0, "value": value} for variant, value in (
-        ("baseline", 0.7), ("key min 5 %", 0.6), ("key min auto", 0.8), ("query min 5 %", 0.5))] if rows else []
     parts = {
         "01": ("01_artifact_discovery", [], ["attention_maps", "norm_distributions"]),
-        "02": ("02_itae_ablation", ablation, ["ablation_grid"]),
+        "02": ("02_itae_ablation", ablation_rows(rows[0]) if rows else [], ["ablation_grid"]),
         "03": ("03_clustering", rows, ["scores", "tsne"]),
     }
     for name, own_rows, figures in (parts[key] for key in notebooks):
@@ -61,7 +69,7 @@ def write_cell(
             "schema": 1, "notebook": name, "provenance": provenance, "figures": figures, "headline": [],
             "rows": own_rows, "thresholds": {"‖key‖, last block": theta},
             "parameters": {"backbone": backbone, "dataset": dataset, "source": "key", "threshold": "auto", "seeds": 3,
-                           "n_init": 10, "normalize": True, "seed": 0},
+                           "seed": 0, "options": {"n_init": 10, "normalize": True, "kmeans_seed": 4}},
         }
         for figure in figures:
             make_folder(folder / name / "figures")
@@ -70,7 +78,7 @@ def write_cell(
     return folder
 
 
-def cell_of(tmp_path: Path, backbone: str, dataset: str, **options) -> Cell:
-    write_cell(tmp_path / "cell", backbone, dataset, **options)
-    ((cell,), _) = collect(tmp_path / "cell")
-    return cell
+def pairing_of(tmp_path: Path, backbone: str, dataset: str, **options) -> Pairing:
+    write_pairing(tmp_path / "pairing", backbone, dataset, **options)
+    ((pairing,), _) = collect(tmp_path / "pairing")
+    return pairing

@@ -1,8 +1,9 @@
-"""Scores of many variants side by side: tables, differences to the baseline, and the test bench's targets."""
+"""Scores of several variants side by side: tables, differences to the baseline, and the test bench's targets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,23 @@ from itae_utils.analysis.metrics import agreement, confusion, describe_differenc
 from itae_utils.analysis.words import percent
 from itae_utils.errors import ItaeError
 from itae_utils.method.artifacts import precision_recall
+from itae_utils.store.store import Store
 
-LARGEST_SIDE = 32  # more pixels cost k-means time and tell it nothing about what is in a photograph
+LARGEST_SIDE = 32  # pixels; larger images make k-means slower, not better
+FEWEST_IMAGES = 4  # for an automatic number of clusters
+MOST_CLUSTERS = 10  # without labels
+
+# Columns that are measured without labels.
+CHANGE = "change"  # mean cosine distance of the features to the baseline's
+AGREEMENT = "agreement"  # mean ARI between runs of k-means
+NEIGHBOURS = 10
 
 
 def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
-    """Every image, resized to `size` × `size` pixels (32 at the most), as one row of intensities in [0, 1].
+    """Return every image, resized to `size` × `size` pixels (at most 32), as one row of intensities in [0, 1].
 
     Returns:
-        (n, side · side · 3) float32; only one channel where all images are grey, which k-means can't tell from three.
+        (n, side · side · 3) float32; (n, side · side) if all images are grey, which gives the same clusters.
 
     Raises:
         ItaeError: a size below 1.
@@ -35,25 +44,42 @@ def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
     return (pixels[..., :1] if is_grey else pixels).reshape(len(pixels), -1)
 
 
-# What is measured where there are no labels.
-CHANGE = "change"  # mean cosine distance of the features to the baseline's
-NOT_MEASURED = "–"
-NEIGHBOURS = 10  # of a point, that are looked at
-AGREEMENT = "agreement"  # mean ARI between runs of k-means
+def number_of_clusters(clusters: int | None, targets: np.ndarray | None, n: int) -> int:
+    """Return k for k-means: `clusters` if given, else the number of classes, else 10, or half of fewer than 20 images.
+
+    Args:
+        clusters: k, or None.
+        targets: classes (n,), or None.
+        n: number of images.
+
+    Raises:
+        ItaeError: no k is given, and there are fewer than 4 images or all are of one class.
+    """
+    if clusters is not None:
+        return clusters
+    if n < FEWEST_IMAGES:
+        raise ItaeError(f"{n} images are too few to cluster: use {FEWEST_IMAGES} or more")
+    if targets is None:
+        return min(MOST_CLUSTERS, n // 2)
+    classes = len(np.unique(targets))
+    if classes < 2:
+        raise ItaeError(f"all {n:,} images are of one class: use images of 2 or more classes, or set clusters")
+    return classes
 
 
 def score_variants(
     features: Mapping[str, np.ndarray], targets: np.ndarray | None, *, seeds: Sequence[int], n_init: int = 1,
-    normalize: bool = True,
+    normalize: bool = True, store: str | Path | Store | None = "auto",
 ) -> pd.DataFrame:
-    """K-means scores of every variant, or, without targets, how far its features are from the baseline's.
+    """Return k-means scores of every variant, or, without targets, how far its features are from the baseline's.
 
     Args:
         features: (n, dim) by variant; without targets "baseline" must be among them.
         targets: classes (n,), or None.
-        seeds: of k-means.
-        n_init: k-means starts for a seed.
-        normalize: whether rows are brought to length 1 before k-means.
+        seeds: of k-means, one run each.
+        n_init: k-means starts per run.
+        normalize: whether rows are scaled to length 1 before k-means.
+        store: as for `extract_features`; it caches the clusters.
 
     Returns:
         Columns variant, seed, acc, nmi, ari; or variant, seed (0), change.
@@ -62,31 +88,31 @@ def score_variants(
         return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
                              for name, rows in features.items()])
     k = len(np.unique(targets))
-    labels = {name: remembered.clusters(rows, k, seeds=seeds, n_init=n_init, normalize=normalize)[0]
+    labels = {name: remembered.clusters(rows, k, seeds=seeds, n_init=n_init, normalize=normalize, store=store)[0]
               for name, rows in features.items()}
     return score_labels(targets, labels, seeds)
 
 
 def score_labels(targets: np.ndarray, labels: Mapping[str, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:
-    """ACC, NMI and ARI of cluster labels (seeds, n) by variant: columns variant, seed, acc, nmi, ari."""
+    """Return ACC, NMI and ARI of cluster labels (seeds, n) by variant, in columns variant, seed, acc, nmi, ari."""
     return pd.DataFrame([{"variant": name, "seed": seed, **score(targets, found)}
                          for name, runs in labels.items() for seed, found in zip(seeds, runs, strict=True)])
 
 
 def agreement_scores(labels: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Mean ARI between every two runs, from cluster labels (seeds, n) by variant: columns variant, agreement."""
+    """Return the mean ARI over all pairs of runs, from cluster labels (seeds, n), in columns variant, agreement."""
     return pd.DataFrame([{"variant": name, AGREEMENT: agreement(runs)} for name, runs in labels.items()])
 
 
 def cosine_distance(rows: np.ndarray, others: np.ndarray) -> float:
-    """Mean of 1 − cos over the pairs of rows of two (n, dim) arrays."""
+    """Return the mean of 1 − cos over corresponding rows of two (n, dim) arrays."""
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(others, axis=1)
     cosines = (rows * others).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny)
     return max(0.0, float(np.mean(1 - cosines)))  # rounding can bring a cosine above 1
 
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean ± sd over seeds as text, a row a variant in the order of `scores`, a column a metric."""
+    """Return mean ± sd over seeds as text: one row per variant, in the order of `scores`, and one column per metric."""
     metrics = [name for name in scores if name not in ("variant", "seed")]
     groups = scores.groupby("variant", sort=False)[metrics]
     means, spreads = groups.mean(), groups.std()
@@ -99,7 +125,7 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 def difference_table(
     targets: np.ndarray, labels: Mapping[str, np.ndarray], *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """How far each variant is ahead of "baseline", with the 95 % interval of `paired_bootstrap`.
+    """Return how far each variant is ahead of "baseline", with the 95 % interval of `paired_bootstrap`.
 
     Returns:
         Index (variant, metric); columns difference, low, high, words.
@@ -110,7 +136,7 @@ def difference_table(
 
 
 def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Share of each class that is in its matched cluster, one row a seed, one column a class; 0 where none is matched.
+    """Return the share of each class in its matched cluster (0 if unmatched): one row per seed, one column per class.
 
     Args:
         targets: classes (n,).
@@ -127,49 +153,58 @@ def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 
 
 def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int = NEIGHBOURS) -> float:
-    """Share of the nearest neighbours of each point (n, d) that have its class."""
+    """Return the share of the nearest neighbours of each point (n, d) that are of its class."""
     neighbours = min(neighbours, len(points) - 1)
     nearest = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors(return_distance=False)
     return float((targets[nearest] == targets[:, None]).mean())
 
 
+WON_BACK = "ITAE wins back at least 80 % of that cost"
+BENCH_TARGETS: dict[str, Callable[[float], str]] = {  # with the format of the measured value
+    "demo-clean beats raw pixels by at least 0.08 ACC": "{:+.3f}".format,
+    "planting the artifacts costs at least 0.08 ACC": "{:+.3f}".format,
+    "precision of the detection is at least 0.99": "{:.4f}".format,
+    "recall of the detection is at least 0.99": "{:.4f}".format,
+    WON_BACK: percent,
+    "the random control wins back less than 20 %": percent,
+}
+
+
 def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
-    """What the test bench must show, what was measured, and whether that meets it.
+    """Return the test bench's targets with the measured values; `bench_table` formats them.
 
     Args:
         acc: mean ACC of "raw pixels", "baseline" (demo), "demo-clean", "itae" and "random control".
         found: detected artifacts, bool of any shape.
-        truth: the planted ones, likewise.
-    """
-    def told(value: float, form: str) -> str:
-        return NOT_MEASURED if np.isnan(value) else form.format(value)
+        truth: planted artifacts, bool of the same shape.
 
+    Returns:
+        Index target; columns measured (NaN if it could not be measured) and met (bool).
+    """
     precision, recall = precision_recall(found, truth)
-    cost = acc["demo-clean"] - acc["baseline"]
-    won = {name: (acc[name] - acc["baseline"]) / cost if cost > 0 else np.nan for name in ("itae", "random control")}
-    lead = acc["demo-clean"] - acc["raw pixels"]
-    lines = [
-        ("demo-clean beats raw pixels by at least 0.08 ACC", f"{lead:+.3f}", lead >= 0.08),
-        ("planting the artifacts costs at least 0.08 ACC", f"{cost:+.3f}", cost >= 0.08),
-        ("precision of the detection is at least 0.99", told(precision, "{:.4f}"), precision >= 0.99),
-        ("recall of the detection is at least 0.99", told(recall, "{:.4f}"), recall >= 0.99),
-        ("ITAE wins back at least 80 % of that cost", told(100 * won["itae"], "{:.0f} %"), won["itae"] >= 0.8),
-        ("the random control wins back less than 20 %", told(100 * won["random control"], "{:.0f} %"),
-         won["random control"] < 0.2),
-    ]
-    return pd.DataFrame([(target, measured, "met" if met else "not met") for target, measured, met in lines],
-                        columns=["target", "measured", "verdict"]).set_index("target")
+    lead, cost = acc["demo-clean"] - acc["raw pixels"], acc["demo-clean"] - acc["baseline"]
+    itae, control = (won / cost if cost > 0 else np.nan
+                     for won in (acc["itae"] - acc["baseline"], acc["random control"] - acc["baseline"]))
+    measured = [lead, cost, precision, recall, itae, control]
+    met = [lead >= 0.08, cost >= 0.08, precision >= 0.99, recall >= 0.99, itae >= 0.8, control < 0.2]
+    return pd.DataFrame({"measured": measured, "met": met}, index=pd.Index(list(BENCH_TARGETS), name="target"))
+
+
+def bench_table(bench: pd.DataFrame) -> pd.DataFrame:
+    """Return `bench_targets` as text: columns measured and verdict."""
+    measured = ["–" if np.isnan(value) else BENCH_TARGETS[target](value) for target, value in bench.measured.items()]
+    return pd.DataFrame({"measured": measured, "verdict": np.where(bench.met, "met", "not met")}, index=bench.index)
 
 
 def describe_counts(counts: np.ndarray, patches: int) -> str:
-    """How many patches a variant attenuates, from the (n,) counts: "4.4 of 49 patches an image (8.9 %)"."""
+    """Return how many patches a variant attenuates, from counts (n,): "4.4 of 49 patches per image (8.9 %)"."""
     mean = counts.mean()
     number = f"{mean:.2g}" if 0 < mean < 0.1 else f"{mean:.1f}"
-    return f"{number} of {patches:,} patches an image ({percent(mean / patches)})"
+    return f"{number} of {patches:,} patches per image ({percent(mean / patches)})"
 
 
 def describe_gain(scores: pd.DataFrame, differences: pd.DataFrame | None, changed: bool) -> str:
-    """ITAE against the baseline in one sentence.
+    """Return one sentence that compares ITAE with the baseline.
 
     Args:
         scores: with a column acc, or agreement.
@@ -177,25 +212,32 @@ def describe_gain(scores: pd.DataFrame, differences: pd.DataFrame | None, change
         changed: whether anything was attenuated.
     """
     if not changed:
-        return "Nothing was attenuated, so ITAE is the baseline itself"
-    metric = AGREEMENT if differences is None else "acc"
-    before, after = (scores[scores.variant == name][metric].mean() for name in ("baseline", "itae"))
+        return "Nothing was attenuated, so ITAE equals the baseline"
+    before, after = _before_and_after(scores)
     if differences is None:
-        return f"Two runs of k-means agree by ARI {before:.3f} on the baseline's features and by {after:.3f} with ITAE"
+        return f"Runs of k-means agree by a mean ARI of {before:.3f} for the baseline and of {after:.3f} with ITAE"
     return f"ACC {before:.3f} before, {after:.3f} with ITAE: {differences.words['itae', 'acc']}"
 
 
-def clustering_headline(scores: pd.DataFrame, finding: str, bench: pd.DataFrame | None) -> list[dict[str, str]]:
-    """What to know first about the clustering: the score before and after, and how many targets are met."""
+def _before_and_after(scores: pd.DataFrame) -> list[float]:
     metric = "acc" if "acc" in scores else AGREEMENT
-    label = "ACC of the clustering" if metric == "acc" else "Agreement of clusterings"
-    before, after = (scores[scores.variant == name][metric].mean() for name in ("baseline", "itae"))
-    facts = [{"label": label, "value": f"{before:.3f} → {after:.3f}",
-              "note": f"baseline → ITAE, mean over seeds; {finding}"}]
+    return [scores[scores.variant == name][metric].mean() for name in ("baseline", "itae")]
+
+
+def clustering_headline(scores: pd.DataFrame, finding: str, bench: pd.DataFrame | None) -> list[dict[str, str]]:
+    """Return the headline facts about the clustering: the score before and after, and the number of targets met.
+
+    Args:
+        scores: with a column acc, or agreement.
+        finding: from `describe_gain`.
+        bench: from `bench_targets`, or None.
+    """
+    before, after = _before_and_after(scores)
+    facts = [{"label": "ACC of the clustering" if "acc" in scores else "Agreement of clusterings",
+              "value": f"{before:.3f} → {after:.3f}", "note": f"baseline → ITAE, mean over seeds; {finding}"}]
     if bench is not None:
-        met = bench[bench.verdict == "met"]
-        won = bench.measured.iloc[4]
-        note = ("the planted artifacts cost no ACC on these images" if won == NOT_MEASURED
-                else f"ITAE wins back {won} of what the planted artifacts cost")
-        facts.append({"label": "Test bench", "value": f"{len(met)} of {len(bench)} targets met", "note": note})
+        won = bench.measured[WON_BACK]
+        note = ("the planted artifacts cost no ACC on these images" if np.isnan(won)
+                else f"ITAE wins back {percent(won)} of what the planted artifacts cost")
+        facts.append({"label": "Test bench", "value": f"{bench.met.sum()} of {len(bench)} targets met", "note": note})
     return facts

@@ -1,20 +1,19 @@
-"""The results that a report's runs left behind, by data set and backbone, and which of them are stand-ins."""
+"""The published results, and those in a report's folder by data set and backbone; which of them can be compared."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-import pandas as pd
 from IPython.display import Image, Markdown, display
 
+from itae_utils.analysis.words import escape
 from itae_utils.data.datasets import DATASETS
 from itae_utils.errors import ItaeError
-from itae_utils.models.registry import BACKBONES
 from itae_utils.results import is_collection, read_results
 
 SOURCE = (
@@ -25,7 +24,7 @@ SOURCE = (
 
 NOT_IN_SOURCES = "not in our sources"
 
-# What our sources don't say of the paper's runs; every report says what was used instead.
+# Settings of the paper's runs that our sources do not state; every report states the values used instead.
 UNKNOWN_SETTINGS = {
     "source": "the source P (query, key or value) of each row",
     "threshold": "the threshold θ of each row",
@@ -40,7 +39,7 @@ UNKNOWN_SETTINGS = {
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One published ITAE result; `dataset` is `load_dataset`'s name, `backbone` is None where none is listed."""
+    """One published ITAE result; `dataset` is `load_dataset`'s name, `backbone` is None if our sources list none."""
 
     dataset: str
     title: str
@@ -57,33 +56,27 @@ PUBLISHED = (
     PublishedRow("tiny-imagenet", "Tiny-ImageNet", 0.6823, 0.8178, 0.5227, None),
 )
 
-
-def published_table() -> pd.DataFrame:
-    """`PUBLISHED` as a table indexed by `load_dataset`'s names; cells that our sources leave open say so in words.
-
-    Columns: title, backbone, acc, nmi, ari (of ITAE), baseline_acc, baseline_nmi, baseline_ari.
-    """
-    table = pd.DataFrame(PUBLISHED).set_index("dataset")
-    table["backbone"] = table["backbone"].fillna(NOT_IN_SOURCES)
-    baseline = {f"baseline_{metric}": NOT_IN_SOURCES for metric in ("acc", "nmi", "ari")}
-    return table[["title", "backbone", "acc", "nmi", "ari"]].assign(**baseline)
-
-
-SCORES = "03"  # the notebook that measures what is compared
+SCORES = "03"  # the notebook that measures the scores
 STAND_IN, UNVERIFIED = "stand-in", "unverified"
+SHORT_HASH = 12
+# Results belong together if these parts of their provenance are equal.
+IDENTITY = (("backbone", "name", "backbone"), ("backbone", "weights_sha256", "weights (SHA-256)"),
+            ("dataset", "name", "data set"), ("dataset", "fingerprint", "images (SHA-256)"))
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
-    """One backbone on one data set.
+class Pairing:
+    """The results of one backbone on one data set.
 
     Attributes:
-        folder: with a folder for each notebook in it.
-        results: of each notebook that ran, by its number; there is always "03".
+        folder: holds the folders of the notebooks.
+        results: of each notebook that ran, by its number; "03" is always among them.
+        folders: of these notebooks, by number.
     """
 
     folder: Path
     results: Mapping[str, dict]
+    folders: Mapping[str, Path]
 
     @property
     def scores(self) -> dict:
@@ -102,48 +95,57 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """What it is called in texts."""
+        """Both names, such as "demo on digits"; `escape` it for Markdown."""
         return f"{self.backbone} on {self.dataset}"
 
-    def path(self, key: str) -> Path:
-        """The folder of a notebook by its number."""
-        return self.folder / self.results[key]["notebook"]
+    @property
+    def settings(self) -> dict[str, object]:
+        """Parameters and options of the notebook that measured the scores."""
+        parameters = dict(self.scores["parameters"])
+        return parameters | parameters.pop("options", {})
 
-    def marks(self) -> dict[str, tuple[str, str]]:
-        """What is not the real thing, "backbone" or "dataset": how it is to be called, and why."""
+    def caveats(self) -> dict[str, tuple[str, str]]:
+        """Return label and reason, as `judge_weights` does, for each of "backbone" and "dataset" that needs one."""
         about = self.scores["provenance"]
         found = {"backbone": judge_weights(about["backbone"]), "dataset": judge_images(about["dataset"])}
-        return {part: mark for part, mark in found.items() if mark}
+        return {part: caveat for part, caveat in found.items() if caveat}
 
 
 def judge_weights(about: Mapping[str, object]) -> tuple[str, str] | None:
-    """How weights are to be called that are not, or not known to be, the published ones, and why; else None.
+    """Return ("stand-in" or "unverified", reason) if the weights are not known to be the published ones, else None.
 
     Args:
         about: a backbone's provenance.
     """
-    entry, source = BACKBONES.get(about["name"]), about["source"]
-    if "random weights" in source:
-        return STAND_IN, source
-    if entry and entry.timm_name is None:
-        return STAND_IN, f"{source}; no published checkpoint"
-    if source.startswith("local ") or (entry and not source.startswith(entry.origin)):
-        return UNVERIFIED, f"weights from a {source}, which nothing here compares with the published ones"
-    if hub := about.get("hub"):
-        host = urlsplit(hub).hostname or hub
-        local = host == "localhost" or host == "::1" or host.startswith("127.")
-        return (STAND_IN if local else UNVERIFIED), f"weights served by {hub} instead of the usual server"
-    return None
+    source = about["source"]
+    match about.get("kind"):
+        case "random":
+            return STAND_IN, source
+        case "embedded":
+            return STAND_IN, f"{source}; no published checkpoint"
+        case "local":
+            return UNVERIFIED, f"weights from a {source}, not compared with the published ones"
+        case "published":
+            return _judge_server(about.get("hub"))
+    return UNVERIFIED, f"{source}; these results do not record whether the weights are the published ones"
+
+
+def _judge_server(hub: str | None) -> tuple[str, str] | None:
+    if not hub:
+        return None
+    host = urlsplit(hub).hostname or hub
+    local = host in ("localhost", "::1") or host.startswith("127.")
+    return (STAND_IN if local else UNVERIFIED), f"weights served by {hub} instead of the usual server"
 
 
 def judge_images(about: Mapping[str, object]) -> tuple[str, str] | None:
-    """How images are to be called that are not those of one of the paper's data sets, and why; else None.
+    """Return ("stand-in", reason) if the images are not those of one of the paper's data sets, else None.
 
     Args:
         about: a data set's provenance.
     """
     if about["name"] not in [row.dataset for row in PUBLISHED]:
-        return STAND_IN, f"{about['source']}; none of the paper's data sets"
+        return STAND_IN, f"{about['source']}; not a data set of the paper"
     info = DATASETS[about["name"]]
     if about["size"] != info.images:
         return STAND_IN, f"{about['size']:,} images ({about['split']}) instead of {info.images:,}"
@@ -152,20 +154,24 @@ def judge_images(about: Mapping[str, object]) -> tuple[str, str] | None:
     return None
 
 
-def collect(folder: str | Path) -> tuple[list[Cell], list[str]]:
-    """All cells below `folder`, however deep, the paper's data sets first, and what was left out and why, in words.
+def collect(folder: str | Path) -> tuple[list[Pairing], list[str]]:
+    """Find all pairings below `folder`, at any depth, and say in plain text which results were left out and why.
 
-    Of several runs of one backbone on one data set the latest counts.
+    The paper's data sets come first. Of several runs of one backbone on one data set the latest counts. Results of
+    other notebooks count only if their backbone, weights and images are those of notebook 03 beside them.
 
     Raises:
-        ItaeError: there is no such folder.
+        ItaeError: `folder` does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ItaeError(f"results_dir {str(folder)!r} is no folder: name a report, or make one by "
+        raise ItaeError(f"results_dir {str(folder)!r} is not a folder: name a report, or make one with "
                         "`itae report --profile paper`")
-    groups: dict[Path, dict[str, dict]] = defaultdict(dict)
-    left_out = []
+
+    def name(path: Path) -> str:
+        return os.path.relpath(path, folder)
+
+    runs, left_out = defaultdict(list), []
     for path in sorted(folder.rglob("results.json")):
         try:
             results = read_results(path)
@@ -173,62 +179,89 @@ def collect(folder: str | Path) -> tuple[list[Cell], list[str]]:
             left_out.append(str(error))
             continue
         if not is_collection(results):
-            groups[path.parents[1]][results["notebook"].partition("_")[0]] = results
-    cells: dict[tuple[str, str], Cell] = {}
-    for place, results in groups.items():
-        name = os.path.relpath(place, folder)
-        if SCORES not in results:
-            left_out.append(f"{name} has no results of notebook {SCORES}")
+            runs[path.parent.parent].append((path.parent, results))
+    latest: dict[tuple[str, str], Pairing] = {}
+    for place, runs_there in runs.items():
+        pairing, reasons = _pair(place, runs_there, name)
+        left_out += reasons
+        if pairing is None:
             continue
-        cell = Cell(place, results)
-        other = cells.get((cell.dataset, cell.backbone))
-        if other:
-            older, cell = sorted([other, cell], key=lambda each: each.scores["provenance"]["date"])
-            other_settings = _differing(older.scores["parameters"], cell.scores["parameters"])
-            left_out.append(f"{os.path.relpath(older.folder, folder)} is an earlier run of {cell.backbone} on "
-                            f"{cell.dataset} than {os.path.relpath(cell.folder, folder)}{other_settings}")
-        cells[cell.dataset, cell.backbone] = cell
+        if other := latest.get((pairing.dataset, pairing.backbone)):
+            older, pairing = sorted([other, pairing], key=lambda each: each.scores["provenance"]["date"])
+            left_out.append(f"{name(older.folder)} is an earlier run of {pairing.title} than {name(pairing.folder)}"
+                            + _describe_changes(older.settings, pairing.settings))
+        latest[pairing.dataset, pairing.backbone] = pairing
     order = {row.dataset: place for place, row in enumerate(PUBLISHED)}
-    return sorted(cells.values(), key=lambda cell: order.get(cell.dataset, len(order))), left_out
+    return sorted(latest.values(), key=lambda pairing: order.get(pairing.dataset, len(order))), left_out
 
 
-def _differing(older: Mapping[str, object], newer: Mapping[str, object]) -> str:
-    """In words, the parameters that two runs were told differently; nothing where there are none."""
-    told = [f"{name}={older.get(name)!r} instead of {value!r}" for name, value in newer.items()
-            if name != "output_dir" and older.get(name) != value]
-    return f", with {', '.join(told)}" if told else ""
+def _pair(
+    place: Path, runs: Sequence[tuple[Path, dict]], name: Callable[[Path], str]
+) -> tuple[Pairing | None, list[str]]:
+    """Return the pairing of the results in one folder (None without notebook 03), and reasons for results left out."""
+    results, folders, left_out = {}, {}, []
+    for folder, content in sorted(runs, key=lambda run: run[1]["provenance"]["date"]):
+        key = content["notebook"].partition("_")[0]
+        if key in folders:
+            left_out.append(f"{name(folders[key])} is an earlier run of notebook {key} than {name(folder)}")
+        results[key], folders[key] = content, folder
+    if SCORES not in results:
+        return None, [*left_out, f"{name(place)} has no results of notebook {SCORES}"]
+    for key in sorted(results):
+        if difference := _difference(results[key]["provenance"], results[SCORES]["provenance"]):
+            left_out.append(f"{name(folders[key])} differs from {name(folders[SCORES])} in the {difference}")
+            del results[key], folders[key]
+    return Pairing(place, dict(sorted(results.items())), folders), left_out
 
 
-def sources(cells: Sequence[Cell], folder: str | Path) -> dict[str, dict]:
-    """Every results.json behind the cells by its path below `folder`, for `collected_provenance`."""
-    return {os.path.relpath(cell.path(key) / "results.json", folder): results
-            for cell in cells for key, results in cell.results.items()}
+def _difference(about: Mapping[str, dict], other: Mapping[str, dict]) -> str | None:
+    """Return the first part of IDENTITY in which two provenances differ, with both values; None if they agree."""
+    for part, key, title in IDENTITY:
+        values = [each[part].get(key) for each in (about, other)]
+        if values[0] != values[1]:
+            shown = ["not recorded" if value is None else value if key == "name" else value[:SHORT_HASH]
+                     for value in values]
+            return f"{title}: {shown[0]} instead of {shown[1]}"
+    return None
 
 
-def saved_figure(cell: Cell, key: str, name: str) -> Path | None:
-    """The PNG of a notebook's figure, where that notebook ran and drew it; its PDF lies beside it."""
-    if name not in cell.results.get(key, {}).get("figures", ()):
+def _describe_changes(older: Mapping[str, object], newer: Mapping[str, object]) -> str:
+    """Return the parameters in which two runs differ as the end of a sentence; empty if they agree."""
+    changes = [f"{name}={older.get(name)!r} instead of {value!r}" for name, value in newer.items()
+               if name != "output_dir" and older.get(name) != value]
+    return f", with {', '.join(changes)}" if changes else ""
+
+
+def sources(pairings: Sequence[Pairing], folder: str | Path) -> dict[str, dict]:
+    """Return every results.json behind the pairings by its path below `folder`, for `collected_provenance`."""
+    return {os.path.relpath(pairing.folders[key] / "results.json", folder): results
+            for pairing in pairings for key, results in pairing.results.items()}
+
+
+def saved_figure(pairing: Pairing, key: str, name: str) -> Path | None:
+    """Return the PNG of a notebook's figure, beside which lies a PDF; None if the notebook did not draw it."""
+    if name not in pairing.results.get(key, {}).get("figures", ()):
         return None
-    path = cell.path(key) / "figures" / f"{name}.png"
+    path = pairing.folders[key] / "figures" / f"{name}.png"
     return path if path.is_file() else None
 
 
-def show_figures(cells: Sequence[Cell], key: str, name: str, output_dir: str | Path) -> None:
-    """Show a figure of every cell in the notebook that calls this, with links to its page and PDF.
+def show_figures(pairings: Sequence[Pairing], key: str, name: str, output_dir: str | Path) -> None:
+    """Display one figure of every pairing, with links to its page and PDF; call it in a notebook.
 
     Args:
-        cells: from `collect`.
-        key: number of the notebook that drew it.
+        pairings: from `collect`.
+        key: number of the notebook that drew the figure.
         name: of the figure.
-        output_dir: of the calling notebook, from where the links start.
+        output_dir: of the calling notebook, where the links start.
     """
-    drawn = {cell: path for cell in cells if (path := saved_figure(cell, key, name))}
-    for cell, path in drawn.items():
-        pdf, page = (Path(os.path.relpath(target, output_dir)).as_posix() for target in (
-            path.with_suffix(".pdf"), cell.path(key) / f"{cell.results[key]['notebook']}.html"))
-        display(Markdown(f"**{cell.title}** · [page]({page}) · [PDF]({pdf})"),
-                Image(path, alt=f"{name.replace('_', ' ')} of {cell.title}"))
-    if missing := [cell.title for cell in cells if cell not in drawn]:
+    drawn = {pairing: path for pairing in pairings if (path := saved_figure(pairing, key, name))}
+    for pairing, path in drawn.items():
+        pdf, page = (quote(Path(os.path.relpath(target, output_dir)).as_posix()) for target in (
+            path.with_suffix(".pdf"), pairing.folders[key] / f"{pairing.results[key]['notebook']}.html"))
+        display(Markdown(f"**{escape(pairing.title)}** · [page]({page}) · [PDF]({pdf})"),
+                Image(path, alt=f"{name.replace('_', ' ')} of {pairing.title}"))
+    if missing := [escape(pairing.title) for pairing in pairings if pairing not in drawn]:
         display(Markdown(f"Not drawn for {', '.join(missing)}."))
-    if not cells:
+    if not pairings:
         display(Markdown("Nothing was run."))

@@ -1,35 +1,38 @@
-"""Measured scores beside the published ones: the tables of the comparison, on the page, as CSV and as LaTeX."""
+"""Measured scores beside the published ones: tables for the page, as CSV and as LaTeX."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown, display
+from pandas.io.formats.style import Styler
 
-from itae_utils.analysis.collection import NOT_IN_SOURCES, PUBLISHED, STAND_IN, UNKNOWN_SETTINGS, Cell, PublishedRow
+from itae_utils.analysis.collection import NOT_IN_SOURCES, PUBLISHED, STAND_IN, UNKNOWN_SETTINGS, Pairing, PublishedRow
 from itae_utils.analysis.metrics import METRICS, describe_difference
+from itae_utils.analysis.words import SETTING_COLUMNS, escape
 from itae_utils.files import make_folder, replacing
-from itae_utils.method.setting import SOURCES
 
-NOT_RUN = "not run"
+NOT_RUN, NOT_RECORDED = "not run", "not in these results"
+ABLATION = "02"  # the notebook that measures the grid of settings
 VARIANTS = {"baseline": "baseline", "random control": "random control", "itae": "ITAE"}
 BY_DATASET = {row.dataset: row for row in PUBLISHED}
-NBSP = "\N{NO-BREAK SPACE}"  # keeps a number together where a table is narrow
+NBSP = "\N{NO-BREAK SPACE}"  # keeps a number on one line in a narrow table
 LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$",
          "“": "``", "”": "''"}
-# Column widths, equal in the tables of all data sets, so narrow that three scores fit on a page.
+# Column widths, equal in the tables of all data sets, narrow enough for three scores on a page.
 LAYOUT = [{"selector": "tbody th", "props": "white-space: normal; width: 9.5em; min-width: 9.5em; padding-right: .8em"},
           {"selector": "td", "props": "width: 13.4em; min-width: 13.4em; padding-right: .8em"}]
 
 
 def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n: int) -> list[dict[str, object]]:
-    """Rows for `results.json` from `difference_table`: what ITAE and its control differ by, and the interval.
+    """Return rows for `results.json` from `difference_table`: differences of ITAE and its control, with intervals.
 
-    Their metrics are `acc_difference`, `acc_difference_low`, `acc_difference_high`, and the same of nmi and ari.
+    Their metrics are `acc_difference`, `acc_difference_low`, `acc_difference_high`, and the same for nmi and ari.
     """
     return [
         {"backbone": backbone, "dataset": dataset, "n": n, "variant": variant, "seed": None,
@@ -39,93 +42,101 @@ def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n
     ]
 
 
-def score_values(cell: Cell, variant: str, metric: str) -> list[float]:
-    """What was measured of a variant of the cell's own backbone, a number a seed."""
-    return [row["value"] for row in cell.scores["rows"]
-            if (row["variant"], row["metric"], row["backbone"]) == (variant, metric, cell.backbone)]
+def score_values(pairing: Pairing, variant: str, metric: str) -> list[float]:
+    """Return the values of a variant of the pairing's own backbone, one per seed."""
+    return [row["value"] for row in pairing.scores["rows"]
+            if (row["variant"], row["metric"], row["backbone"]) == (variant, metric, pairing.backbone)]
 
 
-def interval(cell: Cell, metric: str) -> dict[str, float] | None:
-    """ITAE minus baseline: difference, low and high; None where the results don't hold it."""
-    found = [score_values(cell, "itae", f"{metric}_difference{end}") for end in ("", "_low", "_high")]
+def interval(pairing: Pairing, metric: str) -> dict[str, float] | None:
+    """Return ITAE minus baseline as difference, low and high; None if the results lack it."""
+    found = [score_values(pairing, "itae", f"{metric}_difference{end}") for end in ("", "_low", "_high")]
     if not all(found):
         return None
     return dict(zip(("difference", "low", "high"), (values[0] for values in found), strict=True))
 
 
-def has_scores(cell: Cell) -> bool:
-    """Whether there were labels to score against."""
-    return bool(score_values(cell, "baseline", "acc"))
+def has_scores(pairing: Pairing) -> bool:
+    """Return whether there were labels to score against."""
+    return bool(score_values(pairing, "baseline", "acc"))
 
 
-def found_artifacts(cell: Cell) -> bool:
-    """Whether there was a θ, so that ITAE could change anything."""
-    return any(theta is not None for theta in cell.scores["thresholds"].values())
+def found_artifacts(pairing: Pairing) -> bool:
+    """Return whether there was a θ, so that ITAE could change anything."""
+    return any(theta is not None for theta in pairing.scores["thresholds"].values())
 
 
 def dataset_title(dataset: str) -> str:
-    """A data set's name as the paper writes it."""
+    """Return a data set's name as the paper writes it, or the last part of a folder's path."""
     return BY_DATASET[dataset].title if dataset in BY_DATASET else dataset.rpartition("/")[2]
 
 
-def marked(name: str, mark: tuple[str, str] | None) -> str:
-    """A name with what it must be called: "cifar10 (stand-in)"."""
-    return f"{name} ({mark[0]})" if mark else name
+def labelled(name: str, caveat: tuple[str, str] | None) -> str:
+    """Return a name with the label of its caveat, if it has one: "cifar10 (stand-in)"."""
+    return f"{name} ({caveat[0]})" if caveat else name
 
 
-def comparison_table(cells: Sequence[Cell], expected: Sequence[str]) -> pd.DataFrame:
-    """The published numbers of every data set, then what was measured, as text; what is missing says why.
+def describe_collection(pairings: Sequence[Pairing], left_out: Sequence[str]) -> str:
+    """Return Markdown that names the pairings, those that are not the published thing, and the results left out."""
+    names = ", ".join(escape(pairing.title) for pairing in pairings) or "nothing"
+    lines = "\n\n".join([f"Run: {names}.", *stand_in_lines(pairings)])
+    return lines + "".join(f"\n- left out: {escape(reason)}" for reason in left_out)
+
+
+def comparison_table(pairings: Sequence[Pairing], expected: Sequence[str]) -> pd.DataFrame:
+    """Return the published numbers of every data set and the measured ones as text; missing numbers say why.
 
     Args:
-        cells: from `collect`.
-        expected: backbones that have a line in each of the paper's data sets, run or not.
+        pairings: from `collect`.
+        expected: backbones that have a row in each of the paper's data sets even if they were not run.
 
     Returns:
         Index (data set, backbone, row); columns ACC, NMI, ARI.
     """
-    by_dataset: dict[str, dict[str, Cell]] = {dataset: dict.fromkeys(expected) for dataset in BY_DATASET}
-    for cell in cells:
-        by_dataset.setdefault(cell.dataset, {})[cell.backbone] = cell
+    by_dataset: dict[str, dict[str, Pairing | None]] = {dataset: dict.fromkeys(expected) for dataset in BY_DATASET}
+    for pairing in pairings:
+        by_dataset.setdefault(pairing.dataset, {})[pairing.backbone] = pairing
     lines = []
     for dataset, found in by_dataset.items():
-        published = BY_DATASET.get(dataset)
+        published, title = BY_DATASET.get(dataset), dataset_title(dataset)
         if published:
             about = f"published: {published.backbone or 'backbone ' + NOT_IN_SOURCES}"
-            lines += [(dataset_title(dataset), about, "baseline", *[NOT_IN_SOURCES] * 3),
-                      (dataset_title(dataset), about, "ITAE", *(f"{getattr(published, name):.4f}" for name in METRICS))]
-        for backbone, cell in found.items():
-            if cell is None:
-                lines.append((dataset_title(dataset), backbone, NOT_RUN, *[NOT_RUN] * 3))
+            lines += [(title, about, "baseline", *[NOT_IN_SOURCES] * 3),
+                      (title, about, "ITAE", *(f"{getattr(published, name):.4f}" for name in METRICS))]
+        for backbone, pairing in found.items():
+            if pairing is None:
+                lines.append((title, backbone, NOT_RUN, *[NOT_RUN] * 3))
                 continue
-            name = dataset_title(dataset) if published else marked(dataset_title(dataset), cell.marks().get("dataset"))
-            lines += [(name, _who(cell), *line) for line in _lines(cell, published)]
+            name = title if published else labelled(title, pairing.caveats().get("dataset"))
+            lines += [(name, _backbone_title(pairing), *line) for line in _lines(pairing, published)]
     columns = ["data set", "backbone", "row", *(metric.upper() for metric in METRICS)]
     return pd.DataFrame(lines, columns=columns).set_index(columns[:3])
 
 
-def _who(cell: Cell) -> str:
-    """The backbone, and on how many images, where these are not those that the published numbers are of."""
-    marks = cell.marks()
-    size, kind = cell.scores["provenance"]["dataset"]["size"], f" {STAND_IN}" * (cell.dataset in BY_DATASET)
-    return marked(cell.backbone, marks.get("backbone")) + (f", {size:,}{kind} images" if "dataset" in marks else "")
+def _backbone_title(pairing: Pairing) -> str:
+    """Return the labelled backbone, and the number of images if they are not the published ones."""
+    caveats, size = pairing.caveats(), pairing.scores["provenance"]["dataset"]["size"]
+    title = labelled(pairing.backbone, caveats.get("backbone"))
+    if "dataset" not in caveats:
+        return title
+    return f"{title}, {size:,} {f'{STAND_IN} ' if pairing.dataset in BY_DATASET else ''}images"
 
 
-def _lines(cell: Cell, published: PublishedRow | None) -> list[tuple[str, ...]]:
-    """The rows of one cell: a name and a text for each metric."""
-    if not has_scores(cell):
+def _lines(pairing: Pairing, published: PublishedRow | None) -> list[tuple[str, ...]]:
+    """Return the rows of one pairing: a name and a text for each metric."""
+    if not has_scores(pairing):
         return [("no labels", *["not measured"] * 3)]
     lines = []
     for variant, name in VARIANTS.items():
-        if variant == "baseline" and cell.backbone.endswith("_reg"):
+        if variant == "baseline" and pairing.backbone.endswith("_reg"):
             name = "baseline, with trained registers"
-        if variant == "itae" and not found_artifacts(cell):
+        if variant == "itae" and not found_artifacts(pairing):
             name = "ITAE, no artifacts found"
-        lines.append((name, *(_spread(score_values(cell, variant, metric)) for metric in METRICS)))
+        lines.append((name, *(_mean_and_sd(score_values(pairing, variant, metric)) for metric in METRICS)))
     if published:
-        lines.append(("ITAE − published", *(_gap(cell, published, metric) for metric in METRICS)))
-    intervals = {metric: interval(cell, metric) for metric in METRICS}
-    lines.append(("ITAE − baseline [95 %]", *(
-        _difference(intervals[metric]) if intervals[metric] else "not in these results" for metric in METRICS)))
+        lines.append(("ITAE − published", *(_gap(pairing, published, metric) for metric in METRICS)))
+    intervals = [interval(pairing, metric) for metric in METRICS]
+    lines.append(("ITAE − baseline [95 %]", *(_difference(each) if each else NOT_RECORDED for each in intervals)))
     return lines
 
 
@@ -134,54 +145,65 @@ def _difference(bounds: Mapping[str, float]) -> str:
     return numbers.replace(" ", NBSP) + colon + words
 
 
-def _spread(values: Sequence[float]) -> str:
+def _mean_and_sd(values: Sequence[float]) -> str:
     if not values:
-        return "not in these results"
+        return NOT_RECORDED
     return f"{mean(values):.4f}" + (f"{NBSP}±{NBSP}{stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def _gap(cell: Cell, published: PublishedRow, metric: str) -> str:
-    values = score_values(cell, "itae", metric)
-    return f"{mean(values) - getattr(published, metric):+.4f}" if values else "not in these results"
+def _gap(pairing: Pairing, published: PublishedRow, metric: str) -> str:
+    values = score_values(pairing, "itae", metric)
+    return f"{mean(values) - getattr(published, metric):+.4f}" if values else NOT_RECORDED
 
 
-def comparison_numbers(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Everything that was measured and published as numbers, a row for each backbone, data set, variant and metric.
+def styled(table: pd.DataFrame) -> Styler:
+    """Return a table of texts for display; HTML in its texts and names is shown literally."""
+    return table.style.format(escape="html").format_index(escape="html")
+
+
+def show_comparison(table: pd.DataFrame) -> None:
+    """Display `comparison_table`, one table per data set under its name; call it in a notebook."""
+    for name, part in table.groupby(level="data set", sort=False):
+        display(Markdown(f"### {escape(name)}"), styled(part.droplevel("data set")).set_table_styles(LAYOUT))
+
+
+def comparison_numbers(pairings: Sequence[Pairing]) -> pd.DataFrame:
+    """Return all measured and published numbers, one row for each backbone, data set, variant and metric.
 
     Columns: dataset, backbone, variant, metric, n (images), seeds, mean, sd, published, minus_published,
     minus_baseline, low, high (of ITAE's 95 % interval), weights, images ("stand-in" or "unverified", with the reason).
     """
     lines = []
-    for cell in cells:
-        marks = {part: ": ".join(mark) for part, mark in cell.marks().items()}
+    for pairing in pairings:
+        caveats = {part: ": ".join(caveat) for part, caveat in pairing.caveats().items()}
         for variant in VARIANTS:
             for metric in METRICS:
-                values = score_values(cell, variant, metric)
+                values = score_values(pairing, variant, metric)
                 if not values:
                     continue
-                published = getattr(BY_DATASET.get(cell.dataset), metric, None) if variant == "itae" else None
-                bounds = (interval(cell, metric) if variant == "itae" else None) or {}
+                published = getattr(BY_DATASET.get(pairing.dataset), metric, None) if variant == "itae" else None
+                bounds = (interval(pairing, metric) if variant == "itae" else None) or {}
                 lines.append({
-                    "dataset": cell.dataset, "backbone": cell.backbone, "variant": variant, "metric": metric,
-                    "n": cell.scores["provenance"]["dataset"]["size"], "seeds": len(values), "mean": mean(values),
+                    "dataset": pairing.dataset, "backbone": pairing.backbone, "variant": variant, "metric": metric,
+                    "n": pairing.scores["provenance"]["dataset"]["size"], "seeds": len(values), "mean": mean(values),
                     "sd": stdev(values) if len(values) > 1 else None, "published": published,
                     "minus_published": mean(values) - published if published is not None else None,
                     "minus_baseline": bounds.get("difference"), "low": bounds.get("low"), "high": bounds.get("high"),
-                    "weights": marks.get("backbone"), "images": marks.get("dataset"),
+                    "weights": caveats.get("backbone"), "images": caveats.get("dataset"),
                 })
     return pd.DataFrame(lines, columns=[
         "dataset", "backbone", "variant", "metric", "n", "seeds", "mean", "sd", "published", "minus_published",
         "minus_baseline", "low", "high", "weights", "images"])
 
 
-def ablation_table(cell: Cell) -> pd.DataFrame | None:
-    """Mean ACC of the ablation's settings: (source, attenuation) by θ; None where it has not run or had no labels.
+def ablation_table(pairing: Pairing) -> pd.DataFrame | None:
+    """Return the mean ACC of the grid's settings, (source, attenuation) by θ; None if the results hold no such scores.
 
-    The variants that are no cell of the grid (baseline, controls, deeper settings) are not in it.
+    Baseline, controls and deeper settings are not part of the grid.
     """
-    pattern = re.compile(rf"({'|'.join(SOURCES)}) (\w+) (auto|[\d.]+ %)")
-    rows = [(*match.groups(), row["value"]) for row in cell.results.get("02", {}).get("rows", ())
-            if row["metric"] == "acc" and (match := pattern.fullmatch(row["variant"]))]
+    rows = [(*(row[name] for name in SETTING_COLUMNS), row["value"])
+            for row in pairing.results.get(ABLATION, {}).get("rows", ())
+            if row["metric"] == "acc" and all(row.get(name) for name in SETTING_COLUMNS)]
     if not rows:
         return None
     table = pd.DataFrame(rows, columns=["source", "attenuation", "θ", "acc"])
@@ -189,70 +211,100 @@ def ablation_table(cell: Cell) -> pd.DataFrame | None:
     return means.map(lambda value: "no θ found" if np.isnan(value) else f"{value:.4f}")
 
 
-def settings_table(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Every setting of the paper that our sources leave open, with what was used here instead."""
-    def used(tell: Callable[[Cell], str]) -> str:
-        told: dict[str, list[str]] = {}
-        for cell in cells:
-            told.setdefault(tell(cell), []).append(f"{cell.backbone} on {cell.dataset}")
-        if len(told) <= 1:
-            return next(iter(told), NOT_RUN)
-        return "; ".join(f"{text} ({', '.join(names)})" for text, names in told.items())
+def show_ablations(pairings: Sequence[Pairing], output_dir: str | Path) -> None:
+    """Display `ablation_table` of every pairing and save it, or say why there is none; call it in a notebook."""
+    names = []
+    for pairing in pairings:
+        table, title = ablation_table(pairing), escape(pairing.title)
+        if table is None:
+            display(Markdown(f"No ablation table for {title}: {_why_no_ablation(pairing)}."))
+            continue
+        name = f"ablation_{pairing.folder.name}"
+        names.append(f"{name}_{len(names)}" if name in names else name)
+        display(Markdown(f"**{title}**: {save_table(table, output_dir, names[-1])}"), table)
+    if not pairings:
+        display(Markdown("Nothing was run."))
+
+
+def _why_no_ablation(pairing: Pairing) -> str:
+    if ABLATION not in pairing.results:
+        return f"notebook {ABLATION} was not run"
+    if not any(row["metric"] == "acc" for row in pairing.results[ABLATION]["rows"]):
+        return "there are no labels to score against"
+    return f"the results of notebook {ABLATION} are older and do not record the settings; run it again"
+
+
+def settings_table(pairings: Sequence[Pairing]) -> pd.DataFrame:
+    """Return every setting of the paper that our sources leave open, with the value used here."""
+    def used(describe: Callable[[Pairing], str]) -> str:
+        titles: dict[str, list[str]] = {}
+        for pairing in pairings:
+            titles.setdefault(describe(pairing), []).append(pairing.title)
+        if len(titles) <= 1:
+            return next(iter(titles), NOT_RUN)
+        return "; ".join(f"{text} ({', '.join(names)})" for text, names in titles.items())
 
     here = {
-        "source": used(lambda cell: str(_setting(cell, "source"))),
+        "source": used(lambda pairing: str(_setting(pairing, "source"))),
         "threshold": used(_thresholds_used),
-        "image_size": used(lambda cell: f"{cell.scores['provenance']['backbone']['image_size']} px"),
-        "preprocess": used(lambda cell: str(cell.scores["provenance"]["backbone"]["preprocess"])),
-        "normalize": used(lambda cell: "brought to length 1, not reduced" if _setting(cell, "normalize")
-                          else "as they are"),
-        "k-means": used(lambda cell: f"k-means++, best of {_setting(cell, 'n_init')} starts, "
-                                     f"{_setting(cell, 'seeds')} seeds from {_setting(cell, 'seed')}"),
-        "backbone": ", ".join(cell.backbone for cell in cells if cell.dataset == "tiny-imagenet") or NOT_RUN,
-        "baseline": "measured here, the rows “baseline”" if any(map(has_scores, cells)) else NOT_RUN,
+        "image_size": used(lambda pairing: f"{pairing.scores['provenance']['backbone']['image_size']} px"),
+        "preprocess": used(lambda pairing: str(pairing.scores["provenance"]["backbone"]["preprocess"])),
+        "normalize": used(lambda pairing: "scaled to length 1, not reduced" if _setting(pairing, "normalize")
+                          else "neither normalised nor reduced"),
+        "k-means": used(_kmeans_used),
+        "backbone": ", ".join(each.backbone for each in pairings if each.dataset == "tiny-imagenet") or NOT_RUN,
+        "baseline": "measured here, in the rows “baseline”" if any(map(has_scores, pairings)) else NOT_RUN,
     }
     return pd.DataFrame({"not in our sources": UNKNOWN_SETTINGS.values(),
                          "used here": [here[name] for name in UNKNOWN_SETTINGS]}).set_index("not in our sources")
 
 
-def _setting(cell: Cell, name: str) -> object:
-    return cell.scores["parameters"].get(name, "not recorded")
+def _setting(pairing: Pairing, name: str) -> object:
+    return pairing.settings.get(name, "not recorded")
 
 
-def _thresholds_used(cell: Cell) -> str:
-    how = "given" if isinstance(_setting(cell, "threshold"), float | int) else "from the norms alone"
+def _kmeans_used(pairing: Pairing) -> str:
+    first = pairing.settings.get("kmeans_seed")
+    return (f"k-means++, best of {_setting(pairing, 'n_init')} starts, {_setting(pairing, 'seeds')} seeds from "
+            f"{_setting(pairing, 'seed') if first is None else first}")
+
+
+def _thresholds_used(pairing: Pairing) -> str:
+    how = "given" if isinstance(_setting(pairing, "threshold"), float | int) else "from the norms alone"
     return ", ".join(f"θ = {theta:.4g} on {name} ({how})" if isinstance(theta, float | int) else f"no θ found on {name}"
-                     for name, theta in cell.scores["thresholds"].items())
+                     for name, theta in pairing.scores["thresholds"].items())
 
 
-def stand_in_lines(cells: Sequence[Cell]) -> list[str]:
-    """A sentence for each backbone and data set that is not, or not known to be, the real thing."""
-    lines = {f"**{getattr(cell, part)}** is {'a stand-in' if mark == 'stand-in' else 'unverified'}: {why}.": None
-             for cell in cells for part, (mark, why) in cell.marks().items()}
+def stand_in_lines(pairings: Sequence[Pairing]) -> list[str]:
+    """Return a Markdown sentence for each backbone and data set that is not, or not known to be, the published one."""
+    lines = {f"**{escape(getattr(pairing, part))}** is {'a stand-in' if label == STAND_IN else label}: "
+             f"{escape(reason)}.": None
+             for pairing in pairings for part, (label, reason) in pairing.caveats().items()}
     return list(lines)
 
 
-def comparison_headline(cells: Sequence[Cell], expected: Sequence[str]) -> list[dict[str, str]]:
-    """What to know first: how much of the comparison was run with the real things, and ACC beside the published."""
-    scored = [cell for cell in cells if has_scores(cell)]
-    real = [cell for cell in scored if cell.dataset in BY_DATASET and cell.backbone in expected and not cell.marks()]
-    facts = [{"label": "Cells of the comparison", "value": f"{len(real)} of {len(BY_DATASET) * len(expected)}",
-              "note": "were run with the real images and weights"}]
-    for cell in scored:
-        before, after = (mean(score_values(cell, name, "acc")) for name in ("baseline", "itae"))
-        marks, published = cell.marks(), BY_DATASET.get(cell.dataset)
+def comparison_headline(pairings: Sequence[Pairing], expected: Sequence[str]) -> list[dict[str, str]]:
+    """Return the headline facts: how much was run with the published images and weights, and ACC of every pairing."""
+    scored = [pairing for pairing in pairings if has_scores(pairing)]
+    real = [pairing for pairing in scored
+            if pairing.dataset in BY_DATASET and pairing.backbone in expected and not pairing.caveats()]
+    facts = [{"label": "Comparison with the paper", "value": f"{len(real)} of {len(BY_DATASET) * len(expected)}",
+              "note": "pairs of backbone and data set were run with the published images and weights"}]
+    for pairing in scored:
+        before, after = (mean(score_values(pairing, name, "acc")) for name in ("baseline", "itae"))
+        caveats, published = pairing.caveats(), BY_DATASET.get(pairing.dataset)
         facts.append({
-            "label": f"ACC, {marked(dataset_title(cell.dataset), marks.get('dataset'))}",
+            "label": f"ACC, {labelled(dataset_title(pairing.dataset), caveats.get('dataset'))}",
             "value": f"{before:.3f} → {after:.3f}",
-            "note": f"baseline → ITAE on {marked(cell.backbone, marks.get('backbone'))}"
+            "note": f"baseline → ITAE on {labelled(pairing.backbone, caveats.get('backbone'))}"
                     + (f"; published {published.acc:.4f}" if published else ""),
         })
     return facts
 
 
-def comparison_rows(cells: Sequence[Cell]) -> list[dict[str, object]]:
-    """Rows for `results.json`: the distance of ITAE's mean from the published number."""
-    numbers = comparison_numbers(cells)
+def comparison_rows(pairings: Sequence[Pairing]) -> list[dict[str, object]]:
+    """Return rows for `results.json`: ITAE's mean minus the published number."""
+    numbers = comparison_numbers(pairings)
     return [
         {"backbone": row["backbone"], "dataset": row["dataset"], "n": row["n"], "variant": row["variant"], "seed": None,
          "metric": f"{row['metric']}_minus_published", "value": float(row["minus_published"])}
@@ -261,24 +313,24 @@ def comparison_rows(cells: Sequence[Cell]) -> list[dict[str, object]]:
 
 
 def save_table(table: pd.DataFrame, output_dir: str | Path, name: str, *, csv: pd.DataFrame | None = None) -> str:
-    """Write `output_dir/tables/name.csv` and `.tex` (booktabs); returns Markdown links to them.
+    """Write `output_dir/tables/name.csv` and `.tex` (booktabs) and return Markdown links to them.
 
     Args:
-        table: as it is shown.
+        table: as displayed.
         output_dir: of the notebook.
         name: of the files.
-        csv: what the CSV holds instead, such as the plain numbers behind a table of texts.
+        csv: written to the CSV file in place of `table`, such as the numbers behind a table of texts.
     """
     folder = make_folder(Path(output_dir) / "tables")
     texts = {"tex": latex(table), "csv": table.to_csv() if csv is None else csv.to_csv(index=False)}
     for suffix, text in texts.items():
         with replacing(folder / f"{name}.{suffix}") as part:
             part.write_text(text, encoding="utf-8")
-    return f"[CSV](tables/{name}.csv) · [LaTeX](tables/{name}.tex)"
+    return f"[CSV](tables/{quote(name)}.csv) · [LaTeX](tables/{quote(name)}.tex)"
 
 
 def latex(table: pd.DataFrame) -> str:
-    r"""A table in LaTeX with booktabs' rules, in signs that every engine knows; needs \usepackage{booktabs}."""
+    r"""Return a table in LaTeX, in characters that every engine knows; it needs \usepackage{booktabs}."""
     text = table.to_latex(escape=True, multirow=False)
     for sign, command in LATEX.items():
         text = text.replace(sign, command)

@@ -1,4 +1,4 @@
-"""What notebook 01 says of artifacts: tables, sentences, headline."""
+"""Tables, sentences and headline facts of notebook 01, which looks for artifacts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from itae_utils.method.thresholds import ThresholdFit
 
 
 def threshold_table(fits: Mapping[str, ThresholdFit]) -> pd.DataFrame:
-    """θ, the share of patches at or below it, the modes' separation and the verdict, a row a source."""
+    """Return one row per source: θ, the share of patches at or below it, the modes' separation and the verdict."""
     return pd.DataFrame(
         [{
             "source": source,
@@ -28,7 +28,7 @@ def threshold_table(fits: Mapping[str, ThresholdFit]) -> pd.DataFrame:
 
 
 def detection_table(seen: Observation, thresholds: Mapping[str, float | None]) -> pd.DataFrame:
-    """Precision and recall of every source's θ against the planted truth; NaN where nothing was found."""
+    """Return precision and recall of each source's θ against the planted truth; without θ the precision is NaN."""
     rows = []
     for source in SOURCES:
         theta = thresholds[source]
@@ -40,37 +40,36 @@ def detection_table(seen: Observation, thresholds: Mapping[str, float | None]) -
 
 
 def describe_concentration(seen: Observation) -> str:
-    """Markdown: how unevenly `[CLS]` spreads its attention, where no artifacts were found."""
+    """Return Markdown that says how unevenly `[CLS]` spreads its attention if no artifacts were found."""
     busiest = max(1, round(0.1 * seen.attention.shape[1]))
     share = np.sort(seen.attention, axis=1)[:, -busiest:].sum(axis=1).mean()
-    return (f"No patch was taken for an artifact: no share to measure. For comparison: the {busiest} most attended of "
-            f"an image's {seen.attention.shape[1]:,} patches take {percent(share)} of the `[CLS]` attention, wherever "
-            "they are.")
+    return (f"No patch is an artifact, so there is no share to measure. For comparison: the {busiest} most attended of "
+            f"an image's {seen.attention.shape[1]:,} patches take {percent(share)} of the `[CLS]` attention.")
 
 
 def discovery_headline(
     seen: Observation, source: str, threshold: float | None, fit: ThresholdFit, detection: pd.DataFrame | None
 ) -> list[dict[str, str]]:
-    """What to know first about artifacts: the attention they take, and how well they were found.
+    """Return the headline facts about artifacts: the attention they take, and precision and recall of their detection.
 
     Args:
-        seen: what was observed.
-        source: whose norms told them.
-        threshold: θ that was used; None for none.
+        seen: from `observe`.
+        source: whose norms identify artifacts.
+        threshold: θ in use, or None.
         fit: of that source in the last block.
-        detection: from `detection_table`, where the truth is known.
+        detection: from `detection_table`, or None if the truth is unknown.
     """
     given = fit.is_given(threshold)
     if not seen.artifacts.any():
         why = f"no patch lies at or below the given θ = {threshold:.4g}" if given else fit.reason
-        return [{"label": "Artifacts", "value": "none found" if given or fit.is_tested else "not looked for",
+        return [{"label": "Artifacts", "value": "none found" if given or fit.is_tested else "not tested",
                  "note": f"{source} norms, last block: {why}"}]
     before, after = (percent((weights * seen.artifacts).sum(axis=1).mean())
                      for weights in (seen.attention, seen.attention_after))
     by = f"the given ‖{source}‖ ≤ {threshold:.4g}" if given else f"‖{source}‖"
     facts = [{"label": "[CLS] attention on artifacts", "value": f"{before} → {after}",
               "note": f"before → after ITAE, mean over all images; {percent(seen.artifacts.mean())} of the patches, "
-                      f"told by {by}"}]
+                      f"identified by {by}"}]
     if detection is not None:
         precision, recall = detection.loc[source, ["precision", "recall"]]
         facts.append({"label": "Detection", "value": f"{precision:.4f} / {recall:.4f}",

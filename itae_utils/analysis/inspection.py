@@ -1,4 +1,4 @@
-"""A close look at single images in their own shape: norms, attention and artifacts (`itae inspect`)."""
+"""Norms, attention and artifacts of single images, which keep their shape (`itae inspect`)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from itae_utils.data.folders import open_image
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.observation import cls_attention, measure
-from itae_utils.method.attention import attenuated_logits
+from itae_utils.extraction.observation import measure_batch
+from itae_utils.method.attention import attenuated_logits, cls_attention
 from itae_utils.method.setting import ITAE
 from itae_utils.method.thresholds import fit_threshold
-from itae_utils.models.backbones import Backbone, load_backbone, undo_normalization
+from itae_utils.models.backbones import Backbone, load_backbone
 
-MOST_IMAGES = 50  # more rows can't be told apart in one figure
+MOST_IMAGES = 50  # more rows are too small to read in one figure
 
 
 @dataclass(frozen=True)
-class Look:
+class InspectedImage:
     """One image as the model sees it; maps are (rows, columns) of its patch grid.
 
     Attributes:
@@ -33,7 +32,7 @@ class Look:
         hidden: norm of the patch tokens after one block.
         norms: norm of the source in the last block.
         before: attention of `[CLS]` in the last block, mean over the heads.
-        after: the same with ITAE; None where there is no θ.
+        after: the same with ITAE; None without θ.
         artifacts: bool.
     """
 
@@ -48,17 +47,17 @@ class Look:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a close look at some images found.
+    """The result of `inspect_images`.
 
     Attributes:
-        looks: one for each image.
+        images: in the order of the paths.
         source: whose norms were compared with θ.
-        block: the block, counted from 1, after which `Look.hidden` is measured.
-        threshold: where θ comes from, or why there is none.
-        lines: the same in lines of text, with what each image was resized to.
+        block: number of the block, from 1, after which `InspectedImage.hidden` is measured.
+        threshold: θ and its origin, or why there is none, in words.
+        lines: a summary for the terminal: the size of each image, θ, and planted artifacts.
     """
 
-    looks: list[Look]
+    images: list[InspectedImage]
     source: str
     block: int
     threshold: str
@@ -78,13 +77,13 @@ def inspect_images(
     patch.
 
     Args:
-        paths: image files, 50 at the most.
+        paths: at most 50 image files.
         backbone: from `load_backbone`, or a name for it.
-        source: whose norm tells artifacts: "query", "key" or "value".
-        threshold: θ; None or "auto" fits it to all patches of the given images together, where they are enough.
+        source: whose norm identifies artifacts: "query", "key" or "value".
+        threshold: θ; None or "auto" fits it to all patches of these images together, if there are enough.
 
     Raises:
-        ItaeError: no images or too many, an unreadable one (named), a bad setting.
+        ItaeError: no images or more than 50, an unreadable image (named), or a bad setting.
     """
     setting = ITAE(source=source, threshold="auto" if threshold is None else threshold)
     _check(paths)
@@ -93,43 +92,41 @@ def inspect_images(
         backbone = load_backbone(backbone)
     tensors = [_resized(backbone, image) for image in pictures]
     with torch.inference_mode(), backbone.autocast():
-        seen = [measure(backbone, tensor[None].to(backbone.device)) for tensor in tensors]
+        seen = [measure_batch(backbone, tensor[None].to(backbone.device)) for tensor in tensors]
         theta, words = _threshold(setting, [measured[source].cpu().numpy() for measured in seen])
         setting = replace(setting, threshold=(theta,))
-        block = _telling_block([measured["hidden"][0].cpu().numpy() for measured in seen])
-        looks = [_look(backbone, Path(path).name, tensor, measured, block, setting)
-                 for path, tensor, measured in zip(paths, tensors, seen, strict=True)]
+        block = _peak_block([measured["hidden"][0].cpu().numpy() for measured in seen])
+        images = [_inspected(backbone, Path(path).name, tensor, measured, block, setting)
+                  for path, tensor, measured in zip(paths, tensors, seen, strict=True)]
     planted = [f"{backbone.name}: {backbone.source}"] if backbone.truth is not None else []
-    return Inspection(looks, source, block + 1, words, [*map(_describe, looks, pictures), words, *planted])
+    return Inspection(images, source, block + 1, words, [*map(_describe, images, pictures), words, *planted])
 
 
 def _check(paths: Sequence[str | Path]) -> None:
     if not 1 <= len(paths) <= MOST_IMAGES:
-        raise ItaeError(f"{len(paths)} images don't make a figure: give 1 to {MOST_IMAGES}")
+        raise ItaeError(f"{len(paths)} images do not fit in one figure: give 1 to {MOST_IMAGES}")
     for path in paths:
         if not Path(path).is_file():
             raise ItaeError(f"{str(path)!r} is not a file: give image files")
 
 
 def _resized(backbone: Backbone, image: Image) -> Tensor:
-    """The image, preprocessed in its own shape: (3, H, W), both multiples of the patch."""
-    resize, *_, to_tensor, to_float, normalize = backbone.transform.transforms
+    """Return the image, preprocessed in its own shape: (3, H, W), both multiples of the patch."""
     patches = backbone.model.patch_embed.patch_size
     scale = backbone.image_size / min(image.size)
     height, width = (round(side * scale / patch) * patch
                      for side, patch in zip((image.height, image.width), patches, strict=True))
-    resized = functional.resize(image, [height, width], resize.interpolation, antialias=True)
-    return normalize(to_float(to_tensor(resized)))
+    return backbone.preprocessing.resized(image, (height, width))
 
 
-def _telling_block(hidden: Sequence[np.ndarray]) -> int:
-    """The block after which the longest token is longest against the median one."""
+def _peak_block(hidden: Sequence[np.ndarray]) -> int:
+    """Return the block after which the longest token is the largest multiple of the median one."""
     by_block = np.concatenate([norms.reshape(len(norms), -1) for norms in hidden], axis=1)
     return int((by_block.max(axis=1) / np.median(by_block, axis=1)).argmax())
 
 
 def _threshold(setting: ITAE, norms: Sequence[np.ndarray]) -> tuple[float | None, str]:
-    """θ and where it comes from, in words."""
+    """Return θ, and a sentence about its origin."""
     pooled = np.concatenate([values.ravel() for values in norms])
     if setting.threshold == "auto":
         fit = fit_threshold(pooled)
@@ -141,21 +138,21 @@ def _threshold(setting: ITAE, norms: Sequence[np.ndarray]) -> tuple[float | None
                    f"{np.count_nonzero(pooled <= theta):,} of {pooled.size:,} patches lie at or below it")
 
 
-def _look(
+def _inspected(
     backbone: Backbone, name: str, tensor: Tensor, measured: dict[str, Tensor], block: int, setting: ITAE
-) -> Look:
+) -> InspectedImage:
     theta, norms = setting.thresholds[0], measured[setting.source]
     artifacts = torch.zeros_like(norms, dtype=torch.bool) if theta is None else norms <= theta
-    after = cls_attention(attenuated_logits(measured["logits"], artifacts, setting), norms.shape[-1])
+    after = cls_attention(attenuated_logits(measured["logits"], artifacts, setting), norms.shape[-1]).mean(dim=1)
     patches = backbone.model.patch_embed.patch_size
     grid = tuple(side // patch for side, patch in zip(tensor.shape[1:], patches, strict=True))
 
     def on_grid(values: Tensor) -> np.ndarray:
         return values.cpu().numpy().reshape(grid)
 
-    return Look(
+    return InspectedImage(
         name=name,
-        picture=undo_normalization(backbone, tensor),
+        picture=backbone.preprocessing.undo(tensor),
         hidden=on_grid(measured["hidden"][0, block]),
         norms=on_grid(norms),
         before=on_grid(measured["attention"]),
@@ -164,10 +161,10 @@ def _look(
     )
 
 
-def _describe(look: Look, original: Image) -> str:
-    (rows, columns), (height, width, _) = look.hidden.shape, look.picture.shape
-    words = (f"{look.name}: {original.width} × {original.height} shown to the model as {width} × {height}, "
+def _describe(image: InspectedImage, original: Image) -> str:
+    (rows, columns), (height, width, _) = image.hidden.shape, image.picture.shape
+    words = (f"{image.name}: {original.width} × {original.height} shown to the model as {width} × {height}, "
              f"{columns} × {rows} patches")
-    if look.after is None:
+    if image.after is None:
         return words
-    return f"{words}, {np.count_nonzero(look.artifacts)} of them artifacts"
+    return f"{words}, {np.count_nonzero(image.artifacts)} of them artifacts"

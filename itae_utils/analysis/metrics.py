@@ -1,4 +1,4 @@
-"""How well k-means on features finds the classes: ACC, NMI, ARI over seeds, and whether two variants really differ."""
+"""Clustering scores: ACC, NMI and ARI of k-means over seeds, and the bootstrap interval of a difference between two."""
 
 from __future__ import annotations
 
@@ -26,17 +26,27 @@ def evaluate_clustering(
     normalize: bool = True,
     max_memory: int | None = None,
 ) -> pd.DataFrame:
-    """K-means on features (n, dim) against the classes `targets` (n,), one row a seed: seed, acc, nmi, ari, inertia.
+    """Run k-means on features (n, dim) and score it against the classes `targets` (n,).
 
-    `k` is by default the number of classes in `targets`; the other settings and the memory it takes are `cluster`'s.
+    Args:
+        features: as for `cluster`.
+        targets: classes (n,).
+        k: number of clusters; by default the number of classes in `targets`.
+        seeds: one run of k-means each; a number means that many, from 0.
+        n_init: see `cluster`.
+        normalize: see `cluster`.
+        max_memory: see `cluster`.
+
+    Returns:
+        One row per seed; columns seed, acc, nmi, ari, inertia.
 
     Raises:
-        ItaeError: as for `cluster`; no targets, or not one for each row of features.
+        ItaeError: a value that `cluster` refuses; no targets, or not one for each row of features.
     """
     if targets is None:
-        raise ItaeError("ACC, NMI and ARI need labels and there are none: agreement() between seeds needs no labels")
+        raise ItaeError("targets=None: ACC, NMI and ARI need labels; without labels use agreement() between seeds")
     if len(targets) != len(features):
-        raise ItaeError(f"{len(targets):,} targets don't fit {len(features):,} rows of features: give one for each row")
+        raise ItaeError(f"{len(targets):,} targets for {len(features):,} rows of features: give one target per row")
     k = len(np.unique(targets)) if k is None else k
     labels, inertias = cluster_seeds(
         features, k, seeds=seeds, n_init=n_init, normalize=normalize, max_memory=max_memory
@@ -46,24 +56,24 @@ def evaluate_clustering(
 
 
 def summarize(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean, sd (n - 1; NaN for one seed), min and max over the seeds, a row for each metric in `scores`."""
+    """Return mean, sd (n - 1; NaN for one seed), min and max over the seeds, one row for each metric in `scores`."""
     metrics = scores.drop(columns="seed")
     return metrics.agg(["mean", "std", "min", "max"]).T.rename(columns={"std": "sd"})
 
 
 def agreement(labels: np.ndarray) -> float:
-    """Mean ARI between every two runs (seeds, n) of `cluster_seeds`: how stable they are, where no labels tell more.
+    """Return the mean ARI over all pairs of runs (seeds, n) of `cluster_seeds`, a measure of stability without labels.
 
     Raises:
         ItaeError: fewer than 2 runs.
     """
     if len(labels) < 2:
-        raise ItaeError("agreement is between runs of k-means and there is only one: use 2 seeds or more")
+        raise ItaeError(f"agreement needs at least 2 runs of k-means, not {len(labels)}: use 2 seeds or more")
     return float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]))
 
 
 def score(targets: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """ACC, NMI (arithmetic mean of the entropies) and ARI of cluster labels (n,) against classes (n,)."""
+    """Return ACC, NMI (arithmetic mean of the entropies) and ARI of cluster labels (n,) against classes (n,)."""
     return {
         "acc": accuracy(targets, labels),
         "nmi": float(normalized_mutual_info_score(targets, labels)),
@@ -72,15 +82,15 @@ def score(targets: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def accuracy(targets: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images in the right cluster under the best one-to-one match; clusters left without a class are wrong."""
+    """Return the share of images in the cluster that their class is matched to, under the best one-to-one match."""
     _, _, table = _contingency(targets, labels)
     return float(table[_match(table)].sum() / table.sum())
 
 
 def match_clusters(targets: np.ndarray, labels: np.ndarray) -> dict:
-    """The one-to-one match of clusters to classes that puts most images right, as {cluster: class}.
+    """Return the one-to-one match of clusters to classes with the highest accuracy, as {cluster: class}.
 
-    With more clusters than classes some clusters are left out, with fewer some classes.
+    With more clusters than classes some clusters have no match; with fewer, some classes have none.
     """
     classes, clusters, table = _contingency(targets, labels)
     rows, columns = _match(table)
@@ -88,9 +98,9 @@ def match_clusters(targets: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def confusion(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Number of images by class (rows) and cluster (columns), with the matched pairs on the diagonal.
+    """Return the number of images by class (rows) and cluster (columns), with the matched pairs on the diagonal.
 
-    Rows and columns are in the order of the classes; classes and clusters without a match come last.
+    Rows and columns are in the order of the classes; unmatched classes and clusters come last.
     """
     classes, clusters, table = _contingency(targets, labels)
     rows, columns = _match(table)
@@ -106,14 +116,14 @@ def confusion(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 def paired_bootstrap(
     targets: np.ndarray, labels_a: np.ndarray, labels_b: np.ndarray, *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """How far variant b is ahead of variant a, with the 95 % interval that comes from the choice of images.
+    """Return how far variant b is ahead of variant a, with a 95 % bootstrap interval over the images.
 
-    The images are drawn anew with replacement, the same ones for both sides and all seeds; their cluster labels stay,
-    the match of clusters to classes is found again in each draw. The spread between seeds is not in the interval.
+    Each draw resamples the images with replacement, the same ones for both variants and all seeds. Their cluster labels
+    stay fixed, and clusters are matched to classes again. The interval does not include the spread between seeds.
 
     Args:
         targets: classes (n,).
-        labels_a: cluster labels (seeds, n) or (n,), as `cluster_seeds` gives them; scores are averaged over the seeds.
+        labels_a: cluster labels (seeds, n) or (n,) from `cluster_seeds`; scores are averaged over the seeds.
         labels_b: the same for b; the number of seeds and clusters may differ.
         draws: number of resamples.
         seed: of the resamples.
@@ -122,22 +132,22 @@ def paired_bootstrap(
         Rows acc, nmi, ari; columns difference (b - a), low, high.
 
     Raises:
-        ItaeError: labels that aren't as long as the targets, draws below 1.
+        ItaeError: labels and targets of different length, or draws below 1.
     """
     if draws < 1:
-        raise ItaeError(f"draws={draws} is too few resamples: use 1,000 or so")
+        raise ItaeError(f"draws={draws} is too few: use 1,000 or so")
     classes, class_codes = np.unique(targets, return_inverse=True)
     sides = [np.atleast_2d(labels_a), np.atleast_2d(labels_b)]
     for labels in sides:
         if labels.shape[-1] != len(class_codes):
-            raise ItaeError(f"labels of shape {labels.shape} don't fit {len(class_codes):,} targets: give (seeds, n)")
+            raise ItaeError(f"labels of shape {labels.shape} don't match {len(class_codes):,} targets: give (seeds, n)")
     codes = [np.unique(labels_of_seed, return_inverse=True)[1] for labels in sides for labels_of_seed in labels]
     shape = (len(codes), len(classes), 1 + max(code.max() for code in codes))
-    # one number for (run, class, cluster), so that a single bincount makes the tables of all runs
-    cells = np.stack([(run * shape[1] + class_codes) * shape[2] + code for run, code in enumerate(codes)])
+    # one number per (run, class, cluster), so that a single bincount counts the tables of all runs
+    places = np.stack([(run * shape[1] + class_codes) * shape[2] + code for run, code in enumerate(codes)])
 
     def difference(images: np.ndarray) -> np.ndarray:
-        tables = np.bincount(cells[:, images].ravel(), minlength=np.prod(shape)).reshape(shape)
+        tables = np.bincount(places[:, images].ravel(), minlength=np.prod(shape)).reshape(shape)
         scores = _scores_of_tables(tables)
         return scores[len(sides[0]) :].mean(axis=0) - scores[: len(sides[0])].mean(axis=0)
 
@@ -145,20 +155,20 @@ def paired_bootstrap(
     total = len(class_codes)
     resampled = np.stack([difference(rng.integers(total, size=total)) for _ in range(draws)])
     low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
-    found = difference(np.arange(total))
-    return pd.DataFrame({"difference": found, "low": low, "high": high}, index=pd.Index(METRICS, name="metric"))
+    observed = difference(np.arange(total))
+    return pd.DataFrame({"difference": observed, "low": low, "high": high}, index=pd.Index(METRICS, name="metric"))
 
 
 def describe_difference(row: Mapping[str, float] | pd.Series) -> str:
-    """A row of `paired_bootstrap` in words: "+0.054 [+0.031, +0.078]", and that it tells nothing where it holds 0."""
+    """Return a row of `paired_bootstrap` as text, such as "+0.054 [+0.031, +0.078]", and say if the interval has 0."""
     words = f"{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"
-    return f"{words}: no difference can be told (interval holds 0)" if row["low"] <= 0 <= row["high"] else words
+    return f"{words}: no clear difference (the interval contains 0)" if row["low"] <= 0 <= row["high"] else words
 
 
 def _scores_of_tables(tables: np.ndarray) -> np.ndarray:
-    """ACC, NMI and ARI (T, 3) of contingency tables (T, classes, clusters) of equal totals.
+    """Return ACC, NMI and ARI (T, 3) of contingency tables (T, classes, clusters) of equal totals.
 
-    scikit-learn gives the same numbers, one table a call, a hundred times slower.
+    scikit-learn computes the same numbers for one table per call, a hundred times slower.
     """
     total = tables[0].sum()
     rows, columns = tables.sum(axis=2), tables.sum(axis=1)
@@ -172,7 +182,7 @@ def _scores_of_tables(tables: np.ndarray) -> np.ndarray:
         counts = counts.reshape(len(tables), -1).astype(float)
         return np.sum(counts * (counts - 1) / 2, axis=1)
 
-    # both scores are 0 / 0, and 1 by convention, where the two partitions are trivial in the same way
+    # NMI and ARI are 0 / 0, and 1 by convention, if both partitions are trivial in the same way
     mean_entropy = (entropy(rows) + entropy(columns)) / 2
     information = np.maximum(entropy(rows) + entropy(columns) - entropy(tables), 0)
     nmi = np.divide(information, mean_entropy, out=np.ones_like(mean_entropy), where=mean_entropy > 0)
@@ -183,9 +193,9 @@ def _scores_of_tables(tables: np.ndarray) -> np.ndarray:
 
 
 def _contingency(targets: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct classes, the distinct clusters, and the number of images (classes, clusters) in both."""
+    """Return the distinct classes, the distinct clusters, and the number of images in both (classes, clusters)."""
     if np.shape(targets) != np.shape(labels) or np.ndim(targets) != 1 or not len(targets):
-        raise ItaeError(f"targets {np.shape(targets)} and labels {np.shape(labels)} don't fit: both must be (n,)")
+        raise ItaeError(f"targets {np.shape(targets)} and labels {np.shape(labels)} do not match: both must be (n,)")
     classes, rows = np.unique(targets, return_inverse=True)
     clusters, columns = np.unique(labels, return_inverse=True)
     shape = (len(classes), len(clusters))
@@ -193,5 +203,5 @@ def _contingency(targets: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _match(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, in order, and columns of the matched pairs of a contingency table."""
+    """Return the rows, in ascending order, and columns of the matched pairs of a contingency table."""
     return linear_sum_assignment(table, maximize=True)

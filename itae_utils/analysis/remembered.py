@@ -1,6 +1,6 @@
-"""Results that take time and follow from the features alone: cluster labels and t-SNE, kept beside them in the store.
+"""Cluster labels and t-SNE of features, computed once and cached in the feature store.
 
-They are found by what the features are, not by where they came from: equal bytes, equal settings, equal result.
+The cache key is the features' bytes, the settings and the code here, not the features' origin.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize as unit_rows
 
 from itae_utils.analysis.kmeans import cluster_seeds
-from itae_utils.store.store import Store, open_store
+from itae_utils.files import PACKAGE
+from itae_utils.store.store import Store, code_digest, open_store
 
 
 def clusters(
     features: np.ndarray, k: int, *, seeds: Sequence[int], n_init: int = 10, normalize: bool = True,
     store: str | Path | Store | None = "auto",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`cluster_seeds`, computed once for the same features (n, dim) and settings: labels (seeds, n), inertias (seeds,).
+    """Return `cluster_seeds` of features (n, dim), cached: labels (seeds, n) and inertias (seeds,).
 
     Args:
         features: as for `cluster_seeds`.
         k: number of clusters.
-        seeds: of k-means, a run each.
-        n_init: k-means starts a run.
-        normalize: whether rows are brought to length 1 first.
+        seeds: of k-means, one run each.
+        n_init: k-means starts per run.
+        normalize: whether rows are scaled to length 1 first.
         store: as for `extract_features`.
     """
     settings = {"k": int(k), "seeds": [int(seed) for seed in seeds], "n_init": n_init, "normalize": bool(normalize)}
@@ -44,13 +45,13 @@ def clusters(
 
 def tsne(features: np.ndarray, *, perplexity: float, seed: int, normalize: bool = True,
          store: str | Path | Store | None = "auto") -> np.ndarray:
-    """scikit-learn's t-SNE of features (n, dim) in two dimensions, (n, 2), computed once for the same ones.
+    """Return scikit-learn's t-SNE of features (n, dim) in two dimensions, (n, 2), cached.
 
     Args:
         features: of at least a few images.
-        perplexity: about how many neighbours count; below n.
-        seed: of its random start.
-        normalize: whether rows are brought to length 1 first.
+        perplexity: effective number of neighbours; below n.
+        seed: of the random initialisation.
+        normalize: whether rows are scaled to length 1 first.
         store: as for `extract_features`.
     """
     def compute() -> dict[str, np.ndarray]:
@@ -71,4 +72,5 @@ def _remembered(kind: str, features: np.ndarray, settings: Mapping[str, object],
     about = {"features": hashlib.sha256(features).hexdigest(), "shape": list(features.shape),
              "dtype": str(features.dtype)}
     versions = {name: metadata.version(name) for name in ("scikit-learn", "numpy")}
-    return place.remembered(kind, {**about, **settings, "versions": versions}, compute)
+    code = code_digest([PACKAGE / "analysis/kmeans.py", PACKAGE / "analysis/remembered.py"])
+    return place.remembered(kind, {**about, **settings, "versions": versions, "code": code}, compute)

@@ -1,7 +1,8 @@
-"""Sentences, numbers and rows that several notebooks share."""
+"""Sentences, numbers and result rows that several notebooks share."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,13 +13,20 @@ from itae_utils.method.thresholds import ThresholdFit
 from itae_utils.models.backbones import Backbone
 
 PLANTED = (
-    "**The artifacts of this backbone were planted** by an edit of its weights, so that it is known which patches they "
-    "are. What is found here shows that the program works, not that natural artifacts behave the same."
+    "**The artifacts of this backbone were planted** by editing its weights, so the true artifacts are known. "
+    "The results show that the program works, not that natural artifacts behave in the same way."
 )
+SETTING_COLUMNS = ("source", "attenuation", "theta")
+MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_[]~|$"})
+
+
+def escape(text: object) -> str:
+    """Return a name or path as literal text for Markdown: neither HTML nor Markdown in it takes effect."""
+    return html.escape(str(text), quote=False).translate(MARKDOWN)
 
 
 def percent(share: float) -> str:
-    """A share as text with two figures, never rounded to none or all: "8.9 %", "92 %", "99.9 %", "< 0.1 %"."""
+    """Return a share as text with two figures, never rounded to none or all: "8.9 %", "92 %", "99.9 %", "< 0.1 %"."""
     if share in (0, 1) or not 0 <= share <= 1:
         number = f"{100 * share:.0f}"
     elif share < 0.001:
@@ -31,55 +39,64 @@ def percent(share: float) -> str:
 
 
 def describe_run(backbone: Backbone, dataset: Dataset) -> str:
-    """Markdown: which model looks at which images, and whether its artifacts were planted."""
+    """Return Markdown that describes the model and the images, and says so if the artifacts were planted."""
     rows, columns = backbone.patch_grid
-    labels = "without labels" if dataset.targets is None else _classes(dataset)
+    labels = "without labels" if dataset.targets is None else _describe_classes(dataset)
     lines = [
-        f"**{backbone.name}**: {backbone.source}; {backbone.num_blocks} blocks, width {backbone.dim}, "
+        f"**{escape(backbone.name)}**: {escape(backbone.source)}; {backbone.num_blocks} blocks, width {backbone.dim}, "
         f"{backbone.image_size} px ({backbone.preprocess}), {rows} × {columns} patches, "
         f"{backbone.precision} on {backbone.device}.",
-        f"**{dataset.name}**: {len(dataset):,} images, {labels}; {dataset.source}.",
+        f"**{escape(dataset.name)}**: {len(dataset):,} images, {labels}; {escape(dataset.source)}.",
     ]
     if dataset.skipped:
-        lines.append(f"{len(dataset.skipped):,} unreadable files were left out, {dataset.skipped[0]} the first.")
+        lines.append(f"{len(dataset.skipped):,} unreadable files were left out. The first is "
+                     f"{escape(dataset.skipped[0])}.")
     if backbone.truth is not None:
         lines.append(PLANTED)
     return "\n\n".join(lines)
 
 
-def _classes(dataset: Dataset) -> str:
+def _describe_classes(dataset: Dataset) -> str:
     present, known = len(np.unique(dataset.targets)), len(dataset.classes)
     return f"{known:,} classes" if present == known else f"{present:,} of {known:,} classes"
 
 
 def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None) -> str:
-    """Markdown: the θ that is used for `source` and where it comes from, or why there is none and what that means."""
+    """Return Markdown that states the θ in use for `source` and its origin, or why there is no θ."""
     if fit.is_given(threshold):
-        return f"θ = {threshold:.4g} on the norm of the {source} was given; the fit would say: {fit.reason}."
-    if threshold is None:
-        if not fit.is_tested:
-            return (f"**Artifacts could not be looked for** by the norm of the {source}: {fit.reason}. So nothing is "
-                    "attenuated: with ITAE every feature is the model's own. Take more images, or give `threshold` a "
-                    "number.")
-        return (f"**No artifacts were found** by the norm of the {source} in the last block ({fit.reason}). So nothing "
-                "is attenuated: with ITAE every feature is the model's own.")
-    return f"θ = {threshold:.4g} on the norm of the {source} in the last block: {fit.reason}."
+        return f"θ = {threshold:.4g} on the norm of the {source} was given. The fit to the norms says: {fit.reason}."
+    if threshold is not None:
+        return f"θ = {threshold:.4g} on the norm of the {source} in the last block: {fit.reason}."
+    unchanged = "Nothing is attenuated, so every ITAE feature equals the model's own."
+    if fit.is_tested:
+        return (f"**No artifacts were found** with the norm of the {source} in the last block ({fit.reason}). "
+                f"{unchanged}")
+    return (f"**Too few patches to look for artifacts** with the norm of the {source}: {fit.reason}. {unchanged} "
+            "Use more images, or set `threshold` to a number.")
+
+
+def describe_thetas(thresholds: Sequence[float | None]) -> str:
+    """Return the θ of several blocks as text, such as "none, 2.31"."""
+    return ", ".join("none" if theta is None else f"{theta:.3g}" for theta in thresholds)
 
 
 def result_rows(
     table: pd.DataFrame, metrics: Sequence[str], *, backbone: str, dataset: str, n: int
 ) -> list[dict[str, object]]:
-    """Rows for `results.json` from a table with columns variant and `metrics`; what is not finite is left out.
+    """Return rows for `results.json`, one for each finite value in the columns `metrics`.
 
     Args:
-        table: may have a column seed, and a column backbone where not all rows are of one.
+        table: has a column variant. Optional columns: seed; backbone, if the rows are of several; source, attenuation
+            and theta of a setting in the ablation's grid, which the result rows then carry too (None if missing).
         metrics: columns to take.
         backbone: name.
         dataset: name.
         n: number of images.
     """
-    return [
-        {"backbone": row.get("backbone", backbone), "dataset": dataset, "n": n, "variant": row["variant"],
-         "seed": row.get("seed"), "metric": metric, "value": float(row[metric])}
-        for row in table.to_dict("records") for metric in metrics if np.isfinite(row[metric])
-    ]
+    rows = []
+    for row in table.to_dict("records"):
+        setting = {name: row[name] if isinstance(row[name], str) else None for name in SETTING_COLUMNS if name in row}
+        rows += [{"backbone": row.get("backbone", backbone), "dataset": dataset, "n": n, "variant": row["variant"],
+                  "seed": row.get("seed"), **setting, "metric": metric, "value": float(row[metric])}
+                 for metric in metrics if np.isfinite(row[metric])]
+    return rows

@@ -1,4 +1,4 @@
-"""Every figure of the notebooks, one function each, returning a matplotlib Figure."""
+"""The figures of the notebooks: one function each, which returns a matplotlib Figure."""
 
 from itae_utils.lazy import lazy_names
 

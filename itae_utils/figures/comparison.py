@@ -1,4 +1,4 @@
-"""The plot of the comparison: measured scores beside the published ones."""
+"""The figure of the comparison: measured scores beside the published ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from itae_utils.analysis.collection import Cell
-from itae_utils.analysis.comparison import BY_DATASET, VARIANTS, dataset_title, has_scores, marked, score_values
+from itae_utils.analysis.collection import Pairing
+from itae_utils.analysis.comparison import BY_DATASET, VARIANTS, dataset_title, has_scores, labelled, score_values
 from itae_utils.analysis.metrics import METRICS
 from itae_utils.figures.style import AFTER, NORMAL, ReportFigure, styled
 
@@ -18,54 +18,53 @@ MARKERS = {"baseline": ("o", NORMAL, NORMAL), "random control": ("o", "white", N
 
 
 @styled
-def published_and_measured(cells: Sequence[Cell]) -> Figure:
-    """A panel for each score: a line for every cell with its variants' mean ± sd, and the published ITAE as a bar.
+def published_and_measured(pairings: Sequence[Pairing]) -> Figure:
+    """Draw one panel per score: a row for every pairing with its variants' mean ± sd, and the published ITAE as a bar.
 
-    Data sets that were not run have a line with the published number alone.
+    Data sets that were not run have a row with the published number only.
     """
-    lines: list[tuple[str, str, Cell | None]] = []
-    measured = [cell for cell in cells if has_scores(cell)]
-    for dataset in [*BY_DATASET, *dict.fromkeys(cell.dataset for cell in measured if cell.dataset not in BY_DATASET)]:
-        own = [cell for cell in measured if cell.dataset == dataset]
-        lines += [(dataset, _name(cell), cell) for cell in own]
-        lines += [] if own else [(dataset, f"{dataset_title(dataset)}\nnot run", None)]
-    figure = ReportFigure(_title(measured), height=1.5 + 0.55 * len(lines))
+    rows: list[tuple[str, str, Pairing | None]] = []
+    measured = [pairing for pairing in pairings if has_scores(pairing)]
+    for dataset in dict.fromkeys([*BY_DATASET, *(pairing.dataset for pairing in measured)]):
+        own = [(dataset, _name(pairing), pairing) for pairing in measured if pairing.dataset == dataset]
+        rows += own or [(dataset, f"{dataset_title(dataset)}\nnot run", None)]
+    figure = ReportFigure(_title(measured), height=1.5 + 0.55 * len(rows))
     panels = figure.subplots(1, len(METRICS), sharey=True)
     for axes, metric in zip(panels, METRICS, strict=True):
-        for place, (dataset, _, cell) in enumerate(lines):
-            _draw(axes, place, metric, cell, dataset)
-        axes.set(title=metric.upper(), ylim=(len(lines) - 0.5, -0.5))
+        for place, (dataset, _, pairing) in enumerate(rows):
+            _draw(axes, place, metric, pairing, dataset)
+        axes.set(title=metric.upper(), ylim=(len(rows) - 0.5, -0.5))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(lines)), [name for _, name, _ in lines])
+    panels[0].set_yticks(range(len(rows)), [name for _, name, _ in rows], parse_math=False)
     handles = {label: handle for axes in panels
                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
 
-def _name(cell: Cell) -> str:
-    marks = cell.marks()
-    return (f"{marked(dataset_title(cell.dataset), marks.get('dataset'))}\n"
-            f"{marked(cell.backbone, marks.get('backbone'))}")
+def _name(pairing: Pairing) -> str:
+    caveats = pairing.caveats()
+    return (f"{labelled(dataset_title(pairing.dataset), caveats.get('dataset'))}\n"
+            f"{labelled(pairing.backbone, caveats.get('backbone'))}")
 
 
-def _draw(axes: Axes, place: int, metric: str, cell: Cell | None, dataset: str) -> None:
+def _draw(axes: Axes, place: int, metric: str, pairing: Pairing | None, dataset: str) -> None:
     if dataset in BY_DATASET:
         axes.plot([getattr(BY_DATASET[dataset], metric)] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2,
                   label="published ITAE")
     for offset, (variant, (marker, face, edge)) in zip((-0.18, 0, 0.18), MARKERS.items(), strict=True):
-        values = score_values(cell, variant, metric) if cell else []
+        values = score_values(pairing, variant, metric) if pairing else []
         if values:
             axes.errorbar(np.mean(values), place + offset, xerr=np.std(values, ddof=1) if len(values) > 1 else None,
                           marker=marker, color=edge, markerfacecolor=face, linestyle="none", label=VARIANTS[variant])
 
 
-def _title(measured: Sequence[Cell]) -> str:
-    gaps = [np.mean(score_values(cell, "itae", "acc")) - BY_DATASET[cell.dataset].acc for cell in measured
-            if cell.dataset in BY_DATASET and not cell.marks()]
+def _title(measured: Sequence[Pairing]) -> str:
+    gaps = [np.mean(score_values(pairing, "itae", "acc")) - BY_DATASET[pairing.dataset].acc for pairing in measured
+            if pairing.dataset in BY_DATASET and not pairing.caveats()]
     if not gaps:
-        return "No published number can be compared yet: nothing was run on the real images with the published weights"
+        return "No run can be compared with the published numbers yet: none has the published images and weights"
     ends = dict.fromkeys(f"{gap:+.3f}" for gap in (min(gaps), max(gaps)))
     return (f"Measured minus published ACC of ITAE: {' to '.join(ends)} over {len(gaps)} "
-            f"run{'s' if len(gaps) > 1 else ''} with real images and weights")
+            f"run{'s' if len(gaps) > 1 else ''} with the published images and weights")

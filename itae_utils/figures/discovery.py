@@ -1,28 +1,27 @@
-"""Plots of patches and attention, one function each, and how every figure of the project is drawn and saved.
+"""Figures of patches and attention, one function each.
 
-A figure's title says what its data show. Nothing here touches pyplot's state: figures work headless and in notebooks.
+A figure's title states its finding. No function touches pyplot's state: figures work headless and in notebooks.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, ScalarFormatter
 
-from itae_utils.analysis.inspection import Look
+from itae_utils.analysis.inspection import InspectedImage
 from itae_utils.analysis.words import percent
 from itae_utils.extraction.observation import Observation
-from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, WIDTH, ReportFigure, outline, percent_ticks, styled
+from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, WIDTH, ReportFigure, outline, shortened, styled
 from itae_utils.method.thresholds import ThresholdFit
 
 
 @styled
 def hidden_norms(seen: Observation) -> Figure:
-    """Norm of the patch tokens after each block, artifacts and the others: median, 1–99 % band, and longest."""
+    """Draw the norm of artifacts and of other patch tokens after each block: median, 1–99 % band, and longest."""
     blocks = np.arange(1, seen.hidden_norms.shape[1] + 1)
     groups = [(label, color, seen.hidden_norms.transpose(0, 2, 1)[mask])
               for label, color, mask in _groups(seen.artifacts) if mask.any()]
@@ -63,7 +62,7 @@ def _hidden_norms_title(seen: Observation) -> str:
 
 @styled
 def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> Figure:
-    """Distribution of ‖P_i‖ for every source, with θ where there is one; patches on a log scale, so rare ones show."""
+    """Draw the distribution of ‖P_i‖ for every source, with θ if there is one; the log scale shows rare patches."""
     figure = ReportFigure(_norms_title(fits, thresholds), height=3.4)
     for axes, (source, fit) in zip(figure.subplots(1, len(fits), sharey=True), fits.items(), strict=True):
         theta, norms = thresholds[source], fit.norms.ravel()
@@ -72,7 +71,7 @@ def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str
         axes.set(xlabel=f"‖{source}‖₂ in the last block", yscale="log", title=f"{source}: no θ")
         if theta is not None:
             axes.hist(norms[norms <= theta], edges, color=ARTIFACT)
-            if edges[0] <= theta <= edges[-1]:  # else its line would squeeze the norms
+            if edges[0] <= theta <= edges[-1]:  # a line far outside would squeeze the norms
                 axes.axvline(theta, color="black", linestyle="--", linewidth=1)
             axes.set_title(f"{source}: θ = {theta:.4g}, {percent((norms <= theta).mean())} at or below")
         axes.ticklabel_format(axis="x", useOffset=False)
@@ -82,36 +81,37 @@ def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str
 
 
 def _norms_title(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> str:
-    """What the fits found, and what lies below a θ that none of them found."""
+    """Return what the fits found, and the share of patches at or below each θ that was given."""
     used = {source: theta for source, theta in thresholds.items() if theta is not None}
     found = [source for source, theta in used.items() if not fits[source].is_given(theta)]
-    given = [f"{percent((fits[source].norms <= theta).mean())} of the patches lie up to the θ given for the {source}"
-             for source, theta in used.items() if source not in found]
+    below = {source: percent((fits[source].norms <= theta).mean()) for source, theta in used.items()}
+    given = [f"{below[source]} of the patches lie at or below the θ given for the {source}"
+             for source in used if source not in found]
     if found:
-        told = f"The norm of the {' and the '.join(found)} tells artifacts from other patches"
+        finding = f"The norm of the {' and the '.join(found)} separates artifacts from other patches"
     elif not all(fit.is_tested for fit in fits.values()):
-        told = "Too few patches to tell whether a norm has a low mode of its own"
+        finding = "Too few patches to test the norms for a separate low mode"
     else:
-        told = "No norm has a low mode of its own"
-    return "; ".join([told, *given])
+        finding = "No norm has a separate low mode"
+    return "; ".join([finding, *given])
 
 
 @styled
 def attention_examples(
     pictures: Sequence[np.ndarray], before: np.ndarray, after: np.ndarray, artifacts: np.ndarray
 ) -> Figure:
-    """Images, and the `[CLS]` attention over their patches before and after, in equal colours, artifacts outlined.
+    """Draw images and the `[CLS]` attention on their patches before and after, in equal colours, artifacts outlined.
 
     Args:
         pictures: n images (H, W, 3) in [0, 1].
         before: (n, rows, columns) attention weights.
         after: the same after ITAE.
-        artifacts: (n, rows, columns) bool. Where there are none at all, `after` is the same and is not drawn.
+        artifacts: (n, rows, columns) bool. Without any, `after` equals `before` and is not drawn.
     """
     maps = {"before": before, "after": after} if artifacts.any() else {"attention": before}
     shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
     title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
-             if artifacts.any() else "Where [CLS] looks in these images; no patch is taken for an artifact")
+             if artifacts.any() else "No patch of these images is an artifact: ITAE does not change their attention")
     figure = ReportFigure(title, height=1.1 + (1 + len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
     grid = figure.subplots(1 + len(maps), len(pictures), squeeze=False)
     extent = (0, before.shape[2], before.shape[1], 0)
@@ -132,7 +132,7 @@ def attention_examples(
 
 @styled
 def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Figure:
-    """Left, how often each place of the patch grid holds an artifact; right, how many artifacts an image has.
+    """Draw how often each place of the patch grid holds an artifact, and how many artifacts an image has.
 
     Args:
         artifacts: (n, N) bool.
@@ -149,7 +149,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
     where.set(xlabel="patch column", ylabel="patch row")
     for axis in (where.xaxis, where.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
-    figure.colorbar(drawn, ax=where, label="images with an artifact here", format=percent_ticks())
+    figure.colorbar(drawn, ax=where, label="images with an artifact here", format=PercentFormatter(1, symbol=" %"))
     sns.histplot(counts, discrete=np.ptp(counts) < 40, ax=how_many, color=ARTIFACT, edgecolor="white",
                  alpha=1)
     how_many.set(xlabel="artifacts in an image", ylabel="images")
@@ -159,10 +159,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
 
 @styled
 def attention_shares(seen: Observation) -> Figure:
-    """Share of the `[CLS]` attention on an image's artifacts, before and after, beside their share of the patches.
-
-    Of the images that have any.
-    """
+    """Draw the share of an image's `[CLS]` attention on its artifacts, before and after, for images that have any."""
     have_any = seen.artifacts.any(axis=1)
     patches = seen.artifacts[have_any].mean()
     shares = {name: (weights * seen.artifacts)[have_any].sum(axis=1)
@@ -178,44 +175,44 @@ def attention_shares(seen: Observation) -> Figure:
     axes.axvline(patches, color="black", linestyle="--", linewidth=1, label="their share of the patches")
     axes.set(xlabel="share of an image's [CLS] attention that lies on its artifacts", xlim=(0, 1),
              ylabel=f"images, of {have_any.sum():,} with artifacts")
-    axes.xaxis.set_major_formatter(percent_ticks())
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.legend(loc="upper center")
     return figure
 
 
 @styled
-def inspection(looks: Sequence[Look], source: str, block: int, title: str) -> Figure:
-    """Single images, a row each: the image, norms, attention before and, where θ is known, after; artifacts outlined.
+def inspection(images: Sequence[InspectedImage], source: str, block: int, title: str) -> Figure:
+    """Draw one row per image: the image, its norms, its attention before and, with θ, after; artifacts outlined.
 
-    Columns share their colours, the two of attention one scale.
+    Each column has one colour scale; the two columns of attention share theirs.
 
     Args:
-        looks: one for each image.
-        source: whose norms `looks` hold.
-        block: after which block the hidden norms are, counted from 1.
-        title: what they show, in words.
+        images: from `inspect_images`.
+        source: whose norms `images` hold.
+        block: number of the block, from 1, after which the hidden norms are measured.
+        title: the finding in words.
     """
-    columns = {f"‖hidden‖ after block {block}": [look.hidden for look in looks],
-               f"‖{source}‖ in the last block": [look.norms for look in looks],
-               "[CLS] attention": [look.before for look in looks]}
-    if looks[0].after is not None:
-        columns["… after ITAE"] = [look.after for look in looks]
-    heights = [look.hidden.shape[0] / look.hidden.shape[1] for look in looks]
-    cell = (WIDTH - 0.5) / (1 + len(columns))
-    figure = ReportFigure(title, height=1.2 + cell * sum(heights))
-    *grid, scales = figure.subplots(len(looks) + 1, 1 + len(columns), height_ratios=[*heights, 0.06])
+    columns = {f"‖hidden‖ after block {block}": [image.hidden for image in images],
+               f"‖{source}‖ in the last block": [image.norms for image in images],
+               "[CLS] attention": [image.before for image in images]}
+    if images[0].after is not None:
+        columns["… after ITAE"] = [image.after for image in images]
+    heights = [image.hidden.shape[0] / image.hidden.shape[1] for image in images]
+    column_width = (WIDTH - 0.5) / (1 + len(columns))
+    figure = ReportFigure(title, height=1.2 + column_width * sum(heights))
+    *grid, scales = figure.subplots(len(images) + 1, 1 + len(columns), height_ratios=[*heights, 0.06])
     scales[0].set_axis_off()
     brightest = max(values.max() for name, maps in columns.items() if "‖" not in name for values in maps)
-    for row, look in zip(grid, looks, strict=True):
-        row[0].imshow(look.picture, extent=(0, look.hidden.shape[1], look.hidden.shape[0], 0))
-        row[0].set_ylabel(textwrap.shorten(look.name, 24, placeholder="…"), fontsize=8)
+    for row, image in zip(grid, images, strict=True):
+        row[0].imshow(image.picture, extent=(0, image.hidden.shape[1], image.hidden.shape[0], 0))
+        row[0].set_ylabel(shortened(image.name), fontsize=8, parse_math=False)
     for column, scale, (name, maps) in zip(np.transpose(grid)[1:], scales[1:], columns.items(), strict=True):
         high = max(values.max() for values in maps) if "‖" in name else brightest
         for axes, values in zip(column, maps, strict=True):
             drawn = axes.imshow(values, extent=(0, values.shape[1], values.shape[0], 0), cmap=MAP, vmin=0, vmax=high)
         column[0].set_title(name, fontsize=9)
         figure.colorbar(drawn, cax=scale, orientation="horizontal")
-    for row, look in zip(grid, looks, strict=True):
+    for row, image in zip(grid, images, strict=True):
         for axes in row:
-            outline(axes, look.artifacts)
+            outline(axes, image.artifacts)
     return figure

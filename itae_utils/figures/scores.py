@@ -1,4 +1,4 @@
-"""Plots of scores and clusters: the ablation's grid, variants side by side, confusions, embeddings, image sheets."""
+"""Figures of scores and clusters: the ablation's grid, variants, confusions, embeddings, image sheets."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from matplotlib.ticker import NullLocator
 
 from itae_utils.analysis.ablation import AUTO
 from itae_utils.analysis.clustering import AGREEMENT, CHANGE, NEIGHBOURS, neighbour_agreement
-from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, percent_ticks, styled
+from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, shortened, styled
 
 MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline",
             AGREEMENT: "ARI between runs"}
-SMALL_GAIN = 0.01  # of a class's accuracy: no more than that is no change
-LONGEST_NAME = 24  # letters of a class beside an axis
-NAMED_CLASSES = 20  # more names than these don't fit beside an axis
+SMALL_GAIN = 0.01  # smaller changes of a class's accuracy are not counted
+NAMED_CLASSES = 20  # more names do not fit beside an axis
 
 
 @styled
 def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
-    """Mean of `measure` over the seeds: attenuation × θ, one panel a source, in equal colours.
+    """Draw the mean of `measure` over seeds by attenuation and θ, one panel per source, in equal colours.
 
-    `scores` is the grid's table joined with the scores: kind, source, attenuation, theta, seed and `measure`.
+    Args:
+        scores: from `ablation_grid`, joined with the scores: kind, source, attenuation, theta, seed and `measure`.
+        measure: column of `scores`.
     """
-    cells = scores[scores.kind == "itae"]
-    means = cells.groupby(["source", "attenuation", "theta"], sort=False)[measure].mean()
+    settings = scores[scores.kind == "itae"]
+    means = settings.groupby(["source", "attenuation", "theta"], sort=False)[measure].mean()
     baseline, (source, attenuation, theta) = scores[scores.kind == "baseline"][measure].mean(), means.idxmax()
     best = f"{source}, {attenuation}, {theta}: {MEASURES[measure]} {means.max():.3f}"
     title = (f"Largest change of {len(means)} settings: {best}" if measure == CHANGE
              else f"Best of {len(means)} settings: {best} (baseline {baseline:.3f})")
-    columns = [*dict.fromkeys(cells.theta[cells.theta != AUTO]), AUTO]
-    sources, rows = list(dict.fromkeys(cells.source)), list(dict.fromkeys(cells.attenuation))
+    columns = [*dict.fromkeys(settings.theta[settings.theta != AUTO]), AUTO]
+    sources, rows = list(dict.fromkeys(settings.source)), list(dict.fromkeys(settings.attenuation))
     figure = ReportFigure(title, height=1.7 + 0.42 * len(rows))
     panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
     unit, fmt, suffix = (1000, ".1f", " × 1000") if measure == CHANGE else (1, ".2f", "")
     low, high = min(means.min(), baseline) * unit, max(means.max(), baseline) * unit
     if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5  # all the same: one colour, in the middle of the scale
+        low, high = low - 0.5, high + 0.5  # equal values get the colour in the middle of the scale
     for axes, source in zip(panels, sources, strict=True):
         table = means[source].unstack("theta").reindex(index=rows, columns=columns)
         sns.heatmap(table * unit, vmin=low, vmax=high, cmap=MAP, annot=True, fmt=fmt, linewidths=1, cbar=False, ax=axes)
@@ -56,7 +57,7 @@ def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
 
 @styled
 def ablation_curves(scores: pd.DataFrame, measure: str) -> Figure:
-    """`measure` against θ as share of the patches: mean and sd over seeds, one line an attenuation, one panel a source.
+    """Draw `measure` against θ as share of the patches: mean ± sd over seeds per attenuation, one panel per source.
 
     Args:
         scores: as for `ablation_heatmaps`.
@@ -79,16 +80,17 @@ def _curves(axes, scores: pd.DataFrame, source: str, measure: str) -> None:
         groups = of_source[(of_source.kind == "itae") & (of_source.attenuation == attenuation)]
         _band(axes, groups, measure, color=color, marker="o", markersize=4, label=attenuation)
         auto = groups[groups.theta == AUTO]
-        axes.plot(auto.share[:1], [auto[measure].mean()] * len(auto[:1]), "*", color=color, markersize=13,
-                  markeredgecolor="black")
+        if not auto.empty:
+            axes.plot(auto.share.iloc[0], auto[measure].mean(), "*", color=color, markersize=13,
+                      markeredgecolor="black")
     _band(axes, of_source[of_source.kind == "random"], measure, color="0.5", linestyle=":", label="random patches")
     for kind, color, linestyle in [("baseline", "black", "-"), ("oracle", ARTIFACT, "--")]:
         if (scores.kind == kind).any():
             axes.axhline(scores[scores.kind == kind][measure].mean(), color=color, linestyle=linestyle, label=kind)
-    ticks = sorted(of_source.share[of_source.theta != AUTO].unique())
-    axes.set(title=f"{source}{'' if (of_source.theta == AUTO).any() else ': no θ found'}", xscale="log",
-             xlabel="θ as share of the patches (log; ★ auto)", xticks=ticks)
-    axes.xaxis.set_major_formatter(percent_ticks())
+    title = source if (of_source.theta == AUTO).any() else f"{source}: no θ found"
+    axes.set(title=title, xscale="log", xlabel="θ as share of the patches (log; ★ auto)")
+    given = of_source[of_source.theta != AUTO].drop_duplicates("share")
+    axes.set_xticks(given.share.tolist(), given.theta.tolist())
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -106,7 +108,7 @@ def _curves_title(scores: pd.DataFrame, measure: str) -> str:
     against = "" if measure == CHANGE else f"; baseline {baseline:.3f}"
     if auto.empty:
         low, high = means["itae"].min(), means["itae"].max()
-        return f"No source gave a θ by itself; at fixed shares {MEASURES[measure]} is {low:.3f} to {high:.3f}{against}"
+        return f"The norms gave no θ; at fixed shares {MEASURES[measure]} is {low:.3f} to {high:.3f}{against}"
     found, sources = auto.groupby(["source", "attenuation"])[measure].mean(), list(dict.fromkeys(auto.source))
     control = ", ".join(f"{means['random', source, AUTO].iloc[0]:.3f}" for source in sources)
     return (f"With θ from the norms alone ({', '.join(sources)}) {MEASURES[measure]} is {found.min():.3f} to "
@@ -115,11 +117,11 @@ def _curves_title(scores: pd.DataFrame, measure: str) -> str:
 
 @styled
 def score_overview(scores: pd.DataFrame, title: str) -> Figure:
-    """Mean and sd over seeds of every variant, one panel a metric, the baseline as a line.
+    """Draw mean ± sd over seeds of every variant, one panel per metric, with the baseline as a line.
 
     Args:
-        scores: column variant, and metrics.
-        title: what they show, in words.
+        scores: column variant, metrics, and seed if there are several.
+        title: the finding in words.
     """
     variants = list(dict.fromkeys(scores.variant))
     metrics = [name for name in MEASURES if name in scores]
@@ -133,7 +135,7 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
                           bbox={"boxstyle": "square,pad=0", "facecolor": "white", "linewidth": 0})
         axes.axvline(spread.loc["baseline", (metric, "mean")], color="black", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(variants)), variants)
-        axes.set_xlabel(MEASURES[metric] + " (mean ± sd)" * ("seed" in scores))
+        axes.set_xlabel(f"{MEASURES[metric]} (mean ± sd)" if "seed" in scores else MEASURES[metric])
         axes.set_ylim(len(variants) - 0.5, -0.6)
         axes.margins(x=0.15)
     return figure
@@ -141,27 +143,29 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
 
 @styled
 def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Two-dimensional embeddings (n, 2) by variant, side by side, coloured by class."""
+    """Draw two-dimensional embeddings (n, 2) by variant, side by side, coloured by class."""
     shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
-    counts, n = np.bincount(targets), len(targets)
+    counts, n, present = np.bincount(targets), len(targets), np.unique(targets)
     chance = (counts * (counts - 1)).sum() / (n * (n - 1))
-    title = (f"How many of the {min(NEIGHBOURS, n - 1)} nearest neighbours share the class: "
+    title = (f"Share of the {min(NEIGHBOURS, n - 1)} nearest neighbours that are of the same class: "
              f"{', '.join(shares)} (by chance {100 * chance:.0f} %)")
     figure = ReportFigure(title, height=4.6)
     palette = np.array(sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes)))
     for axes, (name, places) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
-        for label in np.unique(targets):
-            axes.scatter(*places[targets == label].T, color=palette[label], s=8, linewidth=0, label=classes[label])
+        handles = [axes.scatter(*places[targets == label].T, color=palette[label], s=8, linewidth=0)
+                   for label in present]
         axes.set(xticks=[], yticks=[], title=name, box_aspect=1, xlabel="t-SNE 1", ylabel="t-SNE 2")
     if len(classes) <= NAMED_CLASSES:
-        handles, names = axes.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=10, markerscale=2, handletextpad=0.1)
+        legend = figure.legend(handles, [classes[label] for label in present], loc="outside lower center", ncols=10,
+                               markerscale=2, handletextpad=0.1)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 
 @styled
 def confusions(tables: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Figure:
-    """Confusion matrices by name: share of each class (row) in each matched cluster (column), in equal colours.
+    """Draw confusion matrices: the share of each class (row) in each matched cluster (column), in equal colours.
 
     Args:
         tables: counts from `confusion`, by the variant's name.
@@ -169,7 +173,7 @@ def confusions(tables: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Fi
     """
     shares = {name: table.div(table.sum(axis=1), axis=0) for name, table in tables.items()}
     figure = ReportFigure(_confusions_title(shares, classes), height=5.5)
-    panels = figure.subplots(1, max(2, len(tables)), squeeze=False)[0]  # one alone is drawn as large as one of two
+    panels = figure.subplots(1, max(2, len(tables)), squeeze=False)[0]  # a single matrix is drawn at half width too
     for axes in panels[len(tables):]:
         axes.set_axis_off()
     for axes, (name, table) in zip(panels, shares.items(), strict=False):
@@ -177,10 +181,11 @@ def confusions(tables: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Fi
         matched = min(table.shape)
         axes.set(title=name, xlabel="cluster, by the class it is matched to", ylabel="class")
         if len(table) <= NAMED_CLASSES:
-            names = [_short(classes[label]) for label in table.index]
-            axes.set_yticks(range(len(table)), names)
+            names = [shortened(classes[label]) for label in table.index]
+            axes.set_yticks(range(len(table)), names, parse_math=False)
             rotation = 60 if max(map(len, names)) > 2 else 0
-            axes.set_xticks(range(matched), names[:matched], rotation=rotation, ha="right" if rotation else "center")
+            axes.set_xticks(range(matched), names[:matched], rotation=rotation, ha="right" if rotation else "center",
+                            parse_math=False)
     figure.colorbar(drawn, ax=panels, label="share of the class", pad=0.01, shrink=0.8)
     return figure
 
@@ -192,13 +197,13 @@ def _confusions_title(shares: Mapping[str, pd.DataFrame], classes: Sequence[str]
         np.fill_diagonal(wrong, 0)
         row, column = np.unravel_index(wrong.argmax(), wrong.shape)
         into = classes[table.index[column]] if column < min(table.shape) else "an unmatched cluster"
-        worst.append(f"{name}: {100 * wrong.max():.0f} % of {classes[table.index[row]]} in {into}")
-    return f"The largest confusion. {'; '.join(worst)}"
+        worst.append(f"{name} {100 * wrong.max():.0f} % of {classes[table.index[row]]} in {into}")
+    return f"Largest confusions: {'; '.join(worst)}"
 
 
 @styled
 def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str]) -> Figure:
-    """Change of each class's accuracy, mean and sd over the seeds, sorted; of many classes the ends of the list.
+    """Draw the change of each class's accuracy, mean ± sd over seeds, sorted; of many classes only both ends.
 
     Args:
         before: (seeds × classes) accuracies from `class_accuracy`.
@@ -217,26 +222,23 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
     axes = figure.subplots()
     colors = [NORMAL if mean > 0 else ARTIFACT for mean in shown["mean"]]
     axes.bar(range(len(shown)), shown["mean"], yerr=shown["std"], color=colors, capsize=3)
-    names = [_short(classes[label]) for label in shown.index]
+    names = [shortened(classes[label]) for label in shown.index]
     rotation = 45 if max(map(len, names)) > 3 else 0
-    axes.set_xticks(range(len(shown)), names, rotation=rotation, ha="right" if rotation else "center")
+    axes.set_xticks(range(len(shown)), names, rotation=rotation, ha="right" if rotation else "center",
+                    parse_math=False)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylabel="change of accuracy", xlabel="class")
     return figure
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 1]}…"
-
-
 @styled
 def cluster_sheet(sheets: Mapping[int, Sequence[np.ndarray]], sizes: Mapping[int, int], title: str) -> Figure:
-    """Images of each cluster in a row.
+    """Draw images of each cluster in a row.
 
     Args:
         sheets: pictures (H, W, 3) by cluster, at least one each.
         sizes: number of images by cluster.
-        title: what the sheet shows.
+        title: the finding in words.
     """
     columns = max(map(len, sheets.values()))
     figure = ReportFigure(title, height=0.6 + 0.8 * len(sheets) * min(1, 11 / columns))

@@ -1,4 +1,4 @@
-"""One style for all figures, and how they are saved."""
+"""The common style of all figures, and functions that save them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
 
 from itae_utils.errors import ItaeError
 from itae_utils.files import make_folder, replacing
 
-WIDTH = 10.0  # inches; a report's column
+WIDTH = 10.0  # inches, the width of a report's column
 DPI = 150
 PALETTE = sns.color_palette("colorblind").as_hex()
 NORMAL, ARTIFACT, AFTER = PALETTE[0], PALETTE[3], PALETTE[2]
 MAP = "cividis"
+LONGEST_NAME = 24  # characters of a name beside an axis
 FORMATS = ("png", "pdf", "svg", "jpg")
 STYLE = {
     "axes.spines.top": False,
@@ -37,11 +37,11 @@ STYLE = {
 
 
 class ReportFigure(Figure):
-    """A matplotlib figure that notebooks show without pyplot."""
+    """A matplotlib figure that notebooks display without pyplot; "$" in its title is literal."""
 
     def __init__(self, title: str, *, height: float) -> None:
         super().__init__(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left")
+        self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", parse_math=False)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -49,13 +49,13 @@ class ReportFigure(Figure):
         return buffer.getvalue()
 
 
-def percent_ticks() -> FuncFormatter:
-    """Shares as percentages with no more digits than they need."""
-    return FuncFormatter(lambda share, _: f"{100 * share:g} %")
+def shortened(name: str) -> str:
+    """Return a name that fits beside an axis, cut at its end if it is too long."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 1]}…"
 
 
 def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
-    """Draw in the project's style, and leave matplotlib's settings as they were."""
+    """Decorate a drawing function to use the project's style; matplotlib's settings are restored afterwards."""
 
     @functools.wraps(draw)
     def in_style(*args, **kwargs) -> ReportFigure:
@@ -69,7 +69,7 @@ def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
     """Write `output_dir/figures/name.png` and `.pdf`, without dates, and return the figure.
 
     Raises:
-        ItaeError: the folder can't be made.
+        ItaeError: the folder can't be created.
     """
     folder = make_folder(Path(output_dir) / "figures")
     for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
@@ -79,7 +79,7 @@ def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
 
 
 def outline(axes: Axes, artifacts: np.ndarray) -> None:
-    """Frame the artifacts (rows, columns) on a picture whose unit is the patch; take its ticks away."""
+    """Frame the artifacts (rows, columns) on a picture whose unit is the patch, and remove its ticks."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     for row, column in np.argwhere(artifacts):
@@ -87,10 +87,10 @@ def outline(axes: Axes, artifacts: np.ndarray) -> None:
 
 
 def check_figure_path(path: Path) -> None:
-    """Refuse a path to which `save_as` can't write.
+    """Validate a path for `save_as`.
 
     Raises:
-        ItaeError: an ending that isn't one of `FORMATS`, or a folder.
+        ItaeError: its ending is not one of `FORMATS`, or it is a folder.
     """
     if path.suffix[1:].lower() not in FORMATS:
         raise ItaeError(f"output {str(path)!r} must end in {', '.join(f'.{name}' for name in FORMATS)}")
@@ -99,7 +99,7 @@ def check_figure_path(path: Path) -> None:
 
 
 def save_as(figure: Figure, path: Path) -> None:
-    """Write a figure in one step, in the format that the path's ending names."""
+    """Write a figure in one step, in the format named by the path's ending."""
     make_folder(path.parent)
     with replacing(path) as part:
         figure.savefig(part, format=path.suffix[1:].lower())

@@ -1,12 +1,13 @@
 import numpy as np
+import pandas as pd
 import pytest
 
-from itae_utils.analysis.ablation import ablation_grid
+from itae_utils.analysis.ablation import ablation_grid, ablation_headline, deep_settings, describe_extraction
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.observation import fit_thresholds
 from itae_utils.method.setting import ITAE
-from itae_utils.method.thresholds import Thresholds, fit_threshold
+from itae_utils.method.thresholds import Thresholds
 from tests.conftest import MadeDataset, as_backbone, tiny_vit
 
 
@@ -14,9 +15,9 @@ from tests.conftest import MadeDataset, as_backbone, tiny_vit
 def fits():
     """Two modes in the key's norms, one in the others'."""
     rng = np.random.default_rng(0)
-    one = fit_threshold(rng.normal(8, 0.5, 4000))
-    two = fit_threshold(np.concatenate([rng.normal(1, 0.05, 200), rng.normal(8, 0.5, 3800)]))
-    return Thresholds({(0, "query"): one, (0, "key"): two, (0, "value"): one}, num_blocks=1, seconds=0.0)
+    one = rng.normal(8, 0.5, 4000)
+    two = np.concatenate([rng.normal(1, 0.05, 200), rng.normal(8, 0.5, 3800)])
+    return Thresholds({(0, "query"): one, (0, "key"): two, (0, "value"): one})
 
 
 def grid(fits, **options):
@@ -58,8 +59,81 @@ def test_percentages_outside_are_refused(fits, percent):
         grid(fits, percents=[1, percent])
 
 
+@pytest.mark.parametrize(("name", "values", "repeated"), [
+    ("sources", ["key", "query", "key"], "'key'"), ("attenuations", ("min", "min"), "'min'"),
+    ("percents", [5, 1, 1.0], "'1 %'"), ("percents", [1 / 3, 0.33333333], "'0.333333 %'"),
+])
+def test_settings_listed_twice_are_refused(fits, name, values, repeated):
+    """Their scores would enter every mean and standard deviation twice."""
+    with pytest.raises(ItaeError, match=f"{name} holds {repeated}"):
+        grid(fits, **{name: values})
+
+
+def test_small_percentages_are_named_without_an_exponent(fits):
+    table = grid(fits, percents=[0.00001, 12.5], oracle=False)
+    assert set(table.theta.dropna()) == {"0.00001 %", "12.5 %", "auto"}
+    assert table.share["key min 0.00001 %"] == pytest.approx(1e-7)
+
+
+def test_only_the_settings_of_the_grid_have_source_attenuation_and_theta(fits):
+    """They identify a setting in the result rows, where its control must not be confused with it."""
+    table = grid(fits)
+    assert (table[["source", "attenuation", "theta"]].notna().all(axis=1) == (table.kind == "itae")).all()
+
+
+@pytest.mark.parametrize(("num_blocks", "count"), [(1, 1), (2, 3), (12, 5)])
+def test_deep_settings(num_blocks, count):
+    settings = deep_settings(num_blocks, source="value", attenuation="scale", alpha=0.3)
+    assert len(settings) == len({(setting.blocks, setting.rows) for setting in settings.values()}) == count
+    assert all(name.startswith(f"{setting.blocks} block") and f"{setting.rows} rows" in name
+               for name, setting in settings.items())
+    assert {(setting.source, setting.threshold, setting.attenuation, setting.alpha)
+            for setting in settings.values()} == {("value", "auto", "scale", 0.3)}
+
+
 def test_grid_runs_in_one_pass_on_a_model():
     backbone, dataset = as_backbone(tiny_vit()), MadeDataset(6)
     table = grid(fit_thresholds(backbone, dataset), oracle=False)
     features = extract_features(backbone, dataset, table.setting.to_dict())
     assert list(features) == list(table.index)
+
+
+def scores_of(*autos):
+    rows = [("baseline", "baseline", None, 0.5), ("key min 1 %", "itae", "1 %", 0.6),
+            *((f"key {place} auto", "itae", "auto", value) for place, value in enumerate(autos))]
+    return pd.DataFrame(rows, columns=["variant", "kind", "theta", "acc"]).set_index("variant")
+
+
+class Extracted(dict):
+    """The number of images that ran, by variant."""
+
+    seconds = 2.0
+
+    @property
+    def computed(self):
+        return self
+
+
+ALL_RUN, ALL_STORED, SOME_STORED = Extracted(a=50, b=50), Extracted(a=0, b=0), Extracted(a=0, b=0, c=40)
+
+
+def test_headline():
+    facts = ablation_headline(scores_of(0.7, 0.9), "acc", ALL_RUN)
+    assert [fact["value"] for fact in facts] == ["2 variants", "0.700 to 0.900"]
+    assert ablation_headline(scores_of(), "acc", ALL_RUN)[1]["value"] == "none"
+    assert len(ablation_headline(scores_of(0.7), "change", ALL_RUN)) == 1
+    notes = [ablation_headline(scores_of(0.7), "change", features)[0]["note"]
+             for features in (ALL_RUN, ALL_STORED, SOME_STORED)]
+    assert "2.0 s" in notes[0]
+    assert all(note.startswith("2 ") and "store" in note for note in notes[1:])
+
+
+def test_variants_from_the_store_are_distinguished_from_those_that_ran():
+    ran, stored, both = (describe_extraction(features, 1.5) for features in (ALL_RUN, ALL_STORED, SOME_STORED))
+    assert ran.startswith("**2 variants ran in one pass** over 50 images")
+    assert "25 images per second" in ran
+    assert "store" not in ran
+    assert stored.startswith("**All 2 variants were read from the feature store**")
+    assert both.startswith("**1 of 3 variants ran in one pass** over 40 images")
+    assert "store" in both
+    assert all("1.5 s" in text for text in (ran, stored, both))

@@ -97,7 +97,7 @@ class TestCluster:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_one_float32_copy_is_held(self, dtype):
         features = blobs(classes=4, each=10_000, dim=512)[0].astype(dtype)
-        cluster(features[:100], 4)  # what is imported meanwhile doesn't count
+        cluster(features[:100], 4)  # imports that it causes do not count
         peak = peak_memory(lambda: cluster_seeds(features, 4, seeds=3, n_init=2))
         assert peak <= 1.2 * features.size * 4
 
@@ -121,8 +121,8 @@ class TestCluster:
         cluster(features, 3)
 
     @pytest.mark.parametrize(("change", "message"), [
-        ({"k": 1}, "k=1 is too few"),
-        ({"k": 61}, "k=61 is more clusters than there are images, 60"),
+        ({"k": 1}, "k=1 "),
+        ({"k": 61}, "k=61 .* 60"),
         ({"n_init": 0}, "n_init=0"),
         ({"features": np.zeros(60)}, r"shape \(60,\)"),
     ])
@@ -134,7 +134,7 @@ class TestCluster:
     def test_features_that_are_not_finite(self, value):
         features, _ = blobs()
         features[[7, 9], 2] = value
-        with pytest.raises(ItaeError, match="features of image 7 aren't finite"):
+        with pytest.raises(ItaeError, match="image 7 "):
             cluster(features, 3)
 
 
@@ -242,7 +242,7 @@ class TestParts:
             rng = np.random.default_rng(0)
             return (rng.normal(size=(256, 512)).astype(np.float32) for _ in range(40))
 
-        cluster_parts(lambda: [np.eye(5)], 2)  # what is imported meanwhile doesn't count
+        cluster_parts(lambda: [np.eye(5)], 2)  # imports that it causes do not count
         peak = peak_memory(lambda: cluster_parts(parts, 3, passes=1))
         assert peak <= 10 * 256 * 512 * 4
 
@@ -257,13 +257,13 @@ class TestParts:
         assert np.abs(times - 400).max() < 90  # 5 standard deviations
 
     @pytest.mark.parametrize(("change", "message"), [
-        ({"k": 1}, "k=1 is too few"),
-        ({"k": 61}, "k=61 is more clusters than there are images, 60"),
+        ({"k": 1}, "k=1 "),
+        ({"k": 61}, "k=61 .* 60"),
         ({"n_init": 0}, "n_init=0"),
         ({"passes": 0}, "passes=0"),
-        ({"parts": list}, "k=3 is more clusters than there are images, 0"),
-        ({"parts": iter([])}, r"parts of type list_iterator can be read only once: .*lambda: features.parts\(name\)"),
-        ({"parts": lambda: [np.zeros(60)]}, r"part of shape \(60,\) can't be clustered: .*\(images, dim\)"),
+        ({"parts": list}, "k=3 .* 0"),
+        ({"parts": iter([])}, "list_iterator"),
+        ({"parts": lambda: [np.zeros(60)]}, r"part of shape \(60,\) .*\(images, dim\)"),
         ({"parts": lambda: [np.eye(60), np.zeros((3, 61))]}, r"part of shape \(3, 61\) .*\(images, 60\)"),
     ])
     def test_bad_input(self, change, message):
@@ -273,12 +273,12 @@ class TestParts:
     @pytest.mark.parametrize("sizes", [(60, 0, 0), (60, 60, 59), (60, 60, 61)])
     def test_parts_that_do_not_start_over(self, sizes):
         features, sizes = blobs(each=21)[0], iter(sizes)
-        with pytest.raises(ItaeError, match="doesn't give the same 60 images each time"):
+        with pytest.raises(ItaeError, match="60 images"):
             cluster_parts(lambda: [features[: next(sizes)]], 3, passes=1)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_parts_that_are_not_finite(self, value):
         features, _ = blobs(each=200)
         features[[401, 500], 2] = value
-        with pytest.raises(ItaeError, match="features of image 401 aren't finite"):
+        with pytest.raises(ItaeError, match="image 401 "):
             cluster_parts(cut(features, 150), 3)

@@ -1,3 +1,4 @@
+import re
 import time
 from itertools import combinations, permutations
 
@@ -61,7 +62,7 @@ def bootstrap_by_sklearn(targets, labels_a, labels_b, draws, seed):
 
 
 class TestEvaluate:
-    def test_one_row_a_seed(self):
+    def test_one_row_per_seed(self):
         features, targets = blobs(spread=1.0)
         scores = evaluate_clustering(features, targets, seeds=3)
         assert list(scores.columns) == ["seed", "acc", "nmi", "ari", "inertia"]
@@ -80,18 +81,11 @@ class TestEvaluate:
         alone = evaluate_clustering(features, targets, seeds=[2], n_init=1)
         pd.testing.assert_frame_equal(some.iloc[1:].reset_index(drop=True), alone)
 
-    def test_k_is_the_number_of_classes_unless_given(self, monkeypatch):
-        asked = []
-
-        def clusters_asked_for(features, k, **_settings):
-            asked.append(k)
-            return np.arange(len(features))[None] % k, np.zeros(1)
-
-        monkeypatch.setattr(metrics, "cluster_seeds", clusters_asked_for)
-        features, targets = blobs()
-        evaluate_clustering(features, targets * 100 - 5, seeds=1)
-        evaluate_clustering(features, targets, k=5, seeds=1)
-        assert asked == [3, 5]
+    def test_k_is_the_number_of_classes_unless_given(self):
+        features, targets = blobs(spread=1.0)
+        for k, given in ((3, {}), (5, {"k": 5})):
+            inertia = evaluate_clustering(features, targets * 100 - 5, seeds=1, **given).inertia[0]
+            assert inertia == cluster(features, k)[1]
 
     @pytest.mark.parametrize("targets", [np.repeat([5, -2, 900], 20), np.repeat(["cat", "dog", "ant"], 20),
                                          np.repeat([True, False], 30)])
@@ -106,16 +100,16 @@ class TestEvaluate:
             evaluate_clustering(*blobs(), seeds=1, max_memory=60 * 5 * 4 - 1)
 
     def test_no_targets(self):
-        with pytest.raises(ItaeError, match="agreement"):
+        with pytest.raises(ItaeError, match="targets=None"):
             evaluate_clustering(blobs()[0], None)
 
     def test_targets_of_another_length(self):
-        with pytest.raises(ItaeError, match="59 targets don't fit 60 rows"):
+        with pytest.raises(ItaeError, match=r"59 targets .* 60 rows"):
             evaluate_clustering(blobs()[0], blobs()[1][:-1])
 
     @pytest.mark.parametrize("seeds", [0, -1, []])
     def test_no_seeds(self, seeds):
-        with pytest.raises(ItaeError, match="names no seed"):
+        with pytest.raises(ItaeError, match=re.escape(f"seeds={seeds}")):
             evaluate_clustering(*blobs(), seeds=seeds)
 
     def test_summary(self):
@@ -138,7 +132,7 @@ class TestAgreement:
         assert agreement(cluster_seeds(blobs()[0], 3, seeds=3)[0]) == 1
 
     def test_needs_two_runs(self):
-        with pytest.raises(ItaeError, match="2 seeds or more"):
+        with pytest.raises(ItaeError, match="2 runs of k-means, not 1"):
             agreement(np.zeros((1, 4), dtype=int))
 
 
@@ -263,7 +257,7 @@ class TestBootstrap:
 
     def test_labels_of_another_length(self):
         targets, a = self.labels()
-        with pytest.raises(ItaeError, match=r"labels of shape \(3, 119\) don't fit 120 targets"):
+        with pytest.raises(ItaeError, match=r"\(3, 119\) .* 120 targets"):
             paired_bootstrap(targets, a, a[:, :-1])
 
     def test_no_draws(self):
@@ -286,7 +280,8 @@ def test_a_difference_in_words():
 
 
 @pytest.mark.parametrize("low", [-0.01, 0.0])
-def test_a_difference_that_may_be_none(low):
+def test_an_interval_with_0_is_pointed_out(low):
     words = describe_difference({"difference": 0.01, "low": low, "high": 0.02})
-    assert words.endswith(": no difference can be told (interval holds 0)")
+    assert words.startswith("+0.010 [")
+    assert "contains 0" in words
     assert "-0.000" not in describe_difference({"difference": -0.0001, "low": low, "high": 0.02})

@@ -3,7 +3,7 @@ import pytest
 
 from itae_utils.analysis import remembered
 from itae_utils.analysis.kmeans import cluster_seeds
-from itae_utils.store.housekeeping import holdings
+from itae_utils.store.housekeeping import list_entries
 from itae_utils.store.store import open_store
 
 FEATURES = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
@@ -26,10 +26,10 @@ def test_clusters_are_those_of_cluster_seeds_and_computed_once(tmp_path, calls):
         assert np.array_equal(labels, expected[0])
         assert np.array_equal(inertias, expected[1])
     assert len(calls) == 2
-    assert [holding.path.split("/")[1] for holding in holdings(open_store(tmp_path))] == ["clusters"]
+    assert [entry.path.split("/")[1] for entry in list_entries(open_store(tmp_path))] == ["clusters"]
 
 
-def test_everything_that_decides_clusters_is_in_the_key(tmp_path, calls):
+def test_everything_that_decides_clusters_is_in_the_key(tmp_path, calls, monkeypatch):
     changed = FEATURES.copy()
     changed[3, 2] = np.nextafter(changed[3, 2], np.float32(9))
     others = [{}, {"features": changed}, {"features": FEATURES[::-1]}, {"features": FEATURES.reshape(50, 6)}, {"k": 4},
@@ -38,6 +38,9 @@ def test_everything_that_decides_clusters_is_in_the_key(tmp_path, calls):
         for other in others:
             remembered.clusters(**{"features": FEATURES} | SETTINGS | other, store=tmp_path)
         assert len(calls) == len(others)
+    monkeypatch.setattr(remembered, "code_digest", lambda modules: "changed")
+    remembered.clusters(FEATURES, **SETTINGS, store=tmp_path)
+    assert len(calls) == len(others) + 1
 
 
 def test_tsne_is_computed_once_for_the_same(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from itae_utils import figures
-from itae_utils.analysis.inspection import Look
+from itae_utils.analysis.inspection import InspectedImage
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.observation import Observation
 from itae_utils.figures.style import outline
@@ -44,12 +44,12 @@ def fits():
     return {"query": fit_threshold(rng.normal(8, 0.5, 5000)), "key": fit_threshold(two)}
 
 
-def look(rows, columns, *, after=True, artifact=True):
+def inspected(rows, columns, *, after=True, artifact=True, name="a picture.png"):
     before = np.linspace(0, 0.5, rows * columns).reshape(rows, columns)
     artifacts = np.zeros((rows, columns), dtype=bool)
     artifacts[0, 0] = artifact
     picture = np.zeros((rows * 4, columns * 4, 3))
-    return Look("a picture.png", picture, before * 100, before * 10, before, before / 2 if after else None, artifacts)
+    return InspectedImage(name, picture, before * 100, before * 10, before, before / 2 if after else None, artifacts)
 
 
 def grids(values):
@@ -71,14 +71,14 @@ def test_no_figure_is_clipped_or_known_to_pyplot(seen, nothing, fits):
         figures.hidden_norms(seen), figures.hidden_norms(nothing), examples(seen), examples(nothing),
         figures.norm_distributions(fits, {name: fit.threshold for name, fit in fits.items()}),
         figures.artifact_positions(seen.artifacts, GRID), figures.attention_shares(seen),
-        figures.inspection([look(4, 5), look(7, 3)], "key", 2, "two images " * 20),
+        figures.inspection([inspected(4, 5), inspected(7, 3)], "key", 2, "two images " * 20),
     ]
     for figure in drawn:
         assert_nothing_is_clipped(figure)
     assert not matplotlib.pyplot.get_fignums()
 
 
-def test_style_is_left_as_it_was(seen):
+def test_matplotlib_settings_are_restored(seen):
     before = dict(matplotlib.rcParams)
     figures.hidden_norms(seen)
     assert dict(matplotlib.rcParams) == before
@@ -90,9 +90,9 @@ def test_hidden_norms_names_the_block_and_how_far_artifacts_stand_out(seen):
     assert float(words.split(": ")[1].split(" ×")[0]) == pytest.approx(30, rel=0.1)
 
 
-def test_hidden_norms_claims_nothing_where_artifacts_are_not_longer(seen):
+def test_hidden_norms_claims_nothing_if_artifacts_are_not_longer(seen):
     seen.hidden_norms[:] = 1
-    assert "not longer than other patches" in title(figures.hidden_norms(seen))
+    assert "not longer" in title(figures.hidden_norms(seen))
 
 
 def test_hidden_norms_without_artifacts_draws_one_group(nothing):
@@ -103,10 +103,10 @@ def test_hidden_norms_without_artifacts_draws_one_group(nothing):
     assert len(figure.legends[0].get_texts()) == 3
 
 
-def test_norm_distributions_draws_theta_only_where_there_is_one(fits):
+def test_norm_distributions_draws_theta_if_there_is_one(fits):
     theta = fits["key"].threshold
     figure = figures.norm_distributions(fits, {"query": None, "key": theta})
-    assert "norm of the key tells" in title(figure)
+    assert "the key separates artifacts" in title(figure)
     query, key = figure.axes
     assert query.get_title(loc="left") == "query: no θ"
     assert f"θ = {theta:.4g}, 5.7 % at or below" in key.get_title(loc="left")
@@ -115,17 +115,16 @@ def test_norm_distributions_draws_theta_only_where_there_is_one(fits):
 
 
 def test_norm_distributions_without_any_theta_says_so(fits):
-    assert "No norm has a low mode" in title(figures.norm_distributions(fits, {"query": None, "key": None}))
+    assert "No norm" in title(figures.norm_distributions(fits, {"query": None, "key": None}))
     few = dict.fromkeys(fits, fit_threshold(np.arange(1.0, 1000.0)))
-    assert "Too few patches to tell" in title(figures.norm_distributions(few, dict.fromkeys(fits)))
+    assert "Too few patches" in title(figures.norm_distributions(few, dict.fromkeys(fits)))
 
 
 @pytest.mark.parametrize(("theta", "share"), [(1000.0, "100 %"), (1e-4, "0 %")])
 def test_norm_distributions_with_a_given_theta_claims_nothing_and_keeps_to_the_norms(fits, theta, share):
     fitted = figures.norm_distributions(fits, {"query": None, "key": None})
     figure = figures.norm_distributions(fits, {"query": None, "key": theta})
-    told = f"No norm has a low mode of its own; {share} of the patches lie up to the θ given for the key"
-    assert title(figure) == told
+    assert title(figure).startswith(f"{title(fitted)}; {share} of the patches")
     assert figure.axes[1].get_xlim() == pytest.approx(fitted.axes[1].get_xlim())
 
 
@@ -140,7 +139,7 @@ def test_attention_examples_share_colours_and_outline_artifacts(seen):
 
 def test_attention_examples_without_artifacts_has_no_after(nothing):
     figure = examples(nothing)
-    assert "no patch is taken for an artifact" in title(figure)
+    assert "No patch" in title(figure)
     assert sum(bool(axes.get_images()) for axes in figure.axes) == 2 * 12
 
 
@@ -164,23 +163,33 @@ def test_artifact_positions_counts_places_and_artifacts():
 
 
 def test_attention_shares_are_of_the_images_with_artifacts(seen):
-    told = "are 5 % of the patches and draw 80 % of the [CLS] attention; after ITAE 0 %"
-    assert title(figures.attention_shares(seen)) == f"Artifacts {told}"
+    finding = "are 5 % of the patches and draw 80 % of the [CLS] attention; after ITAE 0 %"
+    assert title(figures.attention_shares(seen)) == f"Artifacts {finding}"
     seen.artifacts[6:] = False
     figure = figures.attention_shares(seen)
-    assert title(figure).replace("\n", " ") == f"In the 6 of 12 images with artifacts these {told}"
+    assert title(figure) == f"In the 6 of 12 images with artifacts these {finding}"
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()][:2] == ["0 %", "20 %"]
     assert figure.axes[0].get_ylabel() == "images, of 6 with artifacts"
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == 6
 
 
 def test_inspection_has_an_after_only_with_theta():
-    with_theta = figures.inspection([look(4, 5)], "key", 2, "title")
-    without = figures.inspection([look(4, 5, after=False, artifact=False)], "key", 2, "title")
+    with_theta = figures.inspection([inspected(4, 5)], "key", 2, "title")
+    without = figures.inspection([inspected(4, 5, after=False, artifact=False)], "key", 2, "title")
     titles = [axes.get_title(loc="left") for axes in with_theta.axes if axes.get_title(loc="left")]
     assert titles == ["‖hidden‖ after block 2", "‖key‖ in the last block", "[CLS] attention", "… after ITAE"]
     assert "… after ITAE" not in [axes.get_title(loc="left") for axes in without.axes]
     before, after = [axes.get_images()[0].get_clim() for axes in with_theta.axes[3:5]]
     assert before == after == (0, 0.5)
+
+
+@pytest.mark.parametrize(("name", "label"), [
+    (r"$\frac$.png", r"$\frac$.png"), ("a_long_name_without_spaces.png", "a_long_name_without_spa…"),
+])
+def test_inspection_labels_rows_with_file_names(name, label):
+    figure = figures.inspection([inspected(4, 5, name=name)], "key", 2, rf"{name} in a title of two $")
+    assert_nothing_is_clipped(figure)
+    assert figure.axes[0].get_ylabel() == label
 
 
 def test_save_writes_png_and_pdf_without_dates(tmp_path, seen):

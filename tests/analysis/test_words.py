@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from nbconvert.filters import markdown2html
+
+from itae_utils.analysis import words
+from itae_utils.data.datasets import load_dataset
+from itae_utils.method.thresholds import fit_threshold
+from itae_utils.models.backbones import load_backbone
+from itae_utils.results import check_results
+from tests.tiny_notebooks import RESULTS
+
+TAG = "<img src=x onerror=alert(1)>"
+
+
+@pytest.mark.parametrize(("share", "text"), [
+    (0, "0 %"), (0.0004, "< 0.1 %"), (0.004, "0.4 %"),
+    (0.0885, "8.8 %"), (0.0996, "10 %"), (0.904, "90 %"), (0.9936, "99.4 %"),
+    (0.99999, "99.9 %"), (1, "100 %"), (-0.14, "-14 %"), (1.2, "120 %"),
+])
+def test_percent(share, text):
+    assert words.percent(share) == text
+
+
+@pytest.mark.parametrize("text", [
+    TAG, "a & b", "imagefolder:/a/__init__/x", "*a* `b` [c](d) ~~e~~ $f$", r"C:\images\*", "a &lt; b", "don't",
+])
+def test_escaped_text_is_literal_in_markdown(text):
+    literal = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert markdown2html(f"x {words.escape(text)} y").strip() == f"<p>x {literal} y</p>"
+
+
+def test_a_run_is_described_with_its_planted_artifacts():
+    digits = load_dataset("digits")
+    planted, clean = (words.describe_run(load_backbone(name), digits) for name in ("demo", "demo-clean"))
+    assert words.PLANTED in planted
+    assert "planted" not in clean
+    assert "7 × 7 patches" in clean
+    assert "1,797 images, 10 classes" in clean
+
+
+def test_a_run_without_labels_and_with_skipped_files():
+    images = replace(load_dataset("digits", limit=50), targets=None, classes=None, skipped=["bad.png", "worse.png"])
+    text = words.describe_run(load_backbone("demo"), images)
+    assert "50 images, without labels" in text
+    assert "2 unreadable files" in text
+    assert "bad.png" in text
+
+
+def test_a_run_with_some_of_the_classes():
+    text = words.describe_run(load_backbone("demo"), load_dataset("digits", limit=3))
+    assert "3 of 10 classes" in text
+
+
+def test_names_in_the_description_of_a_run_are_literal():
+    images = replace(load_dataset("digits", limit=50), name=f"imagefolder:{TAG}", source=f"the folder {TAG}",
+                     skipped=[f"{TAG}/bad.png"])
+    page = markdown2html(words.describe_run(replace(load_backbone("demo"), source=f"local file {TAG}"), images))
+    assert "<img" not in page
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") == 4
+
+
+def test_threshold_is_described_with_its_origin():
+    rng = np.random.default_rng(0)
+    two = fit_threshold(np.concatenate([rng.normal(1, 0.05, 200), rng.normal(8, 0.5, 3800)]))
+    one, few = fit_threshold(rng.normal(8, 0.5, 4000)), fit_threshold(np.arange(1.0, 1000.0))
+    found, given, none, untested = (words.describe_threshold("key", fit, threshold) for fit, threshold in (
+        (two, two.threshold), (two, 3.0), (one, None), (few, None)))
+    assert found.startswith(f"θ = {two.threshold:.4g} on the norm of the key")
+    assert "θ = 3 " in given
+    assert "given" in given
+    assert one.reason in none
+    assert "999 patches" in untested
+    assert len({text.split("**")[1] for text in (none, untested)}) == 2
+
+
+def test_thetas_of_several_blocks():
+    assert words.describe_thetas([None, 2.3149]) == "none, 2.31"
+    assert words.describe_thetas([]) == ""
+
+
+def rows_of(table, metrics=("acc",)):
+    return words.result_rows(table, metrics, backbone="demo", dataset="digits", n=7)
+
+
+def test_result_rows_hold_only_finite_numbers():
+    rows = rows_of(pd.DataFrame({"variant": ["a", "b"], "seed": [0, 1], "acc": [0.5, np.nan], "nmi": [0.1, 0.2]}),
+                   ["acc", "nmi"])
+    assert rows[0] == {"backbone": "demo", "dataset": "digits", "n": 7, "variant": "a", "seed": 0, "metric": "acc",
+                       "value": 0.5}
+    assert [(row["variant"], row["metric"]) for row in rows] == [("a", "acc"), ("a", "nmi"), ("b", "nmi")]
+
+
+def test_result_rows_take_the_backbone_from_the_table():
+    row, = rows_of(pd.DataFrame({"variant": ["a"], "backbone": ["other"], "acc": [1]}))
+    assert (row["backbone"], row["seed"]) == ("other", None)
+
+
+def test_result_rows_carry_the_settings_of_a_grid():
+    settings = {"source": "key", "attenuation": "min", "theta": "auto"}
+    table = pd.DataFrame([{"variant": "a", "acc": 0.2, **settings}, {"variant": "baseline", "acc": 0.1}])
+    rows = rows_of(table)
+    assert [{name: row[name] for name in settings} for row in rows] == [settings, dict.fromkeys(settings)]
+    check_results(RESULTS | {"rows": rows})
