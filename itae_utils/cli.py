@@ -27,7 +27,7 @@ class Failure(click.ClickException):
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """Report bad input in one line with exit status 2, Ctrl-C with 130, and a failing disk with 1."""
     try:
         yield
@@ -52,12 +52,12 @@ class Group(click.Group):
 
     def make_context(self, *arguments: object, **options: object) -> click.Context:
         """Parse the options before a command's name."""
-        with in_one_line():
+        with errors_in_one_line():
             return super().make_context(*arguments, **options)
 
     def invoke(self, context: click.Context) -> object:
         """Run a command."""
-        with in_one_line():
+        with errors_in_one_line():
             return super().invoke(context)
 
 

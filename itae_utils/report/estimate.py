@@ -34,7 +34,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Work:
+class Operations:
     """Floating-point operations of the model, on its device, and of k-means, on the CPU."""
 
     model: float
@@ -139,7 +139,7 @@ def backbone_size(name: str, image_size: int | None) -> Size:
     return Size(parameters, model.embed_dim, patches + model.num_prefix_tokens)
 
 
-def work(key: str, parameters: Mapping[str, object], size: Size, images: int) -> Work:
+def work(key: str, parameters: Mapping[str, object], size: Size, images: int) -> Operations:
     """Return the operations that notebook `key` needs."""
     def number(name: str, default: int) -> int:
         return int(parameters.get(name) or default)
@@ -156,7 +156,7 @@ def work(key: str, parameters: Mapping[str, object], size: Size, images: int) ->
         passes, clusterings = fit + 2 * images, 6 * starts
     known = DATASETS.get(str(parameters["dataset"]))
     classes = number("clusters", (known and known.classes) or 10)
-    return Work(2.0 * size.parameters * size.tokens * passes,
+    return Operations(2.0 * size.parameters * size.tokens * passes,
                 2.0 * images * size.dim * classes * ITERATIONS * clusterings)
 
 

@@ -31,7 +31,7 @@ from itae_utils.results import PACKAGES, read_results, version_of
 
 MARK = "run.json"
 MARK_SCHEMA = 2
-CODE = ("*.py", "*.safetensors", "*.json")  # of the package: its modules, the embedded weights, the schema
+PACKAGE_FILES = ("*.py", "*.safetensors", "*.json")  # of the package: its modules, the embedded weights, the schema
 DRAWING = ("matplotlib", "seaborn", "pandas", "pillow")  # packages that decide figures and tables, beside PACKAGES
 
 State = dict[str, object]  # what decides a run, by part; None for a part that is unknown
@@ -152,7 +152,7 @@ def _common() -> State:
 
 
 def _code() -> str:
-    paths = sorted(path for pattern in CODE for path in PACKAGE.rglob(pattern))
+    paths = sorted(path for pattern in PACKAGE_FILES for path in PACKAGE.rglob(pattern))
     lines = [f"{path.relative_to(PACKAGE).as_posix()}\t{_sha256(path)}\n" for path in paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

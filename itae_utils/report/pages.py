@@ -23,7 +23,7 @@ from itae_utils.report.runs import Report, Run
 from itae_utils.results import is_collection
 
 TEMPLATES = PACKAGE / "report/templates"
-SCORES = ("acc", "nmi", "ari")  # shown in this order; other metrics are shown only if none of these was measured
+METRICS = ("acc", "nmi", "ari")  # shown in this order; other metrics are shown only if none of these was measured
 SCORES_NOTEBOOK = "03"
 SHOWN_TYPES = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
 
@@ -97,7 +97,7 @@ def index_page(report: Report) -> Path:
         facts=_facts(measured, named=bool(report.grid)),
         versions=_distinct(measured, _versions),
         headline=[fact for results in collections or measured.values() for fact in results["headline"]],
-        scores=score_table(scores[0]["rows"]) if len(scores) == 1 else None,
+        scores=mean_scores(scores[0]["rows"]) if len(scores) == 1 else None,
         thresholds=[(label, name, value) for label, results in measured.items()
                     for name, value in results["thresholds"].items()],
         parameters=_parameter_table(report.runs),
@@ -124,7 +124,7 @@ def _values(runs: Sequence[Run], parameter: str) -> list[str]:
     return list(dict.fromkeys(str(run.parameters[parameter]) for run in runs if parameter in run.parameters))
 
 
-def score_table(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
+def mean_scores(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
     """Return mean and standard deviation over seeds, a row per variant and a column per metric, in the order of `rows`.
 
     Returns:
@@ -136,7 +136,7 @@ def score_table(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:
     for row in rows:
         values[row["variant"], row["backbone"]][row["metric"]].append(row["value"])
     present = list(dict.fromkeys(metric for scores in values.values() for metric in scores))
-    metrics = [metric for metric in SCORES if metric in present] or present
+    metrics = [metric for metric in METRICS if metric in present] or present
     several = len({backbone for _, backbone in values}) > 1
     table = [
         {"variant": variant, "backbone": backbone if several else None,

@@ -9,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from itae_utils.report.pages import index_page, notebook_page, score_table
+from itae_utils.report.pages import index_page, notebook_page, mean_scores
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.runs import Report, Run
 from tests.tiny_notebooks import PROVENANCE, RESULTS, ROWS
@@ -200,8 +200,8 @@ def test_index_tells_which_notebook_differs(tmp_path):
     assert "digits · 1,797 images · all (02, 03)" in page
 
 
-def test_score_table_is_mean_and_spread_over_seeds():
-    table = score_table(ROWS)
+def test_mean_scores_is_mean_and_spread_over_seeds():
+    table = mean_scores(ROWS)
     assert table["metrics"] == ["acc", "nmi", "ari"]
     assert [row["variant"] for row in table["rows"]] == ["raw pixels", "baseline", "itae"]
     average, spread, seeds = table["rows"][2]["cells"][0]
@@ -210,12 +210,12 @@ def test_score_table_is_mean_and_spread_over_seeds():
     assert table["unit"]
 
 
-def test_score_table_of_odd_rows():
-    assert score_table([]) is None
+def test_mean_scores_of_odd_rows():
+    assert mean_scores([]) is None
     one = {**ROWS[0], "seed": None}
-    assert score_table([one])["rows"][0]["cells"] == [(0.7, None, 1)]
-    agreement = score_table([{**one, "metric": "agreement", "value": 3.0}])
+    assert mean_scores([one])["rows"][0]["cells"] == [(0.7, None, 1)]
+    agreement = mean_scores([{**one, "metric": "agreement", "value": 3.0}])
     assert (agreement["metrics"], agreement["unit"]) == (["agreement"], False)
-    gaps = score_table([one, {**one, "variant": "other", "metric": "nmi", "backbone": "clean"}])
+    gaps = mean_scores([one, {**one, "variant": "other", "metric": "nmi", "backbone": "clean"}])
     assert [row["cells"] for row in gaps["rows"]] == [[(0.7, None, 1), None], [None, (0.7, None, 1)]]
     assert [row["backbone"] for row in gaps["rows"]] == ["demo", "clean"]
