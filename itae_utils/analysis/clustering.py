@@ -196,6 +196,9 @@ def bench_table(bench: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"measured": measured, "verdict": np.where(bench.met, "met", "not met")}, index=bench.index)
 
 
+UNCHANGED = "Nothing was attenuated, so ITAE equals the baseline"
+
+
 def describe_counts(counts: np.ndarray, patches: int) -> str:
     """Return how many patches a variant attenuates, from counts (n,): "4.4 of 49 patches per image (8.9 %)"."""
     mean = counts.mean()
@@ -212,7 +215,7 @@ def describe_gain(scores: pd.DataFrame, differences: pd.DataFrame | None, change
         changed: whether anything was attenuated.
     """
     if not changed:
-        return "Nothing was attenuated, so ITAE equals the baseline"
+        return UNCHANGED
     before, after = _before_and_after(scores)
     if differences is None:
         return f"Runs of k-means agree by a mean ARI of {before:.3f} for the baseline and of {after:.3f} with ITAE"
@@ -224,17 +227,18 @@ def _before_and_after(scores: pd.DataFrame) -> list[float]:
     return [scores[scores.variant == name][metric].mean() for name in ("baseline", "itae")]
 
 
-def clustering_headline(scores: pd.DataFrame, finding: str, bench: pd.DataFrame | None) -> list[dict[str, str]]:
+def clustering_headline(
+    scores: pd.DataFrame, differences: pd.DataFrame | None, changed: bool, bench: pd.DataFrame | None
+) -> list[dict[str, str]]:
     """Return the headline facts about the clustering: the score before and after, and the number of targets met.
 
-    Args:
-        scores: with a column acc, or agreement.
-        finding: from `describe_gain`.
-        bench: from `bench_targets`, or None.
+    `bench` is from `bench_targets`, or None; the other arguments are those of `describe_gain`.
     """
     before, after = _before_and_after(scores)
-    facts = [{"label": "ACC of the clustering" if "acc" in scores else "Agreement of clusterings",
-              "value": f"{before:.3f} → {after:.3f}", "note": f"baseline → ITAE, mean over seeds; {finding}"}]
+    note = ("baseline → ITAE, mean ARI between runs of k-means" if differences is None
+            else f"baseline → ITAE, mean over seeds; difference {differences.words['itae', 'acc']}")
+    facts = [{"label": "Agreement of clusterings" if differences is None else "ACC of the clustering",
+              "value": f"{before:.3f} → {after:.3f}", "note": note if changed else UNCHANGED}]
     if bench is not None:
         won = bench.measured[WON_BACK]
         note = ("the planted artifacts cost no ACC on these images" if np.isnan(won)

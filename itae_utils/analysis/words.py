@@ -11,11 +11,13 @@ from torch.utils.data import Dataset
 
 from itae_utils.method.thresholds import ThresholdFit
 from itae_utils.models.backbones import Backbone
+from itae_utils.results import versions
 
 PLANTED = (
     "**The artifacts of this backbone were planted** by editing its weights, so the true artifacts are known. "
     "The results show that the program works, not that natural artifacts behave in the same way."
 )
+PRINTED_VERSIONS = ("itae-utils", "torch", "timm", "scikit-learn")  # `results.json` has more of them
 SETTING_COLUMNS = ("source", "attenuation", "theta")
 MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_[]~|$"})
 
@@ -39,7 +41,7 @@ def percent(share: float) -> str:
 
 
 def describe_run(backbone: Backbone, dataset: Dataset) -> str:
-    """Return Markdown that describes the model and the images, and says so if the artifacts were planted."""
+    """Return Markdown that describes the model, device, images and versions, and says if the artifacts were planted."""
     rows, columns = backbone.patch_grid
     labels = "without labels" if dataset.targets is None else _describe_classes(dataset)
     lines = [
@@ -47,6 +49,7 @@ def describe_run(backbone: Backbone, dataset: Dataset) -> str:
         f"{backbone.image_size} px ({backbone.preprocess}), {rows} × {columns} patches, "
         f"{backbone.precision} on {backbone.device}.",
         f"**{escape(dataset.name)}**: {len(dataset):,} images, {labels}; {escape(dataset.source)}.",
+        " · ".join(f"{name} {version}" for name, version in versions().items() if name in PRINTED_VERSIONS),
     ]
     if dataset.skipped:
         lines.append(f"{len(dataset.skipped):,} unreadable files were left out. The first is "

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -214,10 +216,20 @@ def test_gain_is_described_with_its_interval():
 
 
 def test_clustering_headline_counts_the_targets_met():
-    facts = clustering.clustering_headline(scores("acc", 0.5, 0.75), "finding", bench(missed=3))
+    gain = differences("+0.250 [+0.2, +0.3]")
+    facts = clustering.clustering_headline(scores("acc", 0.5, 0.75), gain, True, bench(missed=3))
     assert [fact["value"] for fact in facts] == ["0.500 → 0.750", "5 of 6 targets met"]
     assert "90 %" in facts[1]["note"]
-    nothing_lost = clustering.clustering_headline(scores("acc", 0.9, 0.9), "x", bench(ACC | {"baseline": 0.95}))
+    nothing_lost = clustering.clustering_headline(scores("acc", 0.9, 0.9), gain, True, bench(ACC | {"baseline": 0.95}))
     assert "%" not in nothing_lost[1]["note"]
-    unlabelled = clustering.clustering_headline(scores("agreement", 0.5, 0.75), "finding", None)
-    assert [fact["label"] for fact in unlabelled] == ["Agreement of clusterings"]
+
+
+@pytest.mark.parametrize(("metric", "words", "changed", "numbers"), [
+    ("acc", "+0.250 [+0.2, +0.3]", True, ["+0.250", "+0.2", "+0.3"]), ("acc", "+0.0 [+0.0, +0.0]", False, []),
+    ("agreement", None, True, []), ("agreement", None, False, []),
+])
+def test_note_of_the_clustering_headline_does_not_repeat_its_value(metric, words, changed, numbers):
+    (fact,) = clustering.clustering_headline(scores(metric, 0.5, 0.75), words and differences(words), changed, None)
+    assert fact["value"] == "0.500 → 0.750"
+    assert re.findall(r"[+-]?\d\.\d+", fact["note"]) == numbers
+    assert ("attenuated" in fact["note"]) == (not changed)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
 import pandas as pd
@@ -39,6 +40,9 @@ def test_a_run_is_described_with_its_planted_artifacts():
     assert "planted" not in clean
     assert "7 × 7 patches" in clean
     assert "1,797 images, 10 classes" in clean
+    assert "fp32 on cpu" in clean
+    for package in ("itae-utils", "torch", "timm", "scikit-learn"):
+        assert f"{package} {metadata.version(package)}" in clean
 
 
 def test_a_run_without_labels_and_with_skipped_files():
