@@ -1,7 +1,8 @@
 import json
 import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -11,42 +12,35 @@ from itae_utils.files import in_one_line, make_folder, replacing, write_json
 WRITERS, ROUNDS = 4, 100
 
 
-def write_often(path, writer, barrier):
+def start_together(barrier):
     barrier.wait(20)
+
+
+def start_together_as_process_1(barrier):
+    os.getpid = lambda: 1  # in this forked process alone
+    barrier.wait(20)
+
+
+def write_often(path, writer):
     for _ in range(ROUNDS):
         write_json(path, [writer] * 1000)
 
 
-def write_often_as_process_1(*args):
-    os.getpid = lambda: 1  # in this forked process alone
-    write_often(*args)
+FORK = multiprocessing.get_context("fork")
 
 
-def check(folder, path):
+@pytest.mark.parametrize("pool", [
+    partial(ThreadPoolExecutor, initializer=start_together),
+    partial(ProcessPoolExecutor, initializer=start_together_as_process_1, mp_context=FORK),
+], ids=["threads", "processes"])
+def test_several_writers_can_replace_one_file_at_the_same_time(tmp_path, pool):
+    """Several containers may share a folder, and the process of each has number 1."""
+    path = tmp_path / "x.json"
+    with pool(WRITERS, initargs=(FORK.Barrier(WRITERS),)) as executor:
+        list(executor.map(write_often, [path] * WRITERS, range(WRITERS)))
     content = json.loads(path.read_text())
     assert content == content[:1] * 1000
-    assert list(folder.iterdir()) == [path]
-
-
-def test_threads_can_replace_one_file_at_the_same_time(tmp_path):
-    path, barrier = tmp_path / "x.json", multiprocessing.Barrier(WRITERS)
-    with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(write_often, [path] * WRITERS, range(WRITERS), [barrier] * WRITERS))
-    check(tmp_path, path)
-
-
-def test_processes_with_equal_ids_can_replace_one_file_at_the_same_time(tmp_path):
-    """Several containers may share a folder, and the process of each has number 1."""
-    context = multiprocessing.get_context("fork")
-    path, barrier = tmp_path / "x.json", context.Barrier(WRITERS)
-    processes = [context.Process(target=write_often_as_process_1, args=(path, writer, barrier))
-                 for writer in range(WRITERS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * WRITERS
-    check(tmp_path, path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -68,6 +62,8 @@ def test_a_failed_block_leaves_the_old_file_and_no_part(tmp_path, error):
     def write_half():
         with replacing(path) as part:
             part.write_text("half")
+            assert part.parent == tmp_path
+            assert part.name.startswith(".")
             raise error
 
     with pytest.raises(error):
@@ -76,20 +72,12 @@ def test_a_failed_block_leaves_the_old_file_and_no_part(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_part_is_hidden_and_beside_the_file(tmp_path):
-    with replacing(tmp_path / "x.json") as part:
-        part.write_text("")
-        assert list(tmp_path.iterdir()) == [part]
-        assert part.name.startswith(".")
-
-
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ItaeError, match=f"{tmp_path}/file/out"):
         make_folder(tmp_path / "file/out")
 
 
-def test_an_error_in_one_line():
-    assert in_one_line(ValueError("one\n  two")) == "one two"
-    assert in_one_line(ValueError()) == "ValueError"
-    assert len(in_one_line(ValueError("x" * 999))) == 200
+@pytest.mark.parametrize(("message", "line"), [("one\n  two", "one two"), ("", "ValueError"), ("x" * 999, "x" * 200)])
+def test_an_error_becomes_one_line(message, line):
+    assert in_one_line(ValueError(message)) == line

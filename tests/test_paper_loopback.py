@@ -4,11 +4,9 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 
 import numpy as np
@@ -19,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save
 from torchvision import datasets as real
 
-from tests.data.test_download import Server
+from tests.data.test_download import Server, pack
 from tests.hub_server import Hub
 
 COUNT, CLASSES = 24, 3
@@ -46,41 +44,10 @@ def pixels(side: int) -> np.ndarray:
     return (noise + 120 * np.eye(3, dtype=int)[TARGETS][:, :, None, None]).astype(np.uint8)
 
 
-def md5(content: bytes) -> str:
-    return hashlib.md5(content).hexdigest()
-
-
-def pack(folder, reader, contents: dict[str, bytes]) -> dict:
-    """Write one of torchvision's archives; return the attributes of its reader that hold the checksums."""
-    path = folder / reader.filename
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(f"{reader.base_folder}/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    sums = {name: md5(content) for name, content in contents.items()}
-    attributes = {each: [[name, sums[name]] for name, _ in getattr(reader, each) if name in sums]
-                  for each in ("train_list", "test_list")}
-    if hasattr(reader, "meta"):
-        attributes["meta"] = {**reader.meta, "md5": sums[reader.meta["filename"]]}
-    return attributes | {"tgz_md5": md5(path.read_bytes())}
-
-
 def pack_all(folder, url: str) -> dict:
     """Write all four archives to `folder`; return the attributes of their readers."""
-    readers = {}
-    for reader, labels in [(real.CIFAR10, "labels"), (real.CIFAR100, "fine_labels")]:
-        readers[reader.__name__] = pack(folder, reader, {
-            reader.test_list[0][0]: pickle.dumps({"data": pixels(32).reshape(COUNT, -1), labels: TARGETS}),
-            reader.meta["filename"]: pickle.dumps({reader.meta["key"]: NAMES}),
-        })
-    readers["STL10"] = pack(folder, real.STL10, {
-        "test_X.bin": pixels(96).transpose(0, 1, 3, 2).tobytes(),
-        "test_y.bin": bytes(label + 1 for label in TARGETS),
-        "class_names.txt": "\n".join(NAMES).encode(),
-    })
-    for name in readers:
-        readers[name]["url"] = f"{url}/{getattr(real, name).filename}"
+    readers = {reader.__name__: pack(folder, reader, pixels(96 if reader is real.STL10 else 32), TARGETS, NAMES)
+               | {"url": f"{url}/{reader.filename}"} for reader in (real.CIFAR10, real.CIFAR100, real.STL10)}
     path, top = folder / "tiny-imagenet-200.zip", "tiny-imagenet-200"
     with zipfile.ZipFile(path, "w") as archive:
         for index, picture in enumerate(pixels(64)):
@@ -90,7 +57,7 @@ def pack_all(folder, url: str) -> dict:
         rows = [f"val_{index}.JPEG\tn{label}\t0\t0\t63\t63\n" for index, label in enumerate(TARGETS)]
         archive.writestr(f"{top}/val/val_annotations.txt", "".join(rows))
         archive.writestr(f"{top}/words.txt", "".join(f"n{label}\t{name}\n" for label, name in enumerate(NAMES)))
-    tiny = {"url": f"{url}/{path.name}", "filename": path.name, "md5": md5(path.read_bytes())}
+    tiny = {"url": f"{url}/{path.name}", "filename": path.name, "md5": hashlib.md5(path.read_bytes()).hexdigest()}
     return {"torchvision": readers, "tiny": tiny}
 
 

@@ -1,8 +1,12 @@
-"""Tiny notebooks that keep the real ones' contract, for the tests of the report."""
+"""Tiny notebooks with the parameters and results of real ones, for the tests of reports."""
 
+import copy
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 PROVENANCE = {
@@ -42,10 +46,29 @@ write_results(
     output_dir, notebook="NAME", provenance=provenance, thresholds={{"itae": 1.25}}, rows={ROWS!r}, figures=[],
     parameters={{"backbone": backbone, "dataset": dataset, "limit": limit, "seed": seed}},
     headline=[{{"label": "seed of NAME", "value": seed, "note": "as given"}}]);'''
+DELETED = object()
+
+
+def changed(document: dict, place: str, value: object) -> dict:
+    """Return a copy of a document with another value at a place such as "rows.0.n", or without it for DELETED."""
+    document = copy.deepcopy(document)
+    *parents, last = [int(part) if part.isdigit() else part for part in place.split(".")]
+    parent = reduce(getitem, parents, document)
+    if value is DELETED:
+        del parent[last]
+    else:
+        parent[last] = value
+    return document
+
+
+def use_notebooks(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let reports run the notebooks of a folder, with the folder above it as the working directory."""
+    patch.setattr("itae_utils.report.report.notebooks_folder", lambda: folder)
+    patch.chdir(folder.parent)
 
 
 def write_notebook(folder: Path, name: str, *code: str, parameters: str = PARAMETERS, measure: bool = True) -> Path:
-    """A notebook of a title, a parameters cell, code cells, and the cell that writes results.json."""
+    """Write a notebook: title, parameters, code, and a cell that writes results unless `measure` is False."""
     last = [MEASURE.replace("NAME", name)] if measure else []
     cells = [
         new_markdown_cell(f"# Title of {name}\n\nWhat it *shows*.\n\nMore."),
@@ -54,15 +77,20 @@ def write_notebook(folder: Path, name: str, *code: str, parameters: str = PARAME
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     path = folder / f"{name}.ipynb"
+    folder.mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
     return path
 
 
+def write_profile(folder: Path, name: str, text: str) -> None:
+    (folder / "profiles").mkdir(parents=True, exist_ok=True)
+    (folder / "profiles" / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
 def write_notebooks(folder: Path) -> Path:
-    """Three notebooks: one that says what it was run by, one that fails half-way, one with scores; and a profile."""
-    (folder / "profiles").mkdir(parents=True)
-    (folder / "profiles" / "demo.yaml").write_text(
-        'description: Tiny.\ncommon: {backbone: demo, dataset: digits}\n"01": {alpha: 0.25}\n', encoding="utf-8")
+    """Write three notebooks and a profile: 01 prints its settings, 02 fails half-way, 03 has scores."""
+    write_profile(folder, "demo",
+                  'description: Tiny.\ncommon: {backbone: demo, dataset: digits}\n"01": {alpha: 0.25}\n')
     write_notebook(
         folder, "01_first",
         "import os, sys, itae_utils\nhere = os.path.dirname(itae_utils.__file__)\n"
@@ -86,12 +114,10 @@ write_results(
 
 
 def write_grid(folder: Path) -> Path:
-    """Notebooks 01 and 03, which measure, 04, which collects; and the profiles `demo` and `grid`, of two pairings."""
-    (folder / "profiles").mkdir(parents=True)
-    (folder / "profiles" / "demo.yaml").write_text("common: {backbone: demo, dataset: digits}\n", encoding="utf-8")
-    (folder / "profiles" / "grid.yaml").write_text(
-        "description: Both.\ncommon: {seed: 3}\ngrid: {dataset: [digits], backbone: [demo, demo-clean]}\n",
-        encoding="utf-8")
+    """Write notebooks 01 and 03, which measure, 04, which collects, and the profiles `demo` and `grid`."""
+    write_profile(folder, "demo", "common: {backbone: demo, dataset: digits}\n")
+    write_profile(folder, "grid", "description: Both.\ncommon: {seed: 3}\n"
+                                  "grid: {dataset: [digits], backbone: [demo, demo-clean]}\n")
     write_notebook(folder, "01_first")
     write_notebook(folder, "03_scores")
     write_notebook(folder, "04_collects", COLLECT, measure=False,

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from itae_utils.data.fingerprint import files_digest, fingerprint
+from itae_utils.data.fingerprint import file_sha256, files_digest, fingerprint
 from itae_utils.errors import ItaeError
+
+IMAGES = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
+NAMES = ("b/1.png", "a/2.png", "a/1.png")
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +21,18 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def paths(tmp_path):
+    return old_files(tmp_path / "pictures")
+
+
 def dataset(images, targets=None, name="made"):
     return SimpleNamespace(name=name, images=images, targets=targets)
 
 
 def old_files(folder: Path) -> list[Path]:
     """Write three files of ten bytes whose modification time is long ago."""
-    paths = [folder / name for name in ("b/1.png", "a/2.png", "a/1.png")]
+    paths = [folder / name for name in NAMES]
     for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([number]) * 10)
@@ -45,107 +53,89 @@ def sha256(content: bytes) -> str:
 
 
 class TestFiles:
-    def test_it_is_the_hash_of_names_labels_and_contents_in_order(self, tmp_path):
-        paths, labels = old_files(tmp_path / "pictures"), [1, 0, 0]
+    def test_the_fingerprint_is_the_hash_of_names_labels_and_contents_in_order(self, paths, tmp_path):
+        labels = [1, 0, 0]
         expected = sha256("".join(f"{name}\t{label}\t{sha256(bytes([number]) * 10)}\n" for number, (name, label) in
-                                  enumerate(zip(("b/1.png", "a/2.png", "a/1.png"), labels, strict=True))).encode())
+                                  enumerate(zip(NAMES, labels, strict=True))).encode())
         assert fingerprint(dataset(paths, labels)) == expected
         assert fingerprint(dataset(list(map(str, paths)), np.array(labels))) == expected
         assert fingerprint(dataset(paths, labels, f"imagefolder:{tmp_path / 'pictures'}")) == expected
         assert fingerprint(dataset(paths[::-1], labels[::-1])) != expected
 
-    def test_a_copy_of_a_folder_has_the_same_one(self, tmp_path):
+    def test_a_copy_of_a_folder_has_the_same_fingerprint(self, tmp_path):
         first, second = (dataset(old_files(tmp_path / name), name=f"imagefolder:{tmp_path / name}") for name in "xy")
         assert fingerprint(first) == fingerprint(second)
 
-    def test_a_changed_byte_label_name_or_number_changes_it(self, tmp_path):
-        paths = old_files(tmp_path / "pictures")
+    def test_the_fingerprint_changes_with_a_byte_a_label_a_name_or_the_number(self, paths):
         found = [fingerprint(dataset(paths)), fingerprint(dataset(paths, [0, 1, 2])), fingerprint(dataset(paths[:2]))]
         paths[0].write_bytes(b"other byte")
         found.append(fingerprint(dataset(paths)))
         found.append(fingerprint(dataset([paths[0].rename(paths[0].with_name("3.png")), *paths[1:]])))
         assert len(set(found)) == 5
 
-
-class TestFilesDigest:
-    def test_it_is_the_hash_of_names_and_contents_in_any_order(self, tmp_path):
-        paths = old_files(tmp_path / "pictures")
-        expected = sha256("".join(f"{name}\t{sha256(bytes([number]) * 10)}\n" for name, number in
-                                  (("a/1.png", 2), ("a/2.png", 1), ("b/1.png", 0))).encode())
+    def test_the_digest_is_the_hash_of_names_and_contents_in_any_order(self, paths, tmp_path):
+        expected = sha256("".join(f"{name}\t{file_sha256(path)}\n" for name, path in
+                                  sorted(zip(NAMES, paths, strict=True))).encode())
         assert files_digest(paths, tmp_path / "pictures") == expected
         assert files_digest(map(str, paths[::-1]), str(tmp_path / "pictures")) == expected
         assert files_digest(paths, tmp_path) != expected
         assert files_digest(paths[1:], tmp_path / "pictures") != expected
-
-    def test_no_files_have_none(self, tmp_path):
         assert files_digest([], tmp_path) is None
 
-    def test_it_shares_the_cache_of_fingerprints(self, tmp_path):
-        paths = old_files(tmp_path / "pictures")
-        fingerprint(dataset(paths))
-        overwrite(paths[0], b"unnoticed.")
-        unchanged = old_files(tmp_path / "copy")
-        assert files_digest(paths, tmp_path / "pictures") == files_digest(unchanged, tmp_path / "copy")
+    def test_the_digest_of_one_file_is_that_of_its_content(self, paths):
+        assert [file_sha256(path) for path in paths] == [sha256(bytes([number]) * 10) for number in range(3)]
 
 
 class TestCache:
-    def test_an_unchanged_file_is_read_once(self, tmp_path):
-        paths = old_files(tmp_path / "pictures")
+    def test_an_unchanged_file_is_read_once(self, paths, tmp_path):
         before = fingerprint(dataset(paths))
         overwrite(paths[0], b"unnoticed.")
         assert fingerprint(dataset(paths)) == before, "size, time and inode are the same: not read again"
+        unchanged = old_files(tmp_path / "copy")
+        assert files_digest(paths, tmp_path / "pictures") == files_digest(unchanged, tmp_path / "copy")
         other = paths[0].with_name("other")  # same size and time, another inode
-        other.write_bytes(b"x" * 10)
-        status = paths[0].stat()
-        os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+        other.touch()
+        os.utime(other, ns=(paths[0].stat().st_atime_ns, paths[0].stat().st_mtime_ns))
+        overwrite(other, b"x" * 10)
         other.replace(paths[0])
         assert fingerprint(dataset(paths)) != before
 
-    def test_a_file_changed_just_now_is_read_again(self, tmp_path):
-        paths = old_files(tmp_path / "pictures")
+    def test_a_file_changed_just_now_is_read_again(self, paths):
         paths[0].write_bytes(b"first.....")
         before = fingerprint(dataset(paths))
         overwrite(paths[0], b"second....")  # within the resolution of a coarse clock
         assert fingerprint(dataset(paths)) != before
 
     @pytest.mark.parametrize("text", ["", "[1]", '{"a/1.png": 3}', "{"])
-    def test_a_damaged_cache_is_replaced(self, tmp_path, cache, text):
-        paths = old_files(tmp_path / "pictures")
+    def test_a_damaged_cache_is_replaced(self, paths, cache, text):
         before = fingerprint(dataset(paths))
         (file,) = (cache / "fingerprints").iterdir()
         file.write_text(text, encoding="utf-8")
         assert fingerprint(dataset(paths)) == before
         assert len(json.loads(file.read_text(encoding="utf-8"))) == 3
 
-    def test_a_cache_that_cannot_be_written_is_not_needed(self, tmp_path, monkeypatch):
-        paths = old_files(tmp_path / "pictures")
+    def test_a_cache_that_cannot_be_written_is_not_needed(self, paths, tmp_path, monkeypatch):
         expected = fingerprint(dataset(paths))
-        (tmp_path / "file").write_text("", encoding="utf-8")
+        (tmp_path / "file").touch()
         monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "file"))
         assert fingerprint(dataset(paths)) == expected
 
 
-def test_arrays_are_identified_by_content_shape_type_order_and_label():
-    images = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
-    whole = fingerprint(dataset(images, np.array([0, 1, 0])))
-    assert whole == fingerprint(dataset(list(images.copy()), [0, 1, 0]))
-    others = [dataset(images), dataset(images[::-1], [0, 1, 0]), dataset(images.reshape(3, 2, 8), [0, 1, 0]),
-              dataset(images.view(np.int8), [0, 1, 0]), dataset(images[:2], [0, 1])]
-    assert len({whole, *map(fingerprint, others)}) == 6
+class TestArrays:
+    def test_they_are_identified_by_content_shape_type_order_and_label(self):
+        whole = fingerprint(dataset(IMAGES, np.array([0, 1, 0])))
+        assert whole == fingerprint(dataset(list(IMAGES.copy()), [0, 1, 0]))
+        others = [dataset(IMAGES), dataset(IMAGES[::-1], [0, 1, 0]), dataset(IMAGES.reshape(3, 2, 8), [0, 1, 0]),
+                  dataset(IMAGES.view(np.int8), [0, 1, 0]), dataset(IMAGES[:2], [0, 1])]
+        assert len({whole, *map(fingerprint, others)}) == 6
 
+    def test_a_custom_data_set_needs_images_only(self):
+        assert fingerprint(SimpleNamespace(images=IMAGES)) == fingerprint(dataset(IMAGES))
+        assert fingerprint(SimpleNamespace(name="x", targets=None)) is None
+        assert fingerprint(dataset([])) is None
 
-def test_a_custom_data_set_needs_images_only():
-    images = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
-    assert fingerprint(SimpleNamespace(images=images)) == fingerprint(dataset(images))
-
-
-def test_a_data_set_without_images_has_none():
-    assert fingerprint(SimpleNamespace(name="x", targets=None)) is None
-    assert fingerprint(dataset([])) is None
-
-
-def test_images_of_another_type_or_number_are_refused():
-    with pytest.raises(ItaeError, match=r"\.images.* list"):
-        fingerprint(dataset([[1, 2]]))
-    with pytest.raises(ItaeError, match=r"2 \.images.* 3 \.targets"):
-        fingerprint(dataset(np.zeros((2, 4, 4)), [0, 1, 0]))
+    @pytest.mark.parametrize(("images", "targets", "message"), [
+        ([[1, 2]], None, r"\.images.* list"), (np.zeros((2, 4, 4)), [0, 1, 0], r"2 \.images.* 3 \.targets")])
+    def test_images_of_another_type_or_number_are_refused(self, images, targets, message):
+        with pytest.raises(ItaeError, match=message):
+            fingerprint(dataset(images, targets))

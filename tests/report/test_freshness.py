@@ -4,296 +4,228 @@ import shutil
 import time
 from pathlib import Path
 
+import huggingface_hub
 import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from itae_utils.models import registry
-from itae_utils.report import freshness, report, runs
+from itae_utils.report import freshness, report
 from itae_utils.report.freshness import MARK
 from itae_utils.report.pages import notebook_page
-from itae_utils.report.plan import Step
-from tests.pretended import Pretended
-from tests.tiny_notebooks import PARAMETERS, write_grid, write_notebook
+from tests.fake_execution import FakeExecute
+from tests.tiny_notebooks import PARAMETERS, use_notebooks, write_grid, write_notebook
 
-BOTH = ["out/01_first", "out/03_scores"]
+FIRST, BOTH = ["out/01_first"], ["out/01_first", "out/03_scores"]
 GRID = [f"{pairing}-digits/{name}" for pairing in ("demo", "demo-clean") for name in ("01_first", "03_scores")]
 
 
 @pytest.fixture
-def pretended(tmp_path, monkeypatch):
-    """A working folder, with notebooks that measure (01, 03) and one that collects (04), none of which really runs."""
-    folder, execute = write_grid(tmp_path / "nb"), Pretended()
-    monkeypatch.setattr(report, "notebooks_folder", lambda: folder)
-    monkeypatch.setattr(report, "execute", execute)
+def execute(tmp_path, monkeypatch):
+    """Replace the execution of notebooks in a working folder with notebooks that measure (01, 03) and collect (04)."""
+    use_notebooks(write_grid(tmp_path / "nb"), monkeypatch)
+    monkeypatch.setattr(report, "execute", execute := FakeExecute())
     monkeypatch.setattr(report, "notebook_page", lambda *_: None)
     monkeypatch.setattr(report, "index_page", lambda written: written.index.touch())
     monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ITAE_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    monkeypatch.chdir(tmp_path)
     return execute
 
 
-def run(**options) -> runs.Report:
+def run(**options):
     return report.run_report(**{"output": "out", "say": str} | options)
 
 
-def old(path: Path, content: bytes) -> None:
-    """A file that was last changed long ago, and so is remembered by its size, time and inode."""
+def ran(execute, **options) -> list[str]:
+    """Write a report and return the folders of the notebooks that ran for it."""
+    run(**options)
+    return execute.take()
+
+
+def write_old(path: Path, content: bytes) -> None:
+    """Write a file that was last changed long ago, so that its hash is cached by size, time and inode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     long_ago = time.time_ns() - 10**11
     os.utime(path, ns=(long_ago, long_ago))
 
 
-def images(folder: Path, *names: str) -> None:
+def write_images(folder: Path, *names: str) -> None:
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((4, 4), number, dtype=np.uint8)).save(folder / name)
 
 
-def test_what_is_unchanged_is_not_run_again(pretended):
-    run()
-    assert pretended.take() == BOTH
-    again = run()
-    assert pretended.take() == []
-    assert [run.reused for run in again.runs] == [True, True]
-    run(force=True)
-    assert pretended.take() == BOTH
-    run()
-    assert pretended.take() == []
+def test_unchanged_notebooks_are_reused_unless_forced(execute):
+    assert ran(execute) == BOTH
+    assert [each.reused for each in run().runs] == [True, True]
+    assert execute.take() == []
+    assert ran(execute, force=True) == BOTH
+    assert ran(execute) == []
 
 
-def test_a_mark_says_what_ran(pretended):
+def test_the_contents_of_run_json(execute):
     made = run(parameters={"seed": 4})
     mark = json.loads((made.folder / "01_first" / MARK).read_text(encoding="utf-8"))
-    assert mark["schema"] == freshness.MARK_SCHEMA
-    assert len(mark["signature"]) == 64
+    assert (mark["schema"], len(mark["signature"])) == (freshness.MARK_SCHEMA, 64)
     assert mark["parameters"] == {"backbone": "demo", "dataset": "digits", "limit": None, "seed": 4}
     assert mark["seconds"] == made.runs[0].seconds
     assert set(mark["files"]) == {"01_first.ipynb", "results.json", "figures/cover.png", "figures/cover.pdf"}
 
 
-def edit_cell(folder: Path) -> None:
-    write_notebook(folder, "01_first", "x = 1")
+def edit_cell(notebook):
+    notebook.cells[-1].source += "\n"
 
 
-def edit_tag(folder: Path) -> None:
-    path = folder / "01_first.ipynb"
-    notebook = nbformat.read(path, as_version=4)
+def edit_default(notebook):
+    notebook.cells[1].source += "new = 1\n"
+
+
+def edit_tag(notebook):
     notebook.cells[-1].metadata["tags"] = ["hide"]
-    nbformat.write(notebook, path)
 
 
-def edit_default(folder: Path) -> None:
-    write_notebook(folder, "01_first", parameters=PARAMETERS + "new = 1\n")
-
-
-@pytest.mark.parametrize("edit", [edit_cell, edit_tag, edit_default])
-def test_an_edited_notebook_runs_again_alone(pretended, tmp_path, edit):
-    run()
-    pretended.take()
-    edit(tmp_path / "nb")
-    run()
-    assert pretended.take() == ["out/01_first"]
-
-
-def test_what_an_editor_notes_beside_the_cells_does_not_count(pretended, tmp_path):
-    run()
-    pretended.take()
-    path = tmp_path / "nb" / "01_first.ipynb"
-    notebook = nbformat.read(path, as_version=4)
+def edit_other_metadata(notebook):
     notebook.metadata["language_info"] = {"name": "python", "version": "3"}
     notebook.cells[-1].metadata["scrolled"] = True
     notebook.cells[-1].execution_count = 7
+
+
+@pytest.mark.parametrize(("edit", "expected"), [
+    (edit_cell, FIRST), (edit_default, FIRST), (edit_tag, FIRST), (edit_other_metadata, [])])
+def test_an_edited_notebook_runs_again_alone(execute, tmp_path, edit, expected):
+    assert ran(execute) == BOTH
+    path = tmp_path / "nb" / "01_first.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    edit(notebook)
     nbformat.write(notebook, path)
-    run()
-    assert pretended.take() == []
+    assert ran(execute) == expected
 
 
-def test_another_parameter_runs_all_that_take_it(pretended, tmp_path):
+def test_another_parameter_runs_the_notebooks_that_take_it(execute, tmp_path):
     write_notebook(tmp_path / "nb", "03_scores", parameters=PARAMETERS + "k = None\n")
-    run()
-    pretended.take()
-    run(parameters={"k": 7})
-    assert pretended.take() == ["out/03_scores"]
-    run(parameters={"seed": 2, "k": 7})
-    assert pretended.take() == BOTH
-    run()
-    assert pretended.take() == BOTH, "only the last run is kept"
+    assert ran(execute) == BOTH
+    assert ran(execute, parameters={"k": 7}) == ["out/03_scores"]
+    assert ran(execute, parameters={"seed": 2, "k": 7}) == BOTH
+    assert ran(execute) == BOTH, "only the last run is stored"
 
 
-def change_code(monkeypatch, folder):
-    """The same package with one more module."""
-    shutil.copytree(freshness.PACKAGE, folder / "package", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "package" / "new.py").touch()
-    monkeypatch.setattr(freshness, "PACKAGE", folder / "package")
+def test_store_workers_and_processes_do_not_decide_but_other_options_do(execute, tmp_path):
+    for notebook in ("01_first", "03_scores"):
+        write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "options = {}\n")
+    assert ran(execute) == BOTH
+    assert ran(execute, parameters={"store": "elsewhere", "num_workers": 2}) == []
+    assert "elsewhere" not in (tmp_path / "out" / "report.json").read_text(encoding="utf-8")
+    assert ran(execute, parameters={"image_size": 56}) == BOTH
 
 
 @pytest.mark.parametrize("change", [
-    change_code,
-    lambda monkeypatch, _: monkeypatch.setattr(freshness, "version_of", lambda name: "9"),
-    lambda monkeypatch, _: monkeypatch.setattr(freshness.platform, "python_version", lambda: "3.99"),
-    lambda monkeypatch, _: monkeypatch.setenv("HF_ENDPOINT", "http://localhost:1"),
-    lambda monkeypatch, _: (monkeypatch.setattr(torch.cuda, "is_available", lambda: True),
-                            monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")),
-])
-def test_other_code_versions_server_or_device_run_all(pretended, monkeypatch, tmp_path, change):
-    run()
-    pretended.take()
-    change(monkeypatch, tmp_path)
-    run()
-    assert pretended.take() == BOTH
+    lambda patch: patch.setattr(freshness, "version_of", lambda name: "9"),
+    lambda patch: patch.setattr(freshness.platform, "python_version", lambda: "3.99"),
+    lambda patch: patch.setenv("HF_ENDPOINT", "http://localhost:1"),
+    lambda patch: (patch.setattr(torch.cuda, "is_available", lambda: True),
+                   patch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")),
+], ids=["packages", "python", "hub", "device"])
+def test_other_versions_another_hub_or_device_run_all(execute, monkeypatch, change):
+    assert ran(execute) == BOTH
+    change(monkeypatch)
+    assert ran(execute) == BOTH
 
 
-def test_store_workers_and_processes_decide_nothing(pretended, tmp_path):
-    for notebook in ("01_first", "03_scores"):
-        write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "options = {}\n")
-    run()
-    pretended.take()
-    made = run(parameters={"store": "elsewhere", "num_workers": 2})
-    assert pretended.take() == []
-    assert "elsewhere" not in (made.folder / "report.json").read_text(encoding="utf-8")
-    run(parameters={"image_size": 56})
-    assert pretended.take() == BOTH
-
-
-def test_code_is_modules_and_embedded_files_of_the_whole_package(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "expected"), [
+    ("plant.py", BOTH), ("demo/plant.py", BOTH), ("demo/demo.safetensors", BOTH), ("demo/demo.json", BOTH),
+    ("new.py", BOTH), ("templates/style.css", []), ("__pycache__/new.pyc", [])])
+def test_changed_code_runs_all_but_changed_templates_do_not(execute, tmp_path, monkeypatch, name, expected):
     package = tmp_path / "package"
-    for name in ("freshness.py", "demo/plant.py", "demo/demo.safetensors", "demo/demo.json", "templates/style.css"):
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text(name, encoding="utf-8")
+    for each in ("plant.py", "demo/plant.py", "demo/demo.safetensors", "demo/demo.json", "templates/style.css", name):
+        (package / each).parent.mkdir(parents=True, exist_ok=True)
+        (package / each).write_text("old", encoding="utf-8")
+    if name == "new.py":
+        (package / name).unlink()
     monkeypatch.setattr(freshness, "PACKAGE", package)
-    found = [freshness._code()]
-    for name in ("demo/plant.py", "demo/demo.safetensors", "demo/demo.json"):
-        (package / name).write_text("other", encoding="utf-8")
-        found.append(freshness._code())
-    (package / "new.py").touch()
-    found.append(freshness._code())
-    assert len(set(found)) == 5
-    (package / "templates" / "style.css").write_text("other", encoding="utf-8")
-    (package / "__pycache__").mkdir()
-    (package / "__pycache__" / "new.pyc").touch()
-    assert freshness._code() == found[-1], "pages are always rendered again"
+    assert ran(execute) == BOTH
+    (package / name).write_text("new", encoding="utf-8")
+    assert ran(execute) == expected
 
 
-def edit_image(folder: Path) -> None:
-    Image.fromarray(np.full((4, 4), 99, dtype=np.uint8)).save(folder / "a/1.png")
-
-
-def relabel(folder: Path) -> None:
-    (folder / "a/1.png").rename(folder / "b/1.png")
-
-
-@pytest.mark.parametrize(("change", "runs"), [
-    (edit_image, BOTH), (relabel, BOTH), (lambda folder: images(folder, "a/3.png"), BOTH),
-    (lambda folder: (folder / "b/2.png").unlink(), BOTH), (lambda folder: (folder / "note.txt").touch(), []),
-    (lambda folder: os.utime(folder / "a/1.png", (1, 1)), [])])
-def test_a_folder_of_images(pretended, tmp_path, change, runs):
-    images(tmp_path / "pictures", "a/1.png", "a/2.png", "b/1.jpg", "b/2.png")
-    for _ in range(2):
-        run(dataset="imagefolder:pictures")
-    assert pretended.take() == BOTH
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda folder: Image.fromarray(np.full((4, 4), 99, dtype=np.uint8)).save(folder / "a/1.png"), BOTH),
+    (lambda folder: (folder / "a/1.png").rename(folder / "b/1.png"), BOTH),
+    (lambda folder: write_images(folder, "a/3.png"), BOTH),
+    (lambda folder: (folder / "b/2.png").unlink(), BOTH),
+    (lambda folder: (folder / "note.txt").touch(), []),
+    (lambda folder: os.utime(folder / "a/1.png", (1, 1)), []),
+], ids=["edited", "relabelled", "added", "deleted", "other file", "touched"])
+def test_a_changed_image_folder_runs_all(execute, tmp_path, change, expected):
+    write_images(tmp_path / "pictures", "a/1.png", "a/2.png", "b/1.jpg", "b/2.png")
+    assert ran(execute, dataset="imagefolder:pictures") == BOTH
+    assert ran(execute, dataset="imagefolder:pictures") == []
     change(tmp_path / "pictures")
-    run(dataset="imagefolder:pictures")
-    assert pretended.take() == runs
+    assert ran(execute, dataset="imagefolder:pictures") == expected
 
 
-def test_a_downloaded_data_set_is_known_by_its_files(pretended, tmp_path):
-    run(dataset="cifar10")
-    run(dataset="cifar10")
-    assert pretended.take() == BOTH * 2, "it isn't there: it can't be told, and isn't downloaded to be told"
+def test_a_downloaded_data_set_is_identified_by_its_files(execute, tmp_path):
     batch = tmp_path / "data" / "cifar-10-batches-py" / "test_batch"
-    old(batch, b"images")
-    run(dataset="cifar10")
-    run(dataset="cifar10")
-    assert pretended.take() == BOTH
-    old(batch, b"imagez")
-    os.utime(batch)
-    run(dataset="cifar10")
-    assert pretended.take() == BOTH
+    assert ran(execute, dataset="cifar10") == BOTH
+    assert ran(execute, dataset="cifar10") == BOTH, "a missing data set is unknown; it is not downloaded for this"
+    execute.during = lambda parameters: write_old(batch, b"images")
+    assert ran(execute, dataset="cifar10") == BOTH
+    assert ran(execute, dataset="cifar10") == [], "inputs that a run downloads are known afterwards"
+    execute.during = lambda parameters: None
+    batch.write_bytes(b"imagez")
+    assert ran(execute, dataset="cifar10") == BOTH
 
 
-def test_inputs_that_a_run_brings_are_known_afterwards(pretended, tmp_path):
-    batch = tmp_path / "data" / "cifar-10-batches-py" / "test_batch"
-    pretended.during = lambda parameters: old(batch, b"images")
-    run(dataset="cifar10")
-    run(dataset="cifar10")
-    assert pretended.take() == BOTH
-
-
-def test_what_changes_during_a_run_is_not_taken_for_what_it_ran_on(pretended, tmp_path):
-    images(tmp_path / "pictures", "1.png", "2.png")
+def test_inputs_that_change_during_a_run_leave_it_unfinished(execute, tmp_path):
+    write_images(tmp_path / "pictures", "1.png", "2.png")
     count = iter(range(3, 9))
-    pretended.during = lambda parameters: images(tmp_path / "pictures", f"{next(count)}.png")
-    run(dataset="imagefolder:pictures")
+    execute.during = lambda parameters: write_images(tmp_path / "pictures", f"{next(count)}.png")
+    assert ran(execute, dataset="imagefolder:pictures") == BOTH
     assert not list((tmp_path / "out").rglob(MARK))
-    pretended.take()
-    pretended.during = lambda parameters: None
-    run(dataset="imagefolder:pictures")
-    assert pretended.take() == BOTH
+    execute.during = lambda parameters: None
+    assert ran(execute, dataset="imagefolder:pictures") == BOTH
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "folder"])
-def test_a_checkpoint(pretended, tmp_path, name):
+def test_a_changed_checkpoint_runs_all(execute, tmp_path, name):
     for notebook in ("01_first", "03_scores"):
         write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "checkpoint = None\n")
     file = tmp_path / name if name.endswith("pth") else tmp_path / name / "model.safetensors"
     options = {"backbone": "dinov2_vits14", "parameters": {"checkpoint": name}}
-    old(file, b"weights")
-    run(**options)
-    run(**options)
-    assert pretended.take() == BOTH
+    write_old(file, b"weights")
+    assert ran(execute, **options) == BOTH
+    assert ran(execute, **options) == []
     file.write_bytes(b"others!")
-    run(**options)
-    assert pretended.take() == BOTH
-    if name == "folder":
-        (tmp_path / name / "config.json").touch()
-        run(**options)
-        assert pretended.take() == BOTH
+    assert ran(execute, **options) == BOTH
+    (file.parent / "config.json").touch()
+    assert ran(execute, **options) == (BOTH if name == "folder" else [])
 
 
-def test_published_weights_are_known_by_the_file_in_the_cache(pretended, tmp_path, monkeypatch):
-    import huggingface_hub
-
+def test_published_weights_are_identified_by_the_file_in_the_hubs_cache(execute, tmp_path, monkeypatch):
     def try_to_load_from_cache(repository, name, revision=None):
         path = tmp_path / "hub" / name
         return str(path) if path.exists() else None
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", try_to_load_from_cache)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("nothing is downloaded"))
-    run(backbone="dinov2_vits14")
-    run(backbone="dinov2_vits14")
-    assert pretended.take() == BOTH * 2
-    old(tmp_path / "hub" / "model.safetensors", b"weights")
-    run(backbone="dinov2_vits14")
-    run(backbone="dinov2_vits14")
-    assert pretended.take() == BOTH
-    old(tmp_path / "hub" / "model.safetensors", b"other weights")
-    run(backbone="dinov2_vits14")
-    assert pretended.take() == BOTH
+    for content, expected in [(None, BOTH), (None, BOTH), (b"weights", BOTH), (None, []), (b"other", BOTH)]:
+        if content:
+            write_old(tmp_path / "hub" / "model.safetensors", content)
+        assert ran(execute, backbone="dinov2_vits14") == expected
 
 
-def test_a_grid_is_kept_by_cell_and_collected_again_where_a_cell_ran(pretended, tmp_path):
-    run(profile="grid")
-    assert pretended.take() == [*GRID, "04_collects"]
-    run(profile="grid")
-    assert pretended.take() == []
+def test_a_grid_is_reused_by_pairing_and_collected_again_if_one_ran(execute, tmp_path):
+    assert ran(execute, profile="grid") == [*GRID, "04_collects"]
+    assert ran(execute, profile="grid") == []
     (tmp_path / "out" / GRID[2] / "results.json").unlink()
-    run(profile="grid")
-    assert pretended.take() == [GRID[2], "04_collects"]
-    run(profile="grid", parameters={"seed": 9})
-    assert pretended.take() == [*GRID, "04_collects"], "nothing was changed yet where it collects, but would be"
-    run(profile="grid")
-    pretended.take()
-    run(profile="grid", backbone="demo-clean")
-    assert pretended.take() == [], "the other cell's results lie there still"
+    assert ran(execute, profile="grid") == [GRID[2], "04_collects"]
+    assert ran(execute, profile="grid", parameters={"seed": 9}) == [*GRID, "04_collects"], "its sources will change"
+    assert ran(execute, profile="grid") == [*GRID, "04_collects"]
+    assert ran(execute, profile="grid", backbone="demo-clean") == [], "the other pairing's results still exist"
     shutil.rmtree(tmp_path / "out" / "demo-digits")
-    run(profile="grid", backbone="demo-clean")
-    assert pretended.take() == ["04_collects"]
+    assert ran(execute, profile="grid", backbone="demo-clean") == ["04_collects"]
 
 
 @pytest.mark.parametrize("change", [
@@ -302,106 +234,80 @@ def test_a_grid_is_kept_by_cell_and_collected_again_where_a_cell_ran(pretended, 
     lambda folder: (folder / "figures" / "more.pdf").touch(),
     lambda folder: shutil.copytree(folder, folder.with_name("more")),
     lambda folder: shutil.rmtree(folder),
-])
-def test_a_collection_runs_again_where_what_it_collects_has_changed(pretended, tmp_path, change):
+], ids=["results", "figure", "new figure", "new results", "deleted"])
+def test_another_report_is_collected_again_only_if_it_has_changed(execute, tmp_path, change):
     run()
     (tmp_path / "out").rename(tmp_path / "measured")
-    collecting = {"only": ["04"], "parameters": {"results_dir": "measured"}}
-    run(**collecting)
-    run(**collecting)
-    assert pretended.take() == [*BOTH, "04_collects"]
+    source = {"results_dir": "measured"}
+    execute.take()
+    assert ran(execute, parameters=source) == [*BOTH, "04_collects"]
+    assert ran(execute, parameters=source | {"seed": 9}) == BOTH, "the collected report has not changed"
     change(tmp_path / "measured" / "03_scores")
-    run(**collecting)
-    assert pretended.take() == ["04_collects"]
+    assert ran(execute, only=["04"], parameters=source) == ["04_collects"]
 
 
-def test_a_collection_of_another_report_is_kept_while_notebooks_run(pretended, tmp_path):
-    run()
-    (tmp_path / "out").rename(tmp_path / "measured")
-    run(parameters={"results_dir": "measured"})
-    pretended.take()
-    run(parameters={"results_dir": "measured", "seed": 9})
-    assert pretended.take() == BOTH
+def test_a_folder_of_images_is_listed_once_for_all_notebooks(execute, tmp_path, monkeypatch):
+    write_images(tmp_path / "pictures", "1.png", "2.png")
+    asked = {"profile": "grid", "dataset": "imagefolder:pictures"}
+    run(**asked)
+    plan, listed = report.plan_report(**asked), []
+    read_folder = freshness.read_folder
+    monkeypatch.setattr(freshness, "read_folder", lambda folder: listed.append(folder) or read_folder(folder))
+    assert report.unchanged_runs(plan, "out") == {step.folder for step in plan.steps}
+    assert len(listed) == 1
+
+
+def edit_mark(folder: Path, **changes: object) -> None:
+    mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    (folder / MARK).write_text(json.dumps(mark | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize("damage", [
-    lambda folder: (folder / MARK).unlink(),
-    lambda folder: (folder / MARK).write_text("{"),
-    lambda folder: (folder / MARK).write_text("[]"),
-    lambda folder: (folder / MARK).write_text("{}"),
-    lambda folder: (folder / MARK).write_text((folder / MARK).read_text().replace('"schema": 2', '"schema": 0')),
-    lambda folder: (folder / MARK).write_text((folder / MARK).read_text().replace('"seconds": ', '"seconds": -')),
-    lambda folder: (folder / MARK).write_text(json.dumps(json.loads((folder / MARK).read_text()) | {"files": {}})),
-    lambda folder: (folder / "results.json").unlink(),
-    lambda folder: (folder / "results.json").write_text("{}"),
-    lambda folder: (folder / "figures" / "cover.png").unlink(),
-    lambda folder: (folder / "figures" / "cover.pdf").write_bytes(b"%P"),
-    lambda folder: (folder / "01_first.ipynb").unlink(),
-    lambda folder: (folder / "01_first.ipynb").write_text("{}"),
-    lambda folder: shutil.rmtree(folder),
+    *(lambda folder, text=text: (folder / MARK).write_text(text) for text in ("{", "[]", "{}")),
+    *(lambda folder, change=change: edit_mark(folder, **change) for change in (
+        {"schema": 0}, {"seconds": -1}, {"files": {}}, {"signature": None})),
+    *(lambda folder, name=name: (folder / name).unlink() for name in (
+        MARK, "results.json", "figures/cover.png", "01_first.ipynb")),
+    *(lambda folder, name=name: (folder / name).write_text("{}") for name in (
+        "results.json", "figures/cover.pdf", "01_first.ipynb")),
+    shutil.rmtree,
 ])
-def test_what_is_not_whole_runs_again(pretended, tmp_path, damage):
-    run()
-    pretended.take()
+def test_a_damaged_run_is_repeated(execute, tmp_path, damage):
+    assert ran(execute) == BOTH
     damage(tmp_path / "out" / "01_first")
-    made = run()
-    assert pretended.take() == ["out/01_first"]
-    assert [run.reused for run in made.runs] == [False, True]
+    assert [each.reused for each in run().runs] == [False, True]
+    assert execute.take() == FIRST
 
 
-def test_a_mark_without_signature_marks_nothing(pretended, tmp_path, monkeypatch):
-    run()
-    path = tmp_path / "out" / "01_first" / MARK
-    mark = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(mark | {"signature": None}), encoding="utf-8")
-    monkeypatch.setattr(freshness, "signature", lambda state: None)
-    pretended.take()
-    run()
-    assert pretended.take() == BOTH
+def test_a_run_without_a_figure_that_its_results_name_is_repeated(execute):
+    execute.missing_figures = ["missing"]
+    assert ran(execute) == BOTH
+    assert ran(execute) == BOTH
 
 
-def test_a_figure_that_is_named_but_was_never_drawn(pretended, tmp_path):
-    pretended.undrawn = ["missing"]
-    run()
-    assert not list((tmp_path / "out").rglob(MARK))
-
-
-def test_pages_are_always_rendered_again(pretended, tmp_path, monkeypatch):
+def test_pages_are_always_rendered(execute, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "notebook_page", notebook_page)
-    run(only=["01"])
     page = tmp_path / "out" / "01_first" / "01_first.html"
+    assert ran(execute, only=["01"]) == FIRST
     assert "03_scores" not in page.read_text(encoding="utf-8")
-    pretended.take()
-    run()
-    assert pretended.take() == ["out/03_scores"]
+    assert ran(execute) == ["out/03_scores"]
     assert "../03_scores/03_scores.html" in page.read_text(encoding="utf-8")
     page.unlink()
-    run()
+    assert ran(execute) == []
     assert page.is_file()
-    assert pretended.take() == []
 
 
-def test_a_failed_run_is_run_again(pretended, tmp_path):
-    pretended.during = lambda parameters: "ValueError: no" if "03" in parameters["output_dir"] else None
-    run()
-    assert not (tmp_path / "out" / "03_scores" / MARK).exists()
-    pretended.take()
-    pretended.during = lambda parameters: None
-    assert not run().failed
-    assert pretended.take() == ["out/03_scores"]
-
-
-def test_a_run_that_fails_after_one_that_did_not_leaves_no_mark(pretended, tmp_path):
-    run()
-    pretended.during = lambda parameters: "ValueError: no"
-    run(force=True)
-    assert not list((tmp_path / "out").rglob(MARK))
+def test_a_failed_run_is_repeated_even_after_a_successful_one(execute):
+    assert ran(execute) == BOTH
+    execute.during = lambda parameters: "ValueError: no" if "03" in parameters["output_dir"] else None
+    assert ran(execute, force=True) == BOTH
+    execute.during = lambda parameters: None
+    assert ran(execute) == ["out/03_scores"]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError])
-def test_after_being_stopped_midway_only_the_rest_runs(pretended, tmp_path, stop):
-    run(parameters={"seed": 1})
-    pretended.take()
+def test_a_stopped_report_resumes(execute, tmp_path, stop):
+    assert ran(execute, parameters={"seed": 1}) == BOTH
 
     def during(parameters):
         assert not (Path(parameters["output_dir"]) / MARK).exists()
@@ -409,47 +315,24 @@ def test_after_being_stopped_midway_only_the_rest_runs(pretended, tmp_path, stop
         if "03" in parameters["output_dir"]:
             raise stop
 
-    pretended.during = during
+    execute.during = during
     with pytest.raises(stop):
         run()
     left = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
-    assert left == {"01_first", "03_scores"}, "a report that isn't whole has neither index nor record"
-    assert [path.parent.name for path in (tmp_path / "out").rglob(MARK)] == ["01_first"]
-    assert pretended.take() == BOTH
-    pretended.during = lambda parameters: None
-    made = run()
-    assert pretended.take() == ["out/03_scores"]
-    assert [run.reused for run in made.runs] == [True, False]
-    assert {"index.html", "report.json"} <= {path.name for path in made.folder.iterdir()}
+    assert left == {"01_first", "03_scores"}, "an incomplete report has neither index nor record"
+    assert execute.take() == BOTH
+    execute.during = lambda parameters: None
+    assert ran(execute) == ["out/03_scores"]
+    assert {"index.html", "report.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_what_other_steps_left_stays(pretended, tmp_path):
-    run()
-    run(only=["01"], parameters={"seed": 3})
-    assert pretended.take() == [*BOTH, "out/01_first"]
-    run()
-    assert pretended.take() == ["out/01_first"]
+def test_runs_of_notebooks_that_are_not_selected_stay(execute):
+    assert ran(execute) == BOTH
+    assert ran(execute, only=["01"], parameters={"seed": 3}) == FIRST
+    assert ran(execute) == FIRST
 
 
-def test_a_parameter_without_a_word_in_json_is_run(tmp_path):
-    assert freshness.signature({"parameters": {"x": float("nan")}}) is None
-    assert freshness.signature({"parameters": {"x": object()}}) is None
-    assert freshness.signature({"images": None}) is None
+def test_a_signature_needs_every_part_in_json():
+    for unknown in ({"parameters": {"x": float("nan")}}, {"parameters": {"x": object()}}, {"images": None}):
+        assert freshness.signature(unknown) is None
     assert freshness.signature({"images": "x"}) != freshness.signature({"images": "y"})
-
-
-def test_every_data_set_and_all_weights_are_looked_at_once(pretended, monkeypatch):
-    asked = []
-    monkeypatch.setattr(freshness, "_images", lambda name: asked.append(name) or "images")
-    monkeypatch.setattr(freshness, "_weights", lambda *names: asked.append(names) or "weights")
-    monkeypatch.setattr(freshness, "_code", lambda: asked.append("code") or "code")
-    steps = [Step(step.notebook, step.given | {"output_dir": "x", "results_dir": "."})
-             for step in report.plan_report(profile="grid").steps]
-    assert len(list(freshness._states(steps))) == 5
-    assert sorted(map(str, asked)) == ["('demo', None)", "('demo-clean', None)", "code", "digits"]
-
-
-def test_embedded_backbones_are_told_by_the_code():
-    for name, entry in registry.BACKBONES.items():
-        if entry.timm_name is None:
-            assert freshness._weights(name, None) == "embedded"

@@ -1,4 +1,4 @@
-"""Notebooks that are only pretended to run, for tests of what happens around them."""
+"""A stand-in for the execution of notebooks, for tests of everything around it."""
 
 import shutil
 from pathlib import Path
@@ -7,39 +7,36 @@ from itae_utils.results import write_results
 from tests.tiny_notebooks import PROVENANCE, ROWS
 
 
-class Pretended:
-    """In the place of `report.execute`: leaves what a notebook would leave, at once, and keeps count.
+class FakeExecute:
+    """Replaces `report.execute`: writes the files of a successful notebook at once, and lists the runs.
 
     Attributes:
-        ran: the folders of the runs, below the report's, since `take`.
-        figures: names of the figures that results name and that are drawn.
-        undrawn: names of figures that results only name.
-        during: called with the parameters in the middle of each run; what it returns is the run's error.
+        ran: the folders of the runs since `take`, with that of the report or pairing.
+        missing_figures: names of figures that the results name but that are not drawn.
+        during: called with the parameters in the middle of each run; its return value is the run's error.
     """
 
     def __init__(self) -> None:
         self.ran: list[str] = []
-        self.figures, self.undrawn = ["cover"], []
+        self.missing_figures: list[str] = []
         self.during = lambda parameters: None
 
     def __call__(self, path: Path, target: Path, parameters: dict) -> str | None:
         collects = "results_dir" in parameters
         self.ran.append(target.parent.name if collects else "/".join(target.parts[-3:-1]))
         shutil.copy(path, target)
-        for name in self.figures:
-            for kind in ("png", "pdf"):
-                figure = target.parent / "figures" / f"{name}.{kind}"
-                figure.parent.mkdir(exist_ok=True)
-                figure.write_bytes(f"{name} {parameters.get('seed')}".encode())
+        (target.parent / "figures").mkdir()
+        for kind in ("png", "pdf"):
+            (target.parent / "figures" / f"cover.{kind}").write_text(f"seed {parameters.get('seed')}")
         error = self.during(parameters)
         if error is None:
             about = PROVENANCE if not collects else {
                 **{key: PROVENANCE[key] for key in ("versions", "python", "platform", "date", "git")}, "collected": []}
             write_results(target.parent, notebook=path.stem, parameters=parameters, provenance=about, thresholds={},
-                          rows=ROWS, figures=self.figures + self.undrawn, headline=[])
+                          rows=ROWS, figures=["cover", *self.missing_figures], headline=[])
         return error
 
     def take(self) -> list[str]:
-        """What ran since the last call."""
+        """Return the runs since the last call."""
         ran, self.ran = self.ran, []
         return ran
