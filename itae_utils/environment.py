@@ -9,6 +9,7 @@
 | ITAE_PROGRESS | 0 hides progress bars | shown on a terminal |
 | ITAE_TIMEOUT | seconds to wait for a server's answer | 8 |
 | HF_ENDPOINT | server of weights, as `huggingface_hub` reads it | huggingface_hub's |
+| CUDA_VISIBLE_DEVICES | GPUs that CUDA shows to this process; a Dask worker then takes the first | all |
 """
 
 import os
@@ -47,6 +48,11 @@ def hides_progress() -> bool:
 def hub_server() -> str | None:
     """Return the server of weights named by the user, if any."""
     return os.environ.get("HF_ENDPOINT") or None
+
+
+def gpus_are_chosen() -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES chooses the GPUs of this process."""
+    return "CUDA_VISIBLE_DEVICES" in os.environ
 
 
 def network_timeout() -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import pickle
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from itae_utils.environment import gpus_are_chosen
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.job import Job, Work, compute, missing_work
 from itae_utils.machine import available_cores
@@ -266,8 +266,8 @@ def _check_device(device: torch.device, worker: str, job: Job) -> None:
 
 
 def _worker_device(kind: str, name: object) -> torch.device:
-    """Return a worker's device: its number selects the GPU, unless CUDA_VISIBLE_DEVICES has selected one already."""
+    """Return a worker's device: its number chooses the GPU, unless CUDA_VISIBLE_DEVICES does."""
     if kind != "cuda":
         return torch.device(kind)
-    numbered = isinstance(name, int) and "CUDA_VISIBLE_DEVICES" not in os.environ
+    numbered = isinstance(name, int) and not gpus_are_chosen()
     return torch.device("cuda", name % torch.cuda.device_count() if numbered else 0)
