@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import itae_utils
+from itae_utils.report.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
@@ -69,7 +70,7 @@ def test_only_one_module_reads_the_environment():
     assert readers == {"environment.py"}
 
 
-@pytest.mark.parametrize("path", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
 def test_links_and_paths_in_the_documents_exist(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -80,3 +81,9 @@ def test_links_and_paths_in_the_documents_exist(path):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_parameter_and_option_is_documented():
+    text = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    first_column = "\n".join(line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", first_column)) == set(RULES)

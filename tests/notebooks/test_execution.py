@@ -136,7 +136,7 @@ def test_clustering_checks_the_bench_only_where_it_is_one(run):
     case, _, shown = run
     text = words(shown["03_clustering"])
     assert ("ITAE wins back at least 80 % of that cost" in text) == (case == "planted")
-    assert ("Only `demo` on `digits` has targets" in text) == (case != "planted")
+    assert ("Only `demo` on `digits` has expected results" in text) == (case != "planted")
 
 
 def test_clustering_without_labels_shows_the_clusters(run):
