@@ -13,61 +13,48 @@ from itae_utils.errors import ItaeError
 from itae_utils.store.store import Store
 
 STALE = 3600  # seconds after which no process can still be writing a half-written file
+DEPTHS = {"features": 2, "remembered": 3}  # number of names in the path of an entry
 PREFIXES = "KMGT"
 
 
 @dataclass
 class Entry:
-    """An entry of features, or one remembered result.
+    """An entry of features, or one remembered result."""
 
-    Attributes:
-        path: path in the store.
-        about: its metadata; empty if they are damaged.
-        variants: number of variants of an entry of features; 0 for a remembered result.
-        size: bytes.
-        used: time of last use (in a folder) or of writing, in seconds since 1970.
-    """
-
-    path: str
-    about: Mapping[str, object] = field(default_factory=dict)
-    variants: int = 0
-    size: int = 0
-    used: float = 0.0
+    path: str  # in the store
+    about: Mapping[str, object]  # metadata; empty if they are damaged
+    variants: set[str] = field(default_factory=set)  # names of the variants' folders
+    size: int = 0  # bytes
+    used: float = 0.0  # time of last use (in a folder) or of writing, in seconds since 1970
 
 
 def list_entries(store: Store) -> list[Entry]:
-    """Return all entries of a store, the longest unused first.
-
-    Raises:
-        ItaeError: the store can't be read.
-    """
-    found: dict[str, Entry] = {}
-    variants: dict[str, set[str]] = {}
+    """Return all entries of a store, the longest unused first, or raise an `ItaeError` if it can't be read."""
+    entries: dict[str, Entry] = {}
     with store.reading():
-        for path, size, changed in _files(store):
-            kind, *names = path.split("/")
-            depth = {"features": 2, "remembered": 3}.get(kind)
-            if depth is None or len(names) < depth:
+        for file, size, changed in _files(store):
+            names = file.split("/")
+            depth = DEPTHS.get(names[0], len(names))
+            if len(names) <= depth:
                 continue
-            key = "/".join([kind, *names[:depth - 1]])
-            entry = found.setdefault(key, Entry(key))
-            entry.size += size
-            entry.used = max(entry.used, changed)
-            if kind == "features" and len(names) > 2:
-                variants.setdefault(key, set()).add(names[1])
-        for key, entry in found.items():
-            entry.variants, entry.about = len(variants.get(key, ())), _attributes(store, key)
-    return sorted(found.values(), key=lambda entry: (entry.used, entry.path))
+            path = "/".join(names[:depth])
+            if path not in entries:
+                entries[path] = Entry(path, _attributes(store, path))
+            entries[path].size += size
+            entries[path].used = max(entries[path].used, changed)
+            if names[0] == "features" and len(names) > 3:
+                entries[path].variants.add(names[2])
+    return sorted(entries.values(), key=lambda entry: (entry.used, entry.path))
 
 
 def prune(store: Store, *, older_than: float | None = None, max_size: float | None = None,
           dry_run: bool = False) -> list[Entry]:
-    """Remove entries that have not been used for long, then the longest unused until the rest fits.
+    """Remove the entries that were last used long ago, then the longest unused until the others fit.
 
-    Half-written files of more than an hour ago are removed as well.
+    Half-written files that are more than an hour old are removed as well.
 
     Args:
-        store: must not be in use: a run whose features are removed fails, and has to be started again.
+        store: must not be in use: a run whose features are removed fails.
         older_than: seconds since the last use.
         max_size: bytes that the store may take.
         dry_run: whether to remove nothing.
@@ -78,21 +65,24 @@ def prune(store: Store, *, older_than: float | None = None, max_size: float | No
     Raises:
         ItaeError: the store can't be read or written.
     """
-    everything, now = list_entries(store), time.time()
-    removed = [entry for entry in everything if older_than is not None and now - entry.used >= older_than]
-    rest = [entry for entry in everything if entry not in removed]
+    rest, removed, now = list_entries(store), [], time.time()
+    while older_than is not None and rest and now - rest[0].used >= older_than:
+        removed.append(rest.pop(0))
     while max_size is not None and rest and sum(entry.size for entry in rest) > max_size:
         removed.append(rest.pop(0))
     if not dry_run:
         for entry in removed:
             store.remove(entry.path)
+        system, root = store.files
         with store.writing():
-            _remove_half_written(store, now)
+            for path, _, changed in list(_files(store)):
+                if path.endswith(".partial") and now - changed > STALE:
+                    system.rm_file(f"{root}/{path}")
     return removed
 
 
 def parse_size(text: str) -> float:
-    """Return the number of bytes that a text such as "500 MB", "20GB" or "1e9" names.
+    """Return the number of bytes in a text such as "500 MB", "20GB" or "1e9".
 
     Raises:
         ItaeError: the text is not a size.
@@ -110,7 +100,7 @@ def format_size(size: float) -> str:
 
 
 def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and rows of a table for a terminal: a row per entry of features and per remembered kind."""
+    """Return the header and rows of a table: a row per entry of features and per kind of remembered results."""
     rows, kinds = [], {}
     for entry in entries:
         if entry.path.startswith("remembered/"):
@@ -120,7 +110,7 @@ def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         words = [str(about[name]) for name in ("device", "precision") if name in about]
         rows.append([entry.path.removeprefix("features/"), str(about["backbone"]),
                      str(about.get("about", {}).get("dataset", "–")), f"{about.get('size', 0):,}", " ".join(words),
-                     str(about.get("batch_size", "–")), str(entry.variants), format_size(entry.size),
+                     str(about.get("batch_size", "–")), str(len(entry.variants)), format_size(entry.size),
                      _day(entry.used)])
     for kind, results in kinds.items():
         rows.append([f"remembered {kind}", "", "", "", "", "", str(len(results)),
@@ -150,10 +140,3 @@ def _attributes(store: Store, path: str) -> dict[str, object]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return attributes if isinstance(attributes, dict) else {}
-
-
-def _remove_half_written(store: Store, now: float) -> None:
-    system, root = store.files
-    for path, _, changed in list(_files(store)):
-        if path.endswith(".partial") and now - changed > STALE:
-            system.rm_file(f"{root}/{path}")

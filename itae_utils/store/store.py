@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,11 +38,9 @@ log = logging.getLogger("itae_utils")
 
 
 def open_store(place: str | Path | Store | None = "auto") -> Store | None:
-    """Return the store at a folder or at an fsspec URL (`s3://…`, `memory://…`), or None for no store.
+    """Return the store at a folder or at an fsspec URL (`s3://…`, `memory://…`); for None and "none", return None.
 
-    Args:
-        place: "auto" takes ITAE_STORE from the environment, or else a folder in the user's cache. None and "none" mean
-            no store.
+    "auto" takes ITAE_STORE from the environment, or else a folder in the user's cache.
     """
     if isinstance(place, Store):
         return place
@@ -54,11 +52,7 @@ def open_store(place: str | Path | Store | None = "auto") -> Store | None:
 
 
 def store_in_use(place: str | Path | Store | None = "auto") -> Store:
-    """Return the store that `open_store` returns.
-
-    Raises:
-        ItaeError: there is none, because features are held in memory.
-    """
+    """Return the store that `open_store` returns, or raise an `ItaeError` if that is None."""
     store = open_store(place)
     if store is None:
         raise ItaeError("no feature store is in use (ITAE_STORE or --store is 'none'): name one with --store")
@@ -113,7 +107,7 @@ class Store:
 
     @cached_property
     def files(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The store's file system and its path there, as fsspec opens them; raises as `zarr`."""
+        """The store's file system and path, as fsspec opens them; raises as `zarr`."""
         return self._opened(fsspec.url_to_fs)
 
     def _opened(self, opener: Callable[[str], T]) -> T:
@@ -127,29 +121,24 @@ class Store:
         """Return the array at `path`.
 
         Raises:
-            FileNotFoundError: there is no array.
+            FileNotFoundError: the array does not exist.
             Exception: the array is damaged or of another kind; zarr raises many kinds of errors for damaged files.
         """
         found = zarr.open_array(self.zarr, path=path, mode="r+")
-        is_checked = found.metadata.codecs[-1].to_dict()["name"] == "crc32c"
-        is_filled = np.array_equal(found.fill_value, kind.fill, equal_nan=True)
+        has_checksum = found.metadata.codecs[-1].to_dict()["name"] == "crc32c"
+        same_fill = np.array_equal(found.fill_value, kind.fill, equal_nan=True)
         same = (found.shape, found.chunks, str(found.dtype)) == (kind.shape, kind.chunks, kind.dtype)
-        if not (same and is_checked and is_filled):
+        if not (same and has_checksum and same_fill):
             raise ValueError("an array of another kind")
         return found
 
     def make_array(self, path: str, kind: ArrayKind, about: Mapping[str, object] | None = None) -> zarr.Array:
         """Return the array at `path`; create it if it is missing, and replace it if it is damaged."""
         with self.writing():
-            try:
-                return self.array(path, kind)
-            except FileNotFoundError:
-                pass
-            except (OSError, ItaeError):
-                raise
-            except Exception as error:
-                self.log_damage(path, error)
-                self.remove(path)
+            with suppress(FileNotFoundError):
+                with self.logging_damage(path):
+                    return self.array(path, kind)
+                self.remove(path)  # damaged
             with suppress(ContainsArrayError):  # another process has just created it with the same contents
                 # With the checksum as the last codec every flipped bit is found; zarr alone would miss most of them.
                 zarr.create_array(self.zarr, name=path, shape=kind.shape, chunks=kind.chunks, dtype=kind.dtype,
@@ -159,27 +148,20 @@ class Store:
     def make_group(self, path: str, about: Mapping[str, object]) -> None:
         """Create the group at `path` if it is missing or damaged; everything below it stays."""
         with self.writing():
-            try:
-                zarr.create_group(self.zarr, path=path, attributes=dict(about))
-            except ContainsGroupError:
+            with self.logging_damage(path):
+                with suppress(ContainsGroupError):
+                    zarr.create_group(self.zarr, path=path, attributes=dict(about))
                 return
-            except (OSError, ItaeError):
-                raise
-            except Exception as error:
-                self.log_damage(path, error)
-                self.remove(f"{path}/zarr.json")
+            self.remove(f"{path}/zarr.json")
+            with suppress(ContainsGroupError):  # as in `make_array`
                 zarr.create_group(self.zarr, path=path, attributes=dict(about))
 
     def remembered(self, kind: str, key: Mapping[str, object],
                    compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return the arrays that `compute` returns; they are stored, and read from the store the next time.
+        """Return the arrays that `compute` returns, by name; they are stored, and read from the store the next time.
 
-        A damaged result is computed again. A result that can't be stored is returned all the same.
-
-        Args:
-            kind: a word for the kind of result.
-            key: all that decides the result, in JSON's types.
-            compute: returns arrays by name.
+        `key` holds everything that decides a result of this kind, in JSON's types. A damaged result is computed again.
+        A result that can't be stored is returned nevertheless.
         """
         path = f"remembered/{kind}/{digest(key)}"
         try:
@@ -191,8 +173,8 @@ class Store:
             pass
         except ItaeError:
             raise
-        except Exception as error:  # zarr, its codecs and numpy raise many kinds of errors for damaged files
-            self.log_damage(path, error)
+        except Exception as error:  # also an error of the system: the result can be computed without the store
+            self._log_damage(path, error)
         arrays = {name: np.asarray(array) for name, array in compute().items()}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
@@ -216,22 +198,27 @@ class Store:
             with suppress(OSError):
                 os.utime(Path(self.place, path, "zarr.json"))
 
-    def log_damage(self, name: str, error: Exception) -> None:
-        """Log which part of the store is damaged and is computed again."""
+    @contextmanager
+    def logging_damage(self, name: str) -> Iterator[None]:
+        """Log the errors of damaged files, of which zarr and its codecs raise many kinds, and end the block there."""
+        try:
+            yield
+        except (OSError, ItaeError):  # the system's errors are no damage
+            raise
+        except Exception as error:
+            self._log_damage(name, error)
+
+    def _log_damage(self, name: str, error: Exception) -> None:
         log.warning("%s in the feature store %s is damaged (%s): it is computed again", name, self.place,
                     in_one_line(error))
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Turn the system's errors into an `ItaeError`: no permission, no answer from a server, or the like."""
-        with self._access("read"):
-            yield
+    def reading(self) -> AbstractContextManager[None]:
+        """Turn the system's errors, such as a missing permission, into an `ItaeError`."""
+        return self._access("read")
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn the system's errors into an `ItaeError`: a full disk, a read-only store, or the like."""
-        with self._access("written"):
-            yield
+    def writing(self) -> AbstractContextManager[None]:
+        """Turn the system's errors, such as a full disk, into an `ItaeError`."""
+        return self._access("written")
 
     @contextmanager
     def _access(self, verb: str) -> Iterator[None]:
@@ -244,7 +231,7 @@ class Store:
 
 
 def digest(content: Mapping[str, object]) -> str:
-    """Return a name for a mapping in JSON's types: 20 hexadecimal digits of its SHA-256."""
+    """Return 20 hexadecimal digits of the SHA-256 of a mapping in JSON's types."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:20]
 

@@ -12,6 +12,7 @@ the counts first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -38,16 +39,10 @@ PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may chang
 
 def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str, device: str | None = None
               ) -> dict[str, object] | None:
-    """Return all that decides features, except the variant; None if the data set has no fingerprint.
+    """Return everything that decides features, except the variant; None if the data set has no fingerprint.
 
-    The number of threads is left out, and so is which of several GPUs of the same name is used: both can change the
-    last bits.
-
-    Args:
-        backbone: from `load_backbone`.
-        dataset: the images.
-        batch_size: images per batch.
-        device: a name as `device_name` returns it; None takes the backbone's own device.
+    The number of threads and the choice among GPUs of the same name are left out, although they can change the last
+    bits. `device` is a name from `device_name`; None takes the backbone's own device.
 
     Raises:
         ItaeError: the data set has more or fewer `.images` than items.
@@ -82,16 +77,16 @@ def device_name(device: torch.device) -> str:
 @cache
 def deciding_code() -> str:
     """Return the hash of the code that can change norms and features; computed once per process."""
-    return code_digest(deciding_modules(PACKAGE))
+    return code_digest(deciding_modules())
 
 
-def deciding_modules(package: Path) -> list[Path]:
-    """Return the files of the modules in `CODE`, below the package's folder."""
-    return [path for pattern in CODE for path in sorted(package.glob(pattern))]
+def deciding_modules() -> list[Path]:
+    """Return the files of the modules in `CODE`."""
+    return [path for pattern in CODE for path in sorted(PACKAGE.glob(pattern))]
 
 
 def setting_key(itae: ITAE | None, truth: FiringRule | None = None) -> dict[str, object]:
-    """Return a variant's settings with numeric thresholds, without those that have no effect; {} for no variant."""
+    """Return the settings that have an effect on a variant, with numeric thresholds; {} for the unmodified model."""
     if itae is None:
         return {}
     key = asdict(itae)
@@ -108,11 +103,14 @@ def setting_key(itae: ITAE | None, truth: FiringRule | None = None) -> dict[str,
 class StoredVariant:
     """Features (n, dim) and artifact counts (n,) of one variant in a store, read and written shard by shard.
 
+    Methods raise an `ItaeError` if the store can't be read or written, or if a shard was damaged or removed after
+    `missing` had found it complete.
+
     Args:
         store: a store; nothing in it is read or created before the first call.
-        entry: all that decides the features except the variant, in JSON's types, with `size`, `dim` and `shard_size`.
-        setting: the variant, in JSON's types.
-        about: further metadata of the entry, which does not decide anything.
+        entry: from `entry_key`, with `size`, `dim` and `shard_size`.
+        setting: from `setting_key`.
+        about: further metadata of the entry, which has no effect on features.
     """
 
     def __init__(self, store: Store, entry: Mapping[str, object], setting: Mapping[str, object],
@@ -120,7 +118,7 @@ class StoredVariant:
         self.store, self.entry, self.setting, self.about = store, entry, setting, about or {}
         self.folder = f"features/{digest(entry)}"
         self.path = f"{self.folder}/{digest(setting)}"
-        self._arrays: tuple[zarr.Array, zarr.Array] | None = None  # opened when first needed
+        self._arrays: tuple[zarr.Array, zarr.Array] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_arrays": None}  # each process opens its own
@@ -136,41 +134,22 @@ class StoredVariant:
         return slice(first, min(first + self.entry["shard_size"], self.entry["size"]))
 
     def missing(self) -> list[int]:
-        """Return the shards that are not complete; damaged ones are named in the log.
-
-        Raises:
-            ItaeError: the store can't be read.
-        """
+        """Return the shards that are not complete; log the damaged ones."""
         self.store.touch(self.folder)
-        with self.store.reading():
-            try:
-                arrays = self.arrays
-            except FileNotFoundError:
-                return list(self.shards)
-            except (OSError, ItaeError):
-                raise
-            except Exception as error:  # zarr and its codecs raise many kinds of errors for damaged files
-                self.store.log_damage(self.path, error)
-                return list(self.shards)
-            return [shard for shard in self.shards if not self._is_complete(shard, *arrays)]
+        with self.store.reading(), suppress(FileNotFoundError), self.store.logging_damage(self.path):
+            return [shard for shard in self.shards if not self._is_complete(shard, *self.arrays)]
+        return list(self.shards)
 
     def _is_complete(self, shard: int, features: zarr.Array, counts: zarr.Array) -> bool:
         rows = self.rows(shard)
-        try:
+        with self.store.logging_damage(f"shard {shard} (images {rows.start} to {rows.stop - 1}) of {self.path}"):
             return bool(np.isfinite(features[rows]).all() and (counts[rows] >= 0).all())
-        except OSError:
-            raise
-        except Exception as error:  # as in `missing`
-            self.store.log_damage(f"shard {shard} (images {rows.start} to {rows.stop - 1}) of {self.path}", error)
-            return False
+        return False
 
     def prepare(self) -> None:
-        """Create the arrays, or create them again if they are damaged.
+        """Create the arrays; replace damaged ones.
 
         An extraction calls this before any other work, so that a store that can't be written costs no time.
-
-        Raises:
-            ItaeError: the store can't be written.
         """
         self.store.make_group(self.folder, {**self.entry, "about": dict(self.about)})
         self.store.make_group(self.path, self.setting)
@@ -178,7 +157,7 @@ class StoredVariant:
 
     @property
     def arrays(self) -> tuple[zarr.Array, zarr.Array]:
-        """The arrays of features and of counts; raises as `Store.array`."""
+        """The arrays of features and of counts, opened on first access; raises as `Store.array`."""
         if self._arrays is None:
             self._arrays = self._open(self.store.array)
         return self._arrays
@@ -190,40 +169,32 @@ class StoredVariant:
                 open_array(f"{self.path}/artifact_counts", ArrayKind((size,), (rows,), "int32", -1)))
 
     def save(self, shard: int, features: np.ndarray, counts: np.ndarray) -> None:
-        """Write a whole shard: features (m, dim) and counts (m,).
-
-        Raises:
-            ItaeError: the store can't be written.
-        """
+        """Write a whole shard: features (m, dim) and counts (m,)."""
         stored_features, stored_counts = self.arrays
         with self.store.writing():
             stored_counts[self.rows(shard)] = counts
             stored_features[self.rows(shard)] = features
 
     def part(self, shard: int) -> np.ndarray:
-        """Return the features of one shard, (m, dim) float32.
-
-        Raises:
-            ItaeError: the shard was damaged or removed after `missing` found it complete.
-        """
+        """Return the features of one shard, (m, dim) float32."""
         return self._read(0, shard)
 
     def features(self) -> np.ndarray:
-        """Return all features, (n, dim) float32; raises as `part`."""
+        """Return all features, (n, dim) float32."""
         whole = np.empty((self.entry["size"], self.entry["dim"]), dtype=np.float32)
         for shard in self.shards:
             whole[self.rows(shard)] = self.part(shard)
         return whole
 
     def counts(self) -> np.ndarray:
-        """Return the number of patches attenuated in the last block, (n,) int64; raises as `part`."""
+        """Return the number of patches attenuated in the last block, (n,) int64."""
         return np.concatenate([self._read(1, shard) for shard in self.shards]).astype(np.int64)
 
     def _read(self, which: int, shard: int) -> np.ndarray:
         try:
             values = self.arrays[which][self.rows(shard)]
             reason = None if np.isfinite(values).all() and (which == 0 or (values >= 0).all()) else "removed"
-        except Exception as error:  # as in `missing`
+        except Exception as error:  # zarr and its codecs raise many kinds
             reason = in_one_line(error)
         if reason:
             raise ItaeError(f"shard {shard} of {self.path} in the feature store {self.store.place} can't be read any "

@@ -88,7 +88,7 @@ def test_equal_settings_are_stored_and_computed_once(backbone, dataset, tmp_path
     same = {"a": ITAE("key", 9.0), "b": ITAE("key", 9.0, alpha=0.7), "c": ITAE("key", 9.0, seed=4), "plain": None,
             "again": None, "other": ITAE("key", 9.0, "mask")}
     features = extract_features(backbone, dataset, same, batch_size=BATCH, store=tmp_path)
-    assert list_entries(open_store(tmp_path))[0].variants == 3
+    assert len(list_entries(open_store(tmp_path))[0].variants) == 3
     assert len(set(extract_features(backbone, dataset, same, store=None).stored.values())) == 3
     assert np.array_equal(features["a"], features["c"])
     assert features.computed == dict.fromkeys(same, 11)
