@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import timm
@@ -21,7 +21,7 @@ from torch import nn
 
 from itae_utils.errors import ItaeError, unknown_name
 from itae_utils.files import in_one_line
-from itae_utils.method.anatomy import check_supported, patches_along
+from itae_utils.method.anatomy import adapt, patches_along
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.models import demo
 from itae_utils.models.checkpoints import model_from_checkpoint, read_checkpoint, tensors_named
@@ -34,27 +34,21 @@ from itae_utils.models.registry import BACKBONES, PRECISIONS, PREPROCESSING, tim
 Kind = Literal["published", "local", "random", "embedded"]
 LAYER_SCALE = ("ls1.gamma", "ls2.gamma", ".gamma_1", ".gamma_2")  # in a VisionTransformer, in an Eva
 
+
 @dataclass(frozen=True)
 class Backbone:
-    """A stock ViT with its preprocessing, device and precision.
+    """A stock ViT with its preprocessing, device and precision. Other fields are as in `load_backbone`.
 
     Attributes:
-        name: the name given to `load_backbone`.
         model: the timm module, in eval mode. Only `pos_embed` and `compiled` can change how it computes.
         transform: PIL image -> (3, S, S) float tensor, where S is `image_size`. `load_backbone` sets a `Preprocessing`.
-        image_size: pixels per side of the model's input.
-        preprocess: "resize" or "meta-eval".
-        device: device of the model.
-        precision: "fp32" or "bf16".
         source: description of the weights and where they come from.
         kind: "published" weights are those that timm names on the hub, "local" ones were given as a checkpoint,
             "random" ones are untrained, "embedded" ones are part of this package.
         truth: rule that identifies the artifacts of a backbone with planted ones; None for all other backbones.
         weights_sha256: SHA-256 over the names, types and bytes of all weights, in order.
-        pos_embed: rule that resizes the position embedding to other input sizes, "timm" or "meta".
         resize: "pil" resizes and normalises a data set's images with `transform` when they are loaded, "device" in
             batches with `DevicePreprocessing`.
-        compiled: whether the model's blocks run through torch.compile.
     """
 
     name: str
@@ -90,11 +84,7 @@ class Backbone:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Return `transform`, if it is a `Preprocessing`.
-
-        Raises:
-            ItaeError: `transform` is another callable.
-        """
+        """Return `transform`; raise an `ItaeError` if it is not a `Preprocessing`."""
         if not isinstance(self.transform, Preprocessing):
             raise ItaeError(f"transform is a {type(self.transform).__name__}: pictures and resize='device' need the "
                             "transform that load_backbone sets")
@@ -136,7 +126,7 @@ def load_backbone(
         preprocess: "resize" resizes the whole image to that size; "meta-eval" resizes the short side to 8/7 of it and
             crops the centre (256 and 224 at the usual size).
         pos_embed: rule that resizes the position embedding if the image size is not the model's own. "auto" is Meta's
-            for DINOv2, as its checkpoints were published, and timm's for all others.
+            for DINOv2, whose checkpoints were published with it, and timm's for all others.
         device: "auto" is CUDA if available, else the CPU.
         precision: "auto" is fp32 on a CPU and bf16 on CUDA.
         resize: "pil" resizes and normalises a data set's images one by one on the CPU, "device" in batches; the two
@@ -168,28 +158,20 @@ def load_backbone(
     resize = resolve_resize(resize, device, config)
     with torch.random.fork_rng(devices=[]):  # a new model draws initial weights, even if others replace them
         if timm_name is None:
-            model, source, kind, truth = _load_demo(name, checkpoint, pretrained)
+            model, source, kind = _load_demo(name, checkpoint, pretrained)
         else:
-            model, source, kind, truth = _load_timm(name, structure, checkpoint, pretrained)
+            model, source, kind = _load_timm(name, structure, checkpoint, pretrained)
     if pos_embed == "meta":
         use_meta_rule(model)
     if compile:
         compile_blocks(model)
     return Backbone(
-        name=name,
+        name=name, image_size=image_size, preprocess=preprocess, device=device, precision=precision,
+        source=source, kind=kind, pos_embed=pos_embed, resize=resize, compiled=compile,
         model=model.eval().requires_grad_(False).to(device),
         transform=make_transform(image_size, preprocess, config),
-        image_size=image_size,
-        preprocess=preprocess,
-        device=device,
-        precision=precision,
-        source=source,
-        kind=kind,
-        truth=truth,
+        truth=demo.truth() if (name, kind) == ("demo", "embedded") else None,
         weights_sha256=weights_sha256(model),
-        pos_embed=pos_embed,
-        resize=resize,
-        compiled=compile,
     )
 
 
@@ -219,37 +201,23 @@ def reset_layer_scale(model: nn.Module) -> bool:
     return bool(factors)
 
 
-class _Loaded(NamedTuple):
-    """A model with its weights, and the fields of `Backbone` that describe the weights."""
-
-    model: nn.Module
-    source: str
-    kind: Kind
-    truth: FiringRule | None = None
-
-
-def _load_demo(name: str, checkpoint: str | Path | None, pretrained: bool) -> _Loaded:
+def _load_demo(name: str, checkpoint: str | Path | None, pretrained: bool) -> tuple[nn.Module, str, Kind]:
     if checkpoint is not None:
         raise ItaeError(f"{name} has its own weights: use a timm name with checkpoint={str(checkpoint)!r}")
     if not pretrained:
         return _untrained(demo.build_model, "the demo's architecture")
-    planted = name == "demo"
-    return _Loaded(demo.load_model(planted), BACKBONES[name].origin, "embedded", demo.truth() if planted else None)
+    return demo.load_model(planted=name == "demo"), BACKBONES[name].origin, "embedded"
 
 
-def _untrained(build: Callable[[], nn.Module], architecture: str) -> _Loaded:
+def _untrained(build: Callable[[], nn.Module], architecture: str) -> tuple[nn.Module, str, Kind]:
     torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
     model = build()
     weights = "random weights, LayerScale 1" if reset_layer_scale(model) else "random weights"
-    return _Loaded(model, f"{architecture} with {weights}", "random")
+    return model, f"{architecture} with {weights}", "random"
 
 
 def stock_model(name: str) -> nn.Module:
-    """Return the model of a backbone on the meta device: its structure, without weights.
-
-    Raises:
-        ItaeError: timm does not know the name or its tag, or the method does not support the model.
-    """
+    """Return a backbone's model on the meta device, without weights; raise an error if it is unknown or unsupported."""
     timm_name = timm_name_of(name)
     if timm_name is None:
         with torch.device("meta"):
@@ -262,19 +230,20 @@ def stock_model(name: str) -> nn.Module:
         raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
     with torch.device("meta"):
         model = timm.create_model(timm_name, num_classes=0)
-    check_supported(model)
+    adapt(model)  # raises an error if the model is not supported
     return model
 
 
-def _load_timm(name: str, structure: nn.Module, checkpoint: str | Path | None, pretrained: bool) -> _Loaded:
+def _load_timm(
+    name: str, structure: nn.Module, checkpoint: str | Path | None, pretrained: bool
+) -> tuple[nn.Module, str, Kind]:
     timm_name = timm_name_of(name)
     options = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
     if isinstance(structure, Eva) and isinstance(structure.norm, nn.Identity):
         options["use_fc_norm"] = True  # keeps the final norm where EVA's weights have it; token pooling would move it
     if checkpoint is not None:
-        model = model_from_checkpoint(timm_name, checkpoint, **options)
         form = "folder" if Path(checkpoint).is_dir() else "file"
-        return _Loaded(model, f"local {form} {Path(checkpoint).name}", "local")
+        return model_from_checkpoint(timm_name, checkpoint, **options), f"local {form} {Path(checkpoint).name}", "local"
     if not pretrained:
         return _untrained(partial(timm.create_model, timm_name, **options), timm_name)
     source = BACKBONES[name].origin if name in BACKBONES else f"{timm_name}, through timm"
@@ -283,4 +252,4 @@ def _load_timm(name: str, structure: nn.Module, checkpoint: str | Path | None, p
         model = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except (RuntimeError, KeyError, OSError, AttributeError) as error:
         raise ItaeError(f"the weights for {name} from {source} can't be loaded: {tensors_named(error)}") from error
-    return _Loaded(model, source, "published")
+    return model, source, "published"

@@ -93,11 +93,7 @@ def tensors_named(error: Exception) -> str:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors file, a .pth file of plain tensors or a folder; never run pickled code.
-
-    Raises:
-        ItaeError: the file or folder is missing or holds no state dict.
-    """
+    """Read a state dict from a safetensors file, a .pth file of plain tensors or a folder; never run pickled code."""
     path = Path(path)
     files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
     if not files:

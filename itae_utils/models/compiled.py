@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,25 +18,17 @@ def compile_blocks(model: nn.Module) -> None:
     Compiled code ignores hooks that are added or removed later, and the method relies on such hooks. Hooks on a block
     itself run outside its compiled code. A block with a hook on one of its submodules runs uncompiled.
     """
-    compiled: dict[type, Callable] = {}  # blocks of one class share their code and its compilation
+    # Blocks of one class share their code and its compilation.
+    compiled = {kind: torch.compile(kind.forward, dynamic=True) for kind in {type(block) for block in model.blocks}}
     for block in model.blocks:
-        kind = type(block)
-        if kind not in compiled:
-            compiled[kind] = torch.compile(kind.forward, dynamic=True)
-        block.forward = _Forward(block, compiled[kind])
+        # A copy's partial holds the copy; a closure would hold this block.
+        block.forward = partial(_forward, block, compiled[type(block)])
 
 
-class _Forward:
-    """The forward of a block: compiled, unless a submodule of the block has a hook."""
-
-    def __init__(self, block: nn.Module, compiled: Callable) -> None:
-        self.block, self.compiled = block, compiled
-
-    def __call__(self, *args, **options):
-        if any(module._forward_hooks or module._forward_pre_hooks
-               for module in self.block.modules() if module is not self.block):
-            return type(self.block).forward(self.block, *args, **options)
-        try:
-            return self.compiled(self.block, *args, **options)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ItaeError(f"torch.compile fails on this machine ({in_one_line(error)}): use compile=False") from error
+def _forward(block: nn.Module, compiled: Callable, *args, **options):
+    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules() if module is not block):
+        return type(block).forward(block, *args, **options)
+    try:
+        return compiled(block, *args, **options)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ItaeError(f"torch.compile fails on this machine ({in_one_line(error)}): use compile=False") from error

@@ -33,7 +33,16 @@ def published_weights(timm_name: str) -> Path:
     if location is None:
         raise ItaeError(f"timm has no weights for {timm_name!r}: add a tag (timm.list_pretrained lists them), "
                         "give checkpoint=FILE, or pretrained=False for random ones")
-    return _verified(cached_weights(timm_name) or _download(timm_name, *location))
+    path = cached_weights(timm_name) or _download(timm_name, *location)
+    # The client compares only the length of a file. Its SHA-256 is its name in the hub's cache, but a cache without
+    # symbolic links does not record it. An unchanged file is hashed once, see `file_sha256`.
+    blob = path.resolve()
+    if SHA256.fullmatch(blob.name) and (found := file_sha256(blob)) != blob.name:
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        raise ItaeError(f"the weights {path} were damaged (SHA-256 {found} instead of {blob.name}) and are now "
+                        "deleted: run again to download them")
+    return path
 
 
 def cached_weights(timm_name: str) -> Path | None:
@@ -59,7 +68,8 @@ def _location(timm_name: str) -> tuple[str, str | None, list[str]] | None:
 
 def _download(timm_name: str, repository: str, revision: str | None, names: list[str]) -> Path:
     """Download the first of the names that the repository has."""
-    seconds = _timeout()
+    is_set = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
+    seconds = max(network_timeout(), constants.HF_HUB_ETAG_TIMEOUT if is_set else 0)  # for the server's first answer
     try:
         for name in names:
             url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
@@ -76,26 +86,3 @@ def _download(timm_name: str, repository: str, revision: str | None, names: list
                         f"({type(error).__name__}: {in_one_line(error)}): download {names[0]} there and give "
                         "checkpoint=FILE, or on a slow network set ITAE_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT to more "
                         f"seconds than {seconds:g}") from error
-
-
-def _timeout() -> float:
-    """Return the seconds for the server's first answer: the larger of ITAE_TIMEOUT and, if set, HF_HUB_ETAG_TIMEOUT."""
-    is_set = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
-    return max(network_timeout(), constants.HF_HUB_ETAG_TIMEOUT if is_set else 0)
-
-
-def _verified(path: Path) -> Path:
-    """Return `path` if its SHA-256 is the one that the hub's cache names the file by; delete the file if not.
-
-    The client compares only the length. An unchanged file is hashed once, see `file_sha256`.
-    """
-    blob = path.resolve()
-    if not SHA256.fullmatch(blob.name):
-        return path  # a cache without symbolic links does not record the checksum
-    found = file_sha256(blob)
-    if found != blob.name:
-        blob.unlink()
-        path.unlink(missing_ok=True)
-        raise ItaeError(f"the weights {path} were damaged (SHA-256 {found} instead of {blob.name}) and are now "
-                        "deleted: run again to download them")
-    return path

@@ -1,8 +1,8 @@
 """Meta's rule for resizing DINOv2's position embedding, on a stock timm ViT.
 
-Meta and timm differ at other image sizes than 518 pixels. For models without registers Meta resizes the embedding by
-the *factor* (rows + 0.1) / 37, without antialiasing; for models with registers to the *size*, with antialiasing. timm
-resizes both to the size, with antialiasing. The features differ visibly, so each checkpoint gets the rule it was
+Meta and timm differ at image sizes other than 518 pixels. For models without registers, Meta resizes the embedding by
+the *factor* (rows + 0.1) / 37, without antialiasing; for models with registers, to the *size*, with antialiasing. timm
+resizes both to the size, with antialiasing. The features differ clearly, so each checkpoint gets the rule it was
 published with.
 """
 
@@ -22,11 +22,7 @@ OFFSET = 0.1  # Meta adds this to the number of patches along each side
 
 
 def resolve_pos_embed(pos_embed: str, timm_name: str | None) -> str:
-    """Return "meta" or "timm"; "auto" is Meta's rule for DINOv2 and timm's for all other models.
-
-    Raises:
-        ItaeError: an unknown rule.
-    """
+    """Return "meta" or "timm"; "auto" is Meta's rule for DINOv2 and timm's for all other models."""
     if pos_embed not in POS_EMBEDS:
         raise ItaeError(f"pos_embed={pos_embed!r} is not known: use one of {', '.join(POS_EMBEDS)}")
     if pos_embed == "auto":
@@ -50,7 +46,7 @@ def use_meta_rule(model: nn.Module) -> None:
 
 
 def _pos_embed(model: nn.Module, patches: Tensor) -> Tensor:
-    """Do as `_pos_embed` of timm's VisionTransformer for `patches` (B, rows, columns, C), except for the resize."""
+    """Replace timm's `_pos_embed` for `patches` (B, rows, columns, C); only the resize of the embedding differs."""
     position = meta_resized(model, *patches.shape[1:3])
     tokens = patches.flatten(1, 2)
     prefix = [token.expand(len(tokens), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from itae_utils.errors import ItaeError
 from itae_utils.models.registry import RESIZES
 
-DEVICE_INTERPOLATIONS = ("bicubic", "bilinear")  # torch antialiases these only; timm's ViTs use no other
+DEVICE_INTERPOLATIONS = ("bicubic", "bilinear")  # torch can antialias only these
 LONGEST = 4  # long side over short side; a longer image would take too much of a device's memory before its crop
 
 
@@ -56,8 +56,8 @@ class Preprocessing:
     def decode(self, image: Image) -> Tensor:
         """Return the image as (3, H, W) uint8, the input of `DevicePreprocessing`.
 
-        Images larger than the resulting float tensor are resized here with PIL, which limits the copy to the device. So
-        are images more elongated than 4:1, which limits the device's memory.
+        Images that take more bytes than the resulting float tensor, or are longer than 4:1, are resized here with PIL.
+        This limits the copy to the device and the device's memory.
         """
         larger = image.width * image.height > 4 * self.image_size**2  # a float has 4 bytes
         if larger or max(image.size) > LONGEST * min(image.size):
@@ -90,11 +90,7 @@ def make_transform(image_size: int, preprocess: str, config: dict) -> Preprocess
 
 
 def resolve_resize(resize: str, device: torch.device, config: dict) -> str:
-    """Return "pil" or "device"; "auto" is "device" on CUDA, if torch has the interpolation of timm's `config`.
-
-    Raises:
-        ItaeError: another word, or "device" for an interpolation that torch does not have.
-    """
+    """Return "pil" or "device"; "auto" is "device" on CUDA if torch supports the interpolation of timm's `config`."""
     if resize not in ("auto", *RESIZES):
         raise ItaeError(f"resize={resize!r} is not known: use auto, {' or '.join(RESIZES)}")
     possible = config["interpolation"] in DEVICE_INTERPOLATIONS
@@ -158,28 +154,22 @@ class DevicePreprocessing:
         images, prepared = pixels.split(), [None] * len(pixels.shapes)
         for shape in dict.fromkeys(pixels.shapes):
             members = [index for index, other in enumerate(pixels.shapes) if other == shape]
-            for index, image in zip(members, self._resized(torch.stack([images[i] for i in members])), strict=True):
+            batch = torch.stack([images[index] for index in members])
+            resized = resize_like_pil(batch, self.preprocessing.resized_shape(*shape), self.preprocessing.interpolation)
+            for index, image in zip(members, self.preprocessing.cropped(resized), strict=True):
                 prepared[index] = image
         return functional.to_dtype(torch.stack(prepared), torch.float32, scale=True).sub_(self.mean).div_(self.std)
-
-    def _resized(self, images: Tensor) -> Tensor:
-        """Resize and crop images of one shape: (B, 3, H, W) uint8 -> (B, 3, S, S) uint8."""
-        shape = self.preprocessing.resized_shape(*images.shape[-2:])
-        return self.preprocessing.cropped(resize_like_pil(images, shape, self.preprocessing.interpolation))
 
 
 def resize_like_pil(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
     """Resize (B, 3, H, W) uint8 to `shape` (rows, columns) as PIL does: one axis, then the other, in whole levels."""
-    before = tuple(images.shape[-2:])
-    between = (shape[0], before[1]) if _rows_first(before, shape) else (before[0], shape[1])
+    height, width = images.shape[-2:]
+    fewer_rows, fewer_columns = height - shape[0], width - shape[1]
+    # PIL resizes the columns first. Since Pillow 13, the rows come first if far more rows than columns are removed.
+    rows_first = int(PIL.__version__.partition(".")[0]) >= 13 and fewer_rows > max(0, 2 * fewer_columns)
+    between = (shape[0], width) if rows_first else (height, shape[1])
     for step in (between, shape):
         if tuple(images.shape[-2:]) != step:
             exact = interpolate(images.float(), size=step, mode=mode, antialias=True, align_corners=False)
             images = exact.add_(0.5).clamp_(0, 255).byte()  # rounds halves up: byte() drops the fraction
     return images
-
-
-def _rows_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
-    """Return whether PIL resizes the rows first: since Pillow 13, if far more rows than columns are removed."""
-    fewer_rows, fewer_columns = before[0] - after[0], before[1] - after[1]
-    return int(PIL.__version__.partition(".")[0]) >= 13 and fewer_rows > max(0, 2 * fewer_columns)

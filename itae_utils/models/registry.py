@@ -13,11 +13,11 @@ class BackboneEntry:
     """A backbone with a name of its own.
 
     Attributes:
-        timm_name: name of the timm model; None for the embedded backbones.
-        parameters: number of parameters in millions.
-        patch: pixels per side of a patch.
-        image_size: default pixels per side of an image.
-        size_mb: download in MB; 0 for embedded weights.
+        timm_name: None for the embedded backbones.
+        parameters: in millions.
+        patch: pixels per side.
+        image_size: default pixels per side.
+        size_mb: MB to download; 0 for embedded weights.
         origin: description of where the weights come from.
     """
 
@@ -29,20 +29,16 @@ class BackboneEntry:
     origin: str
 
 
-def _dinov2(size: str, registers: bool, parameters: float) -> BackboneEntry:
-    name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
-    words = "DINOv2 with 4 registers" if registers else "DINOv2"
-    return BackboneEntry(name, parameters, 14, DINOV2_IMAGE_SIZE, round(parameters * 4), f"{words}, Meta, through timm")
-
-
-PLANTED = "trained on digits without labels; its artifacts are planted, not natural"
+EMBEDDED = "embedded tiny ViT, trained on digits without labels"
 BACKBONES: dict[str, BackboneEntry] = {
-    "demo": BackboneEntry(None, 0.3, 4, 28, 0, f"embedded tiny ViT, {PLANTED}"),
-    "demo-clean": BackboneEntry(None, 0.3, 4, 28, 0, "embedded tiny ViT, trained on digits without labels"),
+    "demo": BackboneEntry(None, 0.3, 4, 28, 0, f"{EMBEDDED}; its artifacts are planted, not natural"),
+    "demo-clean": BackboneEntry(None, 0.3, 4, 28, 0, EMBEDDED),
 } | {
-    f"dinov2_vit{size[0]}14{'_reg' if registers else ''}": _dinov2(size, registers, parameters)
+    f"dinov2_vit{size[0]}14{suffix}": BackboneEntry(
+        f"vit_{size}_patch14_{prefix}dinov2.lvd142m", parameters, 14, DINOV2_IMAGE_SIZE, round(parameters * 4),
+        f"{family}, Meta, through timm")
     for size, parameters in [("small", 22.1), ("base", 86.6), ("large", 304.4), ("giant", 1136.5)]
-    for registers in (False, True)
+    for suffix, prefix, family in [("", "", "DINOv2"), ("_reg", "reg4_", "DINOv2 with 4 registers")]
 }
 
 

@@ -11,7 +11,6 @@ import torch
 
 from itae_utils.data.datasets import DATASETS, image_count, unpacked_folder
 from itae_utils.extraction.observation import SAMPLE
-from itae_utils.models import demo
 from itae_utils.models.backbones import stock_model
 from itae_utils.models.hub import cached_weights
 from itae_utils.models.registry import BACKBONES
@@ -132,7 +131,7 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
 def backbone_size(name: str, image_size: int | None) -> Size:
     """Return the size of a backbone, from its structure without weights."""
     entry = BACKBONES.get(name)
-    model = demo.build_model() if entry and entry.timm_name is None else stock_model(name)
+    model = stock_model(name)
     side = image_size or (entry.image_size if entry else model.pretrained_cfg["input_size"][-1])
     patches = (side // model.patch_embed.patch_size[0]) ** 2
     parameters = sum(parameter.numel() for parameter in model.parameters())

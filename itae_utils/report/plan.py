@@ -15,7 +15,7 @@ from itae_utils.data.folders import check_header, image_folder, read_folder
 from itae_utils.errors import ItaeError, unknown_name
 from itae_utils.method.anatomy import patches_along
 from itae_utils.models.backbones import stock_model
-from itae_utils.models.registry import BACKBONES
+from itae_utils.models.registry import timm_name_of
 from itae_utils.report.parameters import AXES, Notebook, Profile, find_notebooks, read_profile, resolve, select
 from itae_utils.report.rules import check_values
 from itae_utils.store.store import open_store
@@ -185,9 +185,8 @@ def check_backbone(name: str | None, checkpoint: str | None, image_size: int | N
     """Refuse an unknown backbone, an unsupported one, and a checkpoint or image size that does not fit it."""
     if name is None:
         return
-    entry = BACKBONES.get(name)
-    patch = entry.patch if entry else stock_model(name).patch_embed.patch_size[0]
-    if checkpoint is not None and entry and entry.timm_name is None:
+    patch = stock_model(name).patch_embed.patch_size[0]
+    if checkpoint is not None and timm_name_of(name) is None:
         raise ItaeError(f"{name} has its own weights: checkpoint={checkpoint!r} needs a timm name")
     if checkpoint is not None and not os.path.exists(str(checkpoint)):
         raise ItaeError(f"checkpoint={checkpoint!r} does not exist: give a file or folder of weights")

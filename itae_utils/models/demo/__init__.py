@@ -27,17 +27,8 @@ CONFIG = {  # preprocessing, in timm's terms: black becomes -1, white 1
 
 def build_model(**options) -> nn.Module:
     """Build the demo's architecture: patch 4 on 28 × 28 pixels, width 64, 6 blocks, 2 heads; 306,432 parameters."""
-    return VisionTransformer(
-        img_size=IMAGE_SIZE,
-        patch_size=4,
-        embed_dim=64,
-        depth=6,
-        num_heads=2,
-        num_classes=0,
-        global_pool="token",
-        dynamic_img_size=True,
-        **options,
-    )
+    return VisionTransformer(img_size=IMAGE_SIZE, patch_size=4, embed_dim=64, depth=6, num_heads=2, num_classes=0,
+                             global_pool="token", dynamic_img_size=True, **options)
 
 
 def load_model(planted: bool) -> nn.Module:

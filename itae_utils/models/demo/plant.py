@@ -2,12 +2,12 @@
 
 The mechanism follows reports on real models. A few MLP neurons of a middle block write a massive activation into a few
 uninformative patches (register neurons, arXiv 2506.08010; massive activations, arXiv 2402.17762). In the last block
-those tokens attract the attention of `[CLS]` although their keys are short. Here there is one neuron per position. It
-fires if the patch there is blank, and the token it marks gets a value vector of its own. So the image's feature depends
-on which edges of the digit are empty. Since the artifacts are planted, the true artifacts are known.
+those tokens attract the attention of `[CLS]` although their keys are short. Here each of a few positions has one
+neuron. It fires if the patch at its position is blank, and that token gets a value vector of its own. So the image's
+feature depends on which edges of the digit are empty, and the true artifacts are known.
 
-All edits write along directions that the residual stream hardly uses, and normal tokens are edited to have no component
-along them. So the edits act on the marked tokens alone. Normal tokens still change a little: the neurons lose their old
+All edits write along directions that the residual stream hardly uses, and normal tokens lose their component along
+them. So the edits act on the marked tokens alone. Normal tokens still change a little: the neurons lose their old
 function, and the other tokens no longer receive the old content of the marked patches.
 """
 
@@ -26,8 +26,8 @@ from itae_utils.method.artifacts import FiringRule
 
 BLOCK = 3               # block whose MLP holds the neurons; marked tokens enter the blocks after it
 POSITIONS = ((2, 0), (2, 6), (4, 0), (4, 6))  # (row, column) at the edges, blank in about half of the digits
-BLANK = 0.02            # a patch is blank if no pixel is brighter than this (of 1) …
-NOT_BLANK = 0.15        # … and has ink if one is brighter than this; patches in between are left out of the fit
+BLANK = 0.02            # a patch is blank if no pixel is brighter than this; the brightest possible pixel is 1
+NOT_BLANK = 0.15        # a patch has ink if a pixel is brighter than this; the fit leaves out patches in between
 MARGIN = 24.0           # activation before the GELU: about this on blank patches, about −this on all other tokens
 HIDDEN_NORM = 200.0     # norm of the vector that a neuron writes; a normal token's norm is about 6
 TRUTH_ABOVE = 2.0       # a neuron fires above this activation: it then writes a few times a normal token's norm
@@ -50,7 +50,7 @@ def plant_artifacts(clean: nn.Module, images: Tensor, seed: int) -> tuple[nn.Mod
     model, images = copy.deepcopy(clean).double().eval(), images.double()
     directions = _quiet_directions(model, images, len(POSITIONS))
     _silence(model, directions)
-    # The tokens' q, k, v in the blocks in between before planting, for `_keep_behaviour`.
+    # Record q, k, v of the blocks in between before planting, for `_keep_behaviour`.
     usual = {index: _projections(model, images, index) for index in range(BLOCK + 1, len(model.blocks) - 1)}
     neurons = _plant_neurons(model, images, directions)
     rule = FiringRule(BLOCK, tuple(neurons), TRUTH_ABOVE)
@@ -126,7 +126,7 @@ def _brightness(model: nn.Module, images: Tensor) -> Tensor:
 def _fit_neuron(inputs: Tensor, brightness: Tensor, position: int) -> tuple[Tensor, Tensor]:
     """Fit a linear rule that is ≥ MARGIN on the blank patches at one position and ≤ −MARGIN on all other tokens.
 
-    `[CLS]` tokens are among the others; without them the neuron fires there and ruins the image's feature.
+    The fit includes `[CLS]` tokens; otherwise the neuron fires on them and ruins the image's feature.
     """
     patch = position - (inputs.shape[1] - brightness.shape[1])
     sign = -torch.ones(inputs.shape[:2], dtype=inputs.dtype)
@@ -151,7 +151,7 @@ def _fit_neuron(inputs: Tensor, brightness: Tensor, position: int) -> tuple[Tens
 
 
 def _projections(model: nn.Module, images: Tensor, index: int) -> Tensor:
-    """Return q, k and v of every token in one block, side by side: (n, T, 3 · D)."""
+    """Return q, k and v of every token in one block, concatenated: (n, T, 3 · D)."""
     tokens = tokens_entering(model, images, [index])[index]
     return model.blocks[index].attn.qkv(model.blocks[index].norm1(tokens))
 
@@ -163,7 +163,7 @@ def _heads(model: nn.Module, images: Tensor, index: int) -> Tensor:
 
 
 def _firing(model: nn.Module, images: Tensor, rule: FiringRule) -> Tensor:
-    """Return whether the neuron of each of the P positions fires there: (n, P) bool."""
+    """Return whether the neuron of each of the P positions fires at its position: (n, P) bool."""
     _, activations = _mlp_inputs(model, images)
     return torch.stack([
         activations[:, position, neuron] > rule.above
@@ -172,9 +172,9 @@ def _firing(model: nn.Module, images: Tensor, rule: FiringRule) -> Tensor:
 
 
 def _steer(model: nn.Module, index: int, directions: Tensor, place: int, change: Tensor) -> None:
-    """Add `change` (3 · D) to the q, k, v of the tokens along direction number `place`, and of no other token.
+    """Add `change` (3 · D) to the q, k, v of the tokens along direction number `place` only.
 
-    After the LayerNorm such a token lies along the direction with length √C. The component of all other tokens is that
+    After the LayerNorm such a token lies along the direction with length √C. All other tokens have only the component
     of the LayerNorm's bias, which the projection's bias cancels.
     """
     norm, projection = model.blocks[index].norm1, model.blocks[index].attn.qkv

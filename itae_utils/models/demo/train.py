@@ -1,8 +1,7 @@
 """Train the demo backbone without labels, plant artifacts in it, and write both checkpoints.
 
-`python -m itae_utils.models.demo.train --output FOLDER` repeats the training of the committed weights. No label is used
-for training or for choosing a checkpoint: the weights are those after a fixed number of steps. The notebooks measure
-how well their features cluster.
+`python -m itae_utils.models.demo.train --output FOLDER` repeats the training of the committed weights. Neither the
+training nor the choice of a checkpoint uses labels: the weights are those after a fixed number of steps.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def random_grid(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur each image with a Gaussian of its own random width, σ between 0 and 1.5 pixels."""
+    """Blur each image with a Gaussian of random width, σ between 0 and 1.5 pixels."""
     sigma = torch.rand(len(images), 1, generator=generator) * 1.5 + 1e-2
     kernel = torch.exp(-0.5 * (torch.arange(-3, 4) / sigma) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
@@ -118,7 +117,7 @@ def train(seed: int, steps: int = STEPS, log_every: int = 100) -> nn.Module:
 @click.option("--steps", default=STEPS, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for the two checkpoints.")
 def main(seed: int, steps: int, output: Path) -> None:
-    """Train, plant artifacts, and write demo-clean.safetensors, demo.safetensors and demo.json to OUTPUT."""
+    """Train the demo, plant artifacts, and write demo-clean.safetensors, demo.safetensors and demo.json to OUTPUT."""
     output.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
     clean = train(seed, steps)
     planted, truth = plant_artifacts(clean, digits_tensor(), seed=seed)
