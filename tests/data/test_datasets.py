@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from itae_utils.data import datasets
-from itae_utils.data.datasets import DATASETS, load_dataset
+from itae_utils.data.datasets import DATASETS, image_count, load_dataset
 from itae_utils.data.folders import open_image
 from itae_utils.errors import ItaeError
 
@@ -121,6 +121,13 @@ class TestLimit:
     def test_a_limit_above_the_size_changes_nothing(self, limit):
         dataset = load_dataset("digits", limit=limit)
         assert (len(dataset), dataset.split) == (1797, "all (1,797)")
+
+    @pytest.mark.parametrize("limit", [None, 2, 5000])
+    def test_images_are_counted_without_loading_them(self, tmp_path, limit):
+        for number in range(3):
+            (tmp_path / f"{number}.png").touch()
+        assert image_count(f"imagefolder:{tmp_path}", limit) == min(3, limit or 3)
+        assert image_count("digits", limit) == min(1797, limit or 1797)
 
 
 class TestImageFolder:

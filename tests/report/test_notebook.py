@@ -1,5 +1,3 @@
-import json
-
 import matplotlib
 import pytest
 
@@ -12,7 +10,8 @@ from itae_utils.results import read_results
 DEFAULTS = {each.name: each.defaults for each in find_notebooks(notebooks_folder())}
 
 
-def begin(tmp_path, name="03_clustering", **values):
+def start(tmp_path, name="03_clustering", **values):
+    """Start a notebook as its first cell does, with all that its namespace may hold by then."""
     namespace = {**DEFAULTS[name], "output_dir": str(tmp_path), **values, "unrelated": object(), "np": matplotlib}
     return notebook.start(name, namespace)
 
@@ -24,24 +23,24 @@ def begin(tmp_path, name="03_clustering", **values):
 ])
 def test_parameters_are_validated_as_on_the_command_line(tmp_path, values, message):
     with pytest.raises(ItaeError, match=message) as refused:
-        begin(tmp_path, **values)
+        start(tmp_path, **values)
     assert "\n" not in str(refused.value)
 
 
-def test_options_that_were_not_given_have_their_defaults(tmp_path):
-    run = begin(tmp_path, options={"n_init": 3, "store": "none"})
+def test_options_have_defaults(tmp_path):
+    run = start(tmp_path, options={"n_init": 3, "store": "none"})
     assert (run.options["n_init"], run.options["attenuation"], run.options["precision"]) == (3, "min", "auto")
     assert run.extraction == {"batch_size": "auto", "num_workers": "auto", "store": "none", "client": "auto"}
     assert run.reading == {"batch_size": "auto", "num_workers": "auto", "store": "none"}
 
 
-def test_one_seed_for_all_draws_or_one_of_their_own(tmp_path):
-    run = begin(tmp_path, seed=5, options={"control_seed": 8, "kmeans_seed": 0})
+def test_a_draw_has_the_common_seed_or_its_own(tmp_path):
+    run = start(tmp_path, seed=5, options={"control_seed": 8, "kmeans_seed": 0})
     assert [run.seed(of) for of in ("subset", "threshold", "control", "kmeans")] == [5, 5, 8, 0]
 
 
 def test_loading_follows_parameters_and_options(tmp_path):
-    run = begin(tmp_path, limit=40, seed=3, options={"image_size": 56, "device": "cpu", "subset_seed": 1})
+    run = start(tmp_path, limit=40, seed=3, options={"image_size": 56, "device": "cpu", "subset_seed": 1})
     backbone, dataset = run.load()
     assert (backbone.name, backbone.image_size, str(backbone.device)) == ("demo", 56, "cpu")
     assert len(dataset) == 40
@@ -50,28 +49,25 @@ def test_loading_follows_parameters_and_options(tmp_path):
 
 
 def test_results_hold_parameters_options_figures_and_provenance(tmp_path):
-    run = begin(tmp_path, limit=20, options={"store": "none", "dask": "tcp://x", "num_workers": 2, "device": "cpu"})
+    run = start(tmp_path, limit=20, options={"store": "none", "dask": "tcp://x", "num_workers": 2, "device": "cpu"})
     run.load()
     for name in ("first", "second"):
         run.show(ReportFigure(name, height=1), name)
     link = run.write(rows=[], headline=[], thresholds={"‖key‖": None}, cover="second", fit_seconds=1.5)
     assert "results.json" in link.data
     found = read_results(tmp_path / "results.json")
-    assert found["notebook"] == "03_clustering"
-    assert found["figures"] == ["second", "first"]
+    assert (found["notebook"], found["figures"]) == ("03_clustering", ["second", "first"])
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{name}.{kind}" for name in ("first", "second") for kind in ("png", "pdf")}
-    assert found["parameters"]["limit"] == 20
-    assert found["parameters"]["options"]["device"] == "cpu"
-    assert not {"store", "dask", "num_workers"} & set(found["parameters"]["options"])
-    assert found["provenance"]["device"] == "cpu"
-    assert found["provenance"]["fit_seconds"] == 1.5
-    assert found["provenance"]["backbone"]["kind"] == "embedded"
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == found
+    options, about = found["parameters"]["options"], found["provenance"]
+    assert (found["parameters"]["limit"], options["device"]) == (20, "cpu")
+    assert not {"store", "dask", "num_workers"} & set(options)
+    assert (about["device"], about["fit_seconds"], about["backbone"]["kind"]) == ("cpu", 1.5, "embedded")
+    assert (about["backbone"]["patch_grid"], len(about["dataset"]["fingerprint"])) == ([7, 7], 64)
 
 
 def test_a_notebook_that_collects_has_no_options(tmp_path):
-    run = begin(tmp_path, "04_paper_comparison", results_dir=str(tmp_path))
+    run = start(tmp_path, "04_paper_comparison", results_dir=str(tmp_path))
     run.write(rows=[], headline=[], about={
         "versions": {}, "python": "3", "platform": "x", "date": "2026-01-01", "git": None, "collected": []})
     assert read_results(tmp_path / "results.json")["parameters"] == {
