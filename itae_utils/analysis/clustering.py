@@ -1,4 +1,4 @@
-"""Scores of several variants side by side: tables, differences to the baseline, and the test bench's targets."""
+"""Scores of several variants side by side: tables, differences to the baseline, and the demo's expected results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from itae_utils.method.artifacts import precision_recall
 from itae_utils.store.store import Store
 
 LARGEST_SIDE = 32  # pixels; larger images make k-means slower, not better
-FEWEST_IMAGES = 4  # for an automatic number of clusters
-MOST_CLUSTERS = 10  # without labels
-
 # Columns that are measured without labels.
 CHANGE = "change"  # mean cosine distance of the features to the baseline's
 AGREEMENT = "agreement"  # mean ARI between runs of k-means
@@ -28,10 +25,9 @@ NEIGHBOURS = 10
 
 
 def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
-    """Return every image, resized to `size` × `size` pixels (at most 32), as one row of intensities in [0, 1].
+    """Return every image, resized to a square of `size` pixels per side, at most 32, as a row of intensities in [0, 1].
 
-    Returns:
-        (n, side · side · 3) float32; (n, side · side) if all images are grey, which gives the same clusters.
+    The array is float32, (n, side · side · 3); (n, side · side) if all images are grey, which gives the same clusters.
 
     Raises:
         ItaeError: a size below 1.
@@ -45,22 +41,17 @@ def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
 
 
 def number_of_clusters(clusters: int | None, targets: np.ndarray | None, n: int) -> int:
-    """Return k for k-means: `clusters` if given, else the number of classes, else 10, or half of fewer than 20 images.
-
-    Args:
-        clusters: k, or None.
-        targets: classes (n,), or None.
-        n: number of images.
+    """Return k for `n` images: `clusters` if given, else the number of classes, else 10 but at most half of the images.
 
     Raises:
         ItaeError: no k is given, and there are fewer than 4 images or all are of one class.
     """
     if clusters is not None:
         return clusters
-    if n < FEWEST_IMAGES:
-        raise ItaeError(f"{n} images are too few to cluster: use {FEWEST_IMAGES} or more")
+    if n < 4:
+        raise ItaeError(f"{n} images are too few to cluster: use 4 or more")
     if targets is None:
-        return min(MOST_CLUSTERS, n // 2)
+        return min(10, n // 2)
     classes = len(np.unique(targets))
     if classes < 2:
         raise ItaeError(f"all {n:,} images are of one class: use images of 2 or more classes, or set clusters")
@@ -71,18 +62,10 @@ def score_variants(
     features: Mapping[str, np.ndarray], targets: np.ndarray | None, *, seeds: Sequence[int], n_init: int = 1,
     normalize: bool = True, store: str | Path | Store | None = "auto",
 ) -> pd.DataFrame:
-    """Return k-means scores of every variant, or, without targets, how far its features are from the baseline's.
+    """Return k-means scores of every variant, or, without targets, the distance of its features to the baseline's.
 
-    Args:
-        features: (n, dim) by variant; without targets "baseline" must be among them.
-        targets: classes (n,), or None.
-        seeds: of k-means, one run each.
-        n_init: k-means starts per run.
-        normalize: whether rows are scaled to length 1 before k-means.
-        store: as for `extract_features`; it caches the clusters.
-
-    Returns:
-        Columns variant, seed, acc, nmi, ari; or variant, seed (0), change.
+    The columns are variant, seed, acc, nmi, ari; or variant, seed (0), change. `features` are (n, dim) by variant, with
+    "baseline" among them if there are no targets. The other arguments are as for `remembered.clusters`.
     """
     if targets is None:
         return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
@@ -125,10 +108,9 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 def difference_table(
     targets: np.ndarray, labels: Mapping[str, np.ndarray], *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Return how far each variant is ahead of "baseline", with the 95 % interval of `paired_bootstrap`.
+    """Return each variant's lead over "baseline" and its 95 % interval, from `paired_bootstrap`.
 
-    Returns:
-        Index (variant, metric); columns difference, low, high, words.
+    The index is (variant, metric); the columns are difference, low, high and words.
     """
     table = pd.concat({name: paired_bootstrap(targets, labels["baseline"], runs, draws=draws, seed=seed)
                        for name, runs in labels.items() if name != "baseline"}, names=["variant"])
@@ -136,20 +118,16 @@ def difference_table(
 
 
 def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Return the share of each class in its matched cluster (0 if unmatched): one row per seed, one column per class.
+    """Return the share of each class in its matched cluster, from clusters (seeds, n); 0 for classes without a match.
 
-    Args:
-        targets: classes (n,).
-        labels: clusters (seeds, n).
+    The table has one row per seed and one column per class.
     """
     rows = []
     for run in labels:
         table = confusion(targets, run)
-        matched = pd.Series(0.0, index=table.index)
-        pairs = min(table.shape)
-        matched.iloc[:pairs] = np.diag(table)
-        rows.append(matched / table.sum(axis=1))
-    return pd.DataFrame(rows, index=range(len(labels)))[np.unique(targets).tolist()]
+        matched = pd.Series(np.diag(table), index=table.index[:min(table.shape)])
+        rows.append(matched.reindex(table.index, fill_value=0) / table.sum(axis=1))
+    return pd.DataFrame(rows)[np.unique(targets).tolist()]
 
 
 def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int = NEIGHBOURS) -> float:
@@ -159,39 +137,35 @@ def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int
     return float((targets[nearest] == targets[:, None]).mean())
 
 
-WON_BACK = "ITAE wins back at least 80 % of that cost"
+RECOVERED = "ITAE recovers at least 80 % of that cost"
 BENCH_TARGETS: dict[str, Callable[[float], str]] = {  # with the format of the measured value
     "demo-clean beats raw pixels by at least 0.08 ACC": "{:+.3f}".format,
     "planting the artifacts costs at least 0.08 ACC": "{:+.3f}".format,
-    "precision of the detection is at least 0.99": "{:.4f}".format,
-    "recall of the detection is at least 0.99": "{:.4f}".format,
-    WON_BACK: percent,
-    "the random control wins back less than 20 %": percent,
+    "the precision of the detection is at least 0.99": "{:.4f}".format,
+    "the recall of the detection is at least 0.99": "{:.4f}".format,
+    RECOVERED: percent,
+    "the random control recovers less than 20 %": percent,
 }
 
 
 def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
-    """Return the test bench's targets with the measured values; `bench_table` formats them.
+    """Return the results that are expected of demo on digits with the measured values; `bench_table` formats them.
 
-    Args:
-        acc: mean ACC of "raw pixels", "baseline" (demo), "demo-clean", "itae" and "random control".
-        found: detected artifacts, bool of any shape.
-        truth: planted artifacts, bool of the same shape.
-
-    Returns:
-        Index target; columns measured (NaN if it could not be measured) and met (bool).
+    `acc` is the mean ACC of "raw pixels", "baseline" (demo), "demo-clean", "itae" and "random control"; `found` and
+    `truth` are the detected and the planted artifacts (bool, of one shape). The columns are measured (NaN if that is
+    impossible) and met.
     """
     precision, recall = precision_recall(found, truth)
     lead, cost = acc["demo-clean"] - acc["raw pixels"], acc["demo-clean"] - acc["baseline"]
-    itae, control = (won / cost if cost > 0 else np.nan
-                     for won in (acc["itae"] - acc["baseline"], acc["random control"] - acc["baseline"]))
+    itae, control = ((acc[name] - acc["baseline"]) / cost if cost > 0 else np.nan
+                     for name in ("itae", "random control"))
     measured = [lead, cost, precision, recall, itae, control]
     met = [lead >= 0.08, cost >= 0.08, precision >= 0.99, recall >= 0.99, itae >= 0.8, control < 0.2]
-    return pd.DataFrame({"measured": measured, "met": met}, index=pd.Index(list(BENCH_TARGETS), name="target"))
+    return pd.DataFrame({"measured": measured, "met": met}, index=pd.Index(list(BENCH_TARGETS), name="expected result"))
 
 
 def bench_table(bench: pd.DataFrame) -> pd.DataFrame:
-    """Return `bench_targets` as text: columns measured and verdict."""
+    """Return `bench_targets` as text, in columns measured and verdict."""
     measured = ["–" if np.isnan(value) else BENCH_TARGETS[target](value) for target, value in bench.measured.items()]
     return pd.DataFrame({"measured": measured, "verdict": np.where(bench.met, "met", "not met")}, index=bench.index)
 
@@ -209,10 +183,8 @@ def describe_counts(counts: np.ndarray, patches: int) -> str:
 def describe_gain(scores: pd.DataFrame, differences: pd.DataFrame | None, changed: bool) -> str:
     """Return one sentence that compares ITAE with the baseline.
 
-    Args:
-        scores: with a column acc, or agreement.
-        differences: from `difference_table`; None without labels.
-        changed: whether anything was attenuated.
+    `scores` are from `score_labels` and `differences` from `difference_table`; without labels `scores` are from
+    `agreement_scores` and `differences` is None. `changed` is whether anything was attenuated.
     """
     if not changed:
         return UNCHANGED
@@ -230,9 +202,9 @@ def _before_and_after(scores: pd.DataFrame) -> list[float]:
 def clustering_headline(
     scores: pd.DataFrame, differences: pd.DataFrame | None, changed: bool, bench: pd.DataFrame | None
 ) -> list[dict[str, str]]:
-    """Return the headline facts about the clustering: the score before and after, and the number of targets met.
+    """Return the clustering's headline facts: the score before and after, and how many expected results were met.
 
-    `bench` is from `bench_targets`, or None; the other arguments are those of `describe_gain`.
+    `bench` is from `bench_targets`, or None. The other arguments are those of `describe_gain`.
     """
     before, after = _before_and_after(scores)
     note = ("baseline → ITAE, mean ARI between runs of k-means" if differences is None
@@ -240,8 +212,9 @@ def clustering_headline(
     facts = [{"label": "Agreement of clusterings" if differences is None else "ACC of the clustering",
               "value": f"{before:.3f} → {after:.3f}", "note": note if changed else UNCHANGED}]
     if bench is not None:
-        won = bench.measured[WON_BACK]
-        note = ("the planted artifacts cost no ACC on these images" if np.isnan(won)
-                else f"ITAE wins back {percent(won)} of what the planted artifacts cost")
-        facts.append({"label": "Test bench", "value": f"{bench.met.sum()} of {len(bench)} targets met", "note": note})
+        recovered = bench.measured[RECOVERED]
+        note = ("planting the artifacts cost no ACC on these images" if np.isnan(recovered)
+                else f"ITAE recovers {percent(recovered)} of the ACC that was lost by planting")
+        facts.append({"label": "Expected results on the demo", "value": f"{bench.met.sum()} of {len(bench)} met",
+                      "note": note})
     return facts

@@ -1,4 +1,4 @@
-"""The published results, and those in a report's folder by data set and backbone; which of them can be compared."""
+"""The published results, the measured results in a report's folder, and which of them can be compared."""
 
 from __future__ import annotations
 
@@ -24,19 +24,6 @@ SOURCE = (
 
 NOT_IN_SOURCES = "not in our sources"
 
-# Settings of the paper's runs that our sources do not state; every report states the values used instead.
-UNKNOWN_SETTINGS = {
-    "source": "the source P (query, key or value) of each row",
-    "threshold": "the threshold θ of each row",
-    "image_size": "image size",
-    "preprocess": "resize and crop rule",
-    "normalize": "whether features are normalised or reduced before k-means",
-    "k-means": "k-means initialisation and restarts",
-    "backbone": "the backbone of the Tiny-ImageNet row",
-    "baseline": "the paper's own baseline numbers",
-}
-
-
 @dataclass(frozen=True)
 class PublishedRow:
     """One published ITAE result; `dataset` is `load_dataset`'s name, `backbone` is None if our sources list none."""
@@ -56,6 +43,8 @@ PUBLISHED = (
     PublishedRow("tiny-imagenet", "Tiny-ImageNet", 0.6823, 0.8178, 0.5227, None),
 )
 
+BY_DATASET = {row.dataset: row for row in PUBLISHED}
+
 SCORES = "03"  # the notebook that measures the scores
 STAND_IN, UNVERIFIED = "stand-in", "unverified"
 SHORT_HASH = 12
@@ -68,10 +57,8 @@ IDENTITY = (("backbone", "name", "backbone"), ("backbone", "weights_sha256", "we
 class Pairing:
     """The results of one backbone on one data set.
 
-    Attributes:
-        folder: holds the folders of the notebooks.
-        results: of each notebook that ran, by its number; "03" is always among them.
-        folders: of these notebooks, by number.
+    `results` and `folders` map the number of each notebook that ran, always with "03", to its results and its folder.
+    These folders lie in `folder`.
     """
 
     folder: Path
@@ -85,12 +72,12 @@ class Pairing:
 
     @property
     def backbone(self) -> str:
-        """Name of the backbone."""
+        """The backbone's name."""
         return self.scores["provenance"]["backbone"]["name"]
 
     @property
     def dataset(self) -> str:
-        """Name of the data set."""
+        """The data set's name."""
         return self.scores["provenance"]["dataset"]["name"]
 
     @property
@@ -114,10 +101,9 @@ class Pairing:
 def judge_weights(about: Mapping[str, object]) -> tuple[str, str] | None:
     """Return ("stand-in" or "unverified", reason) if the weights are not known to be the published ones, else None.
 
-    Args:
-        about: a backbone's provenance.
+    `about` is a backbone's provenance.
     """
-    source = about["source"]
+    source, hub = about["source"], about.get("hub")
     match about.get("kind"):
         case "random":
             return STAND_IN, source
@@ -125,26 +111,21 @@ def judge_weights(about: Mapping[str, object]) -> tuple[str, str] | None:
             return STAND_IN, f"{source}; no published checkpoint"
         case "local":
             return UNVERIFIED, f"weights from a {source}, not compared with the published ones"
+        case "published" if not hub:
+            return None
         case "published":
-            return _judge_server(about.get("hub"))
+            host = urlsplit(hub).hostname or hub
+            label = STAND_IN if host in ("localhost", "::1") or host.startswith("127.") else UNVERIFIED
+            return label, f"weights served by {hub} instead of the usual server"
     return UNVERIFIED, f"{source}; these results do not record whether the weights are the published ones"
-
-
-def _judge_server(hub: str | None) -> tuple[str, str] | None:
-    if not hub:
-        return None
-    host = urlsplit(hub).hostname or hub
-    local = host in ("localhost", "::1") or host.startswith("127.")
-    return (STAND_IN if local else UNVERIFIED), f"weights served by {hub} instead of the usual server"
 
 
 def judge_images(about: Mapping[str, object]) -> tuple[str, str] | None:
     """Return ("stand-in", reason) if the images are not those of one of the paper's data sets, else None.
 
-    Args:
-        about: a data set's provenance.
+    `about` is a data set's provenance.
     """
-    if about["name"] not in [row.dataset for row in PUBLISHED]:
+    if about["name"] not in BY_DATASET:
         return STAND_IN, f"{about['source']}; not a data set of the paper"
     info = DATASETS[about["name"]]
     if about["size"] != info.images:
@@ -191,13 +172,12 @@ def collect(folder: str | Path) -> tuple[list[Pairing], list[str]]:
             left_out.append(f"{name(older.folder)} is an earlier run of {pairing.title} than {name(pairing.folder)}"
                             + _describe_changes(older.settings, pairing.settings))
         latest[pairing.dataset, pairing.backbone] = pairing
-    order = {row.dataset: place for place, row in enumerate(PUBLISHED)}
+    order = {dataset: place for place, dataset in enumerate(BY_DATASET)}
     return sorted(latest.values(), key=lambda pairing: order.get(pairing.dataset, len(order))), left_out
 
 
-def _pair(
-    place: Path, runs: Sequence[tuple[Path, dict]], name: Callable[[Path], str]
-) -> tuple[Pairing | None, list[str]]:
+def _pair(place: Path, runs: Sequence[tuple[Path, dict]],
+          name: Callable[[Path], str]) -> tuple[Pairing | None, list[str]]:
     """Return the pairing of the results in one folder (None without notebook 03), and reasons for results left out."""
     results, folders, left_out = {}, {}, []
     for folder, content in sorted(runs, key=lambda run: run[1]["provenance"]["date"]):
@@ -247,13 +227,9 @@ def saved_figure(pairing: Pairing, key: str, name: str) -> Path | None:
 
 
 def show_figures(pairings: Sequence[Pairing], key: str, name: str, output_dir: str | Path) -> None:
-    """Display one figure of every pairing, with links to its page and PDF; call it in a notebook.
+    """Display the figure `name` of notebook `key` for every pairing, with links to its page and PDF.
 
-    Args:
-        pairings: from `collect`.
-        key: number of the notebook that drew the figure.
-        name: of the figure.
-        output_dir: of the calling notebook, where the links start.
+    Call it in a notebook; the links are relative to the notebook's `output_dir`.
     """
     drawn = {pairing: path for pairing in pairings if (path := saved_figure(pairing, key, name))}
     for pairing, path in drawn.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from urllib.parse import quote
@@ -12,15 +13,16 @@ import pandas as pd
 from IPython.display import Markdown, display
 from pandas.io.formats.style import Styler
 
-from itae_utils.analysis.collection import NOT_IN_SOURCES, PUBLISHED, STAND_IN, UNKNOWN_SETTINGS, Pairing, PublishedRow
+from itae_utils.analysis.collection import BY_DATASET, NOT_IN_SOURCES, STAND_IN, Pairing
 from itae_utils.analysis.metrics import METRICS, describe_difference
 from itae_utils.analysis.words import SETTING_COLUMNS, escape
 from itae_utils.files import make_folder, replacing
 
 NOT_RUN, NOT_RECORDED = "not run", "not in these results"
 ABLATION = "02"  # the notebook that measures the grid of settings
+NUMBERS = ["dataset", "backbone", "variant", "metric", "n", "seeds", "mean", "sd", "published", "minus_published",
+           "minus_baseline", "low", "high", "weights", "images"]
 VARIANTS = {"baseline": "baseline", "random control": "random control", "itae": "ITAE"}
-BY_DATASET = {row.dataset: row for row in PUBLISHED}
 NBSP = "\N{NO-BREAK SPACE}"  # keeps a number on one line in a narrow table
 LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$",
          "“": "``", "”": "''"}
@@ -30,9 +32,9 @@ LAYOUT = [{"selector": "tbody th", "props": "white-space: normal; width: 9.5em; 
 
 
 def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n: int) -> list[dict[str, object]]:
-    """Return rows for `results.json` from `difference_table`: differences of ITAE and its control, with intervals.
+    """Return rows for `results.json` from `difference_table`: the leads of ITAE and its control, and their intervals.
 
-    Their metrics are `acc_difference`, `acc_difference_low`, `acc_difference_high`, and the same for nmi and ari.
+    The metrics are acc_difference, acc_difference_low, acc_difference_high, and the same for nmi and ari.
     """
     return [
         {"backbone": backbone, "dataset": dataset, "n": n, "variant": variant, "seed": None,
@@ -48,22 +50,9 @@ def score_values(pairing: Pairing, variant: str, metric: str) -> list[float]:
             if (row["variant"], row["metric"], row["backbone"]) == (variant, metric, pairing.backbone)]
 
 
-def interval(pairing: Pairing, metric: str) -> dict[str, float] | None:
-    """Return ITAE minus baseline as difference, low and high; None if the results lack it."""
-    found = [score_values(pairing, "itae", f"{metric}_difference{end}") for end in ("", "_low", "_high")]
-    if not all(found):
-        return None
-    return dict(zip(("difference", "low", "high"), (values[0] for values in found), strict=True))
-
-
 def has_scores(pairing: Pairing) -> bool:
-    """Return whether there were labels to score against."""
+    """Return whether the images had labels to score against."""
     return bool(score_values(pairing, "baseline", "acc"))
-
-
-def found_artifacts(pairing: Pairing) -> bool:
-    """Return whether there was a θ, so that ITAE could change anything."""
-    return any(theta is not None for theta in pairing.scores["thresholds"].values())
 
 
 def dataset_title(dataset: str) -> str:
@@ -71,27 +60,24 @@ def dataset_title(dataset: str) -> str:
     return BY_DATASET[dataset].title if dataset in BY_DATASET else dataset.rpartition("/")[2]
 
 
-def labelled(name: str, caveat: tuple[str, str] | None) -> str:
-    """Return a name with the label of its caveat, if it has one: "cifar10 (stand-in)"."""
-    return f"{name} ({caveat[0]})" if caveat else name
+def labelled_titles(pairing: Pairing) -> list[str]:
+    """Return the titles of data set and backbone, with the label of their caveat if any: "CIFAR-10 (stand-in)"."""
+    caveats, titles = pairing.caveats(), {"dataset": dataset_title(pairing.dataset), "backbone": pairing.backbone}
+    return [f"{title} ({caveats[part][0]})" if part in caveats else title for part, title in titles.items()]
 
 
 def describe_collection(pairings: Sequence[Pairing], left_out: Sequence[str]) -> str:
-    """Return Markdown that names the pairings, those that are not the published thing, and the results left out."""
+    """Return Markdown that lists the pairings, their stand-ins, and the results that were left out."""
     names = ", ".join(escape(pairing.title) for pairing in pairings) or "nothing"
     lines = "\n\n".join([f"Run: {names}.", *stand_in_lines(pairings)])
     return lines + "".join(f"\n- left out: {escape(reason)}" for reason in left_out)
 
 
 def comparison_table(pairings: Sequence[Pairing], expected: Sequence[str]) -> pd.DataFrame:
-    """Return the published numbers of every data set and the measured ones as text; missing numbers say why.
+    """Return the published and the measured numbers of every data set as text, with the reason for missing numbers.
 
-    Args:
-        pairings: from `collect`.
-        expected: backbones that have a row in each of the paper's data sets even if they were not run.
-
-    Returns:
-        Index (data set, backbone, row); columns ACC, NMI, ARI.
+    The index is (data set, backbone, row); the columns are ACC, NMI and ARI. The backbones `expected` have a row in
+    each of the paper's data sets even if they were not run.
     """
     by_dataset: dict[str, dict[str, Pairing | None]] = {dataset: dict.fromkeys(expected) for dataset in BY_DATASET}
     for pairing in pairings:
@@ -102,58 +88,50 @@ def comparison_table(pairings: Sequence[Pairing], expected: Sequence[str]) -> pd
         if published:
             about = f"published: {published.backbone or 'backbone ' + NOT_IN_SOURCES}"
             lines += [(title, about, "baseline", *[NOT_IN_SOURCES] * 3),
-                      (title, about, "ITAE", *(f"{getattr(published, name):.4f}" for name in METRICS))]
+                      (title, about, "ITAE", *(f"{getattr(published, metric):.4f}" for metric in METRICS))]
         for backbone, pairing in found.items():
             if pairing is None:
                 lines.append((title, backbone, NOT_RUN, *[NOT_RUN] * 3))
                 continue
-            name = title if published else labelled(title, pairing.caveats().get("dataset"))
-            lines += [(name, _backbone_title(pairing), *line) for line in _lines(pairing, published)]
+            name, about = labelled_titles(pairing)
+            if "dataset" in pairing.caveats():
+                size = pairing.scores["provenance"]["dataset"]["size"]
+                about += f", {size:,} {'stand-in ' if published else ''}images"
+            lines += [(title if published else name, about, *line) for line in _lines(pairing)]
     columns = ["data set", "backbone", "row", *(metric.upper() for metric in METRICS)]
     return pd.DataFrame(lines, columns=columns).set_index(columns[:3])
 
 
-def _backbone_title(pairing: Pairing) -> str:
-    """Return the labelled backbone, and the number of images if they are not the published ones."""
-    caveats, size = pairing.caveats(), pairing.scores["provenance"]["dataset"]["size"]
-    title = labelled(pairing.backbone, caveats.get("backbone"))
-    if "dataset" not in caveats:
-        return title
-    return f"{title}, {size:,} {f'{STAND_IN} ' if pairing.dataset in BY_DATASET else ''}images"
-
-
-def _lines(pairing: Pairing, published: PublishedRow | None) -> list[tuple[str, ...]]:
-    """Return the rows of one pairing: a name and a text for each metric."""
+def _lines(pairing: Pairing) -> list[tuple[str, ...]]:
+    """Return the rows of one pairing, each a name and a text for every metric."""
     if not has_scores(pairing):
         return [("no labels", *["not measured"] * 3)]
-    lines = []
-    for variant, name in VARIANTS.items():
-        if variant == "baseline" and pairing.backbone.endswith("_reg"):
-            name = "baseline, with trained registers"
-        if variant == "itae" and not found_artifacts(pairing):
-            name = "ITAE, no artifacts found"
-        lines.append((name, *(_mean_and_sd(score_values(pairing, variant, metric)) for metric in METRICS)))
-    if published:
-        lines.append(("ITAE − published", *(_gap(pairing, published, metric) for metric in METRICS)))
-    intervals = [interval(pairing, metric) for metric in METRICS]
-    lines.append(("ITAE − baseline [95 %]", *(_difference(each) if each else NOT_RECORDED for each in intervals)))
-    return lines
+    numbers = {(row["variant"], row["metric"]): row for row in _numbers(pairing)}
+
+    def line(name: str, variant: str, describe: Callable[[Mapping[str, object]], str]) -> tuple[str, ...]:
+        rows = [numbers.get((variant, metric)) for metric in METRICS]
+        return (name, *(describe(row) if row else NOT_RECORDED for row in rows))
+
+    names = dict(VARIANTS)
+    if pairing.backbone.endswith("_reg"):
+        names["baseline"] = "baseline, with trained registers"
+    if all(theta is None for theta in pairing.scores["thresholds"].values()):
+        names["itae"] = "ITAE, no artifacts found"
+    lines = [line(name, variant, _mean_and_sd) for variant, name in names.items()]
+    if pairing.dataset in BY_DATASET:
+        lines.append(line("ITAE − published", "itae", lambda row: f"{row['minus_published']:+.4f}"))
+    return [*lines, line("ITAE − baseline [95 %]", "itae", _difference)]
 
 
-def _difference(bounds: Mapping[str, float]) -> str:
-    numbers, colon, words = describe_difference(bounds).partition(":")
-    return numbers.replace(" ", NBSP) + colon + words
+def _mean_and_sd(row: Mapping[str, object]) -> str:
+    return f"{row['mean']:.4f}" + ("" if row["sd"] is None else f"{NBSP}±{NBSP}{row['sd']:.4f}")
 
 
-def _mean_and_sd(values: Sequence[float]) -> str:
-    if not values:
+def _difference(row: Mapping[str, object]) -> str:
+    if row["minus_baseline"] is None:
         return NOT_RECORDED
-    return f"{mean(values):.4f}" + (f"{NBSP}±{NBSP}{stdev(values):.4f}" if len(values) > 1 else "")
-
-
-def _gap(pairing: Pairing, published: PublishedRow, metric: str) -> str:
-    values = score_values(pairing, "itae", metric)
-    return f"{mean(values) - getattr(published, metric):+.4f}" if values else NOT_RECORDED
+    numbers, colon, words = describe_difference(row | {"difference": row["minus_baseline"]}).partition(":")
+    return numbers.replace(" ", NBSP) + colon + words
 
 
 def styled(table: pd.DataFrame) -> Styler:
@@ -162,7 +140,7 @@ def styled(table: pd.DataFrame) -> Styler:
 
 
 def show_comparison(table: pd.DataFrame) -> None:
-    """Display `comparison_table`, one table per data set under its name; call it in a notebook."""
+    """Display `comparison_table` as one table per data set; call it in a notebook."""
     for name, part in table.groupby(level="data set", sort=False):
         display(Markdown(f"### {escape(name)}"), styled(part.droplevel("data set")).set_table_styles(LAYOUT))
 
@@ -170,36 +148,39 @@ def show_comparison(table: pd.DataFrame) -> None:
 def comparison_numbers(pairings: Sequence[Pairing]) -> pd.DataFrame:
     """Return all measured and published numbers, one row for each backbone, data set, variant and metric.
 
-    Columns: dataset, backbone, variant, metric, n (images), seeds, mean, sd, published, minus_published,
-    minus_baseline, low, high (of ITAE's 95 % interval), weights, images ("stand-in" or "unverified", with the reason).
+    n counts images; low and high are the 95 % interval of minus_baseline; weights and images state why they are not the
+    published ones, if so.
     """
-    lines = []
-    for pairing in pairings:
-        caveats = {part: ": ".join(caveat) for part, caveat in pairing.caveats().items()}
-        for variant in VARIANTS:
-            for metric in METRICS:
-                values = score_values(pairing, variant, metric)
-                if not values:
-                    continue
-                published = getattr(BY_DATASET.get(pairing.dataset), metric, None) if variant == "itae" else None
-                bounds = (interval(pairing, metric) if variant == "itae" else None) or {}
-                lines.append({
-                    "dataset": pairing.dataset, "backbone": pairing.backbone, "variant": variant, "metric": metric,
-                    "n": pairing.scores["provenance"]["dataset"]["size"], "seeds": len(values), "mean": mean(values),
-                    "sd": stdev(values) if len(values) > 1 else None, "published": published,
-                    "minus_published": mean(values) - published if published is not None else None,
-                    "minus_baseline": bounds.get("difference"), "low": bounds.get("low"), "high": bounds.get("high"),
-                    "weights": caveats.get("backbone"), "images": caveats.get("dataset"),
-                })
-    return pd.DataFrame(lines, columns=[
-        "dataset", "backbone", "variant", "metric", "n", "seeds", "mean", "sd", "published", "minus_published",
-        "minus_baseline", "low", "high", "weights", "images"])
+    return pd.DataFrame([row for pairing in pairings for row in _numbers(pairing)], columns=NUMBERS)
+
+
+def _numbers(pairing: Pairing) -> list[dict[str, object]]:
+    caveats = {part: ": ".join(caveat) for part, caveat in pairing.caveats().items()}
+    rows = []
+    for variant, metric in product(VARIANTS, METRICS):
+        values = score_values(pairing, variant, metric)
+        if not values:
+            continue
+        published, (difference, low, high) = None, [None] * 3
+        if variant == "itae":
+            published = getattr(BY_DATASET.get(pairing.dataset), metric, None)
+            interval = [score_values(pairing, "itae", f"{metric}_difference{end}") for end in ("", "_low", "_high")]
+            if all(interval):
+                (difference,), (low,), (high,) = interval
+        rows.append({
+            "dataset": pairing.dataset, "backbone": pairing.backbone, "variant": variant, "metric": metric,
+            "n": pairing.scores["provenance"]["dataset"]["size"], "seeds": len(values), "mean": mean(values),
+            "sd": stdev(values) if len(values) > 1 else None, "published": published,
+            "minus_published": None if published is None else mean(values) - published, "minus_baseline": difference,
+            "low": low, "high": high, "weights": caveats.get("backbone"), "images": caveats.get("dataset"),
+        })
+    return rows
 
 
 def ablation_table(pairing: Pairing) -> pd.DataFrame | None:
     """Return the mean ACC of the grid's settings, (source, attenuation) by θ; None if the results hold no such scores.
 
-    Baseline, controls and deeper settings are not part of the grid.
+    Baseline, controls and deeper settings do not belong to the grid.
     """
     rows = [(*(row[name] for name in SETTING_COLUMNS), row["value"])
             for row in pairing.results.get(ABLATION, {}).get("rows", ())
@@ -235,7 +216,7 @@ def _why_no_ablation(pairing: Pairing) -> str:
 
 
 def settings_table(pairings: Sequence[Pairing]) -> pd.DataFrame:
-    """Return every setting of the paper that our sources leave open, with the value used here."""
+    """Return every setting of the paper's runs that our sources do not state, with the value used here."""
     def used(describe: Callable[[Pairing], str]) -> str:
         titles: dict[str, list[str]] = {}
         for pairing in pairings:
@@ -244,19 +225,21 @@ def settings_table(pairings: Sequence[Pairing]) -> pd.DataFrame:
             return next(iter(titles), NOT_RUN)
         return "; ".join(f"{text} ({', '.join(names)})" for text, names in titles.items())
 
+    tiny = ", ".join(each.backbone for each in pairings if each.dataset == "tiny-imagenet")
     here = {
-        "source": used(lambda pairing: str(_setting(pairing, "source"))),
-        "threshold": used(_thresholds_used),
-        "image_size": used(lambda pairing: f"{pairing.scores['provenance']['backbone']['image_size']} px"),
-        "preprocess": used(lambda pairing: str(pairing.scores["provenance"]["backbone"]["preprocess"])),
-        "normalize": used(lambda pairing: "scaled to length 1, not reduced" if _setting(pairing, "normalize")
-                          else "neither normalised nor reduced"),
-        "k-means": used(_kmeans_used),
-        "backbone": ", ".join(each.backbone for each in pairings if each.dataset == "tiny-imagenet") or NOT_RUN,
-        "baseline": "measured here, in the rows “baseline”" if any(map(has_scores, pairings)) else NOT_RUN,
+        "the source P (query, key or value) of each row": used(lambda pairing: str(_setting(pairing, "source"))),
+        "the threshold θ of each row": used(_thresholds_used),
+        "image size": used(lambda pairing: f"{pairing.scores['provenance']['backbone']['image_size']} px"),
+        "resize and crop rule": used(lambda pairing: str(pairing.scores["provenance"]["backbone"]["preprocess"])),
+        "whether features are normalised or reduced before k-means": used(
+            lambda pairing: "scaled to length 1, not reduced" if _setting(pairing, "normalize")
+            else "neither normalised nor reduced"),
+        "k-means initialisation and restarts": used(_kmeans_used),
+        "the backbone of the Tiny-ImageNet row": tiny or NOT_RUN,
+        "the paper's own baseline numbers":
+            "measured here, in the rows “baseline”" if any(map(has_scores, pairings)) else NOT_RUN,
     }
-    return pd.DataFrame({"not in our sources": UNKNOWN_SETTINGS.values(),
-                         "used here": [here[name] for name in UNKNOWN_SETTINGS]}).set_index("not in our sources")
+    return pd.DataFrame({NOT_IN_SOURCES: here.keys(), "used here": here.values()}).set_index(NOT_IN_SOURCES)
 
 
 def _setting(pairing: Pairing, name: str) -> object:
@@ -277,14 +260,14 @@ def _thresholds_used(pairing: Pairing) -> str:
 
 def stand_in_lines(pairings: Sequence[Pairing]) -> list[str]:
     """Return a Markdown sentence for each backbone and data set that is not, or not known to be, the published one."""
-    lines = {f"**{escape(getattr(pairing, part))}** is {'a stand-in' if label == STAND_IN else label}: "
-             f"{escape(reason)}.": None
-             for pairing in pairings for part, (label, reason) in pairing.caveats().items()}
-    return list(lines)
+    lines = [f"**{escape(getattr(pairing, part))}** is {'a stand-in' if label == STAND_IN else label}: "
+             f"{escape(reason)}."
+             for pairing in pairings for part, (label, reason) in pairing.caveats().items()]
+    return list(dict.fromkeys(lines))
 
 
 def comparison_headline(pairings: Sequence[Pairing], expected: Sequence[str]) -> list[dict[str, str]]:
-    """Return the headline facts: how much was run with the published images and weights, and ACC of every pairing."""
+    """Return the headline facts: the number of runs with published images and weights, and the ACC of every pairing."""
     scored = [pairing for pairing in pairings if has_scores(pairing)]
     real = [pairing for pairing in scored
             if pairing.dataset in BY_DATASET and pairing.backbone in expected and not pairing.caveats()]
@@ -292,13 +275,9 @@ def comparison_headline(pairings: Sequence[Pairing], expected: Sequence[str]) ->
               "note": "pairs of backbone and data set were run with the published images and weights"}]
     for pairing in scored:
         before, after = (mean(score_values(pairing, name, "acc")) for name in ("baseline", "itae"))
-        caveats, published = pairing.caveats(), BY_DATASET.get(pairing.dataset)
-        facts.append({
-            "label": f"ACC, {labelled(dataset_title(pairing.dataset), caveats.get('dataset'))}",
-            "value": f"{before:.3f} → {after:.3f}",
-            "note": f"baseline → ITAE on {labelled(pairing.backbone, caveats.get('backbone'))}"
-                    + (f"; published {published.acc:.4f}" if published else ""),
-        })
+        (dataset, backbone), published = labelled_titles(pairing), BY_DATASET.get(pairing.dataset)
+        note = f"baseline → ITAE on {backbone}" + (f"; published {published.acc:.4f}" if published else "")
+        facts.append({"label": f"ACC, {dataset}", "value": f"{before:.3f} → {after:.3f}", "note": note})
     return facts
 
 
@@ -313,25 +292,15 @@ def comparison_rows(pairings: Sequence[Pairing]) -> list[dict[str, object]]:
 
 
 def save_table(table: pd.DataFrame, output_dir: str | Path, name: str, *, csv: pd.DataFrame | None = None) -> str:
-    """Write `output_dir/tables/name.csv` and `.tex` (booktabs) and return Markdown links to them.
+    """Write `output_dir/tables/name.csv` and `.tex`, and return Markdown links to them.
 
-    Args:
-        table: as displayed.
-        output_dir: of the notebook.
-        name: of the files.
-        csv: written to the CSV file in place of `table`, such as the numbers behind a table of texts.
+    The LaTeX needs the package booktabs and has only characters that every engine knows. `csv` goes into the CSV file
+    in place of `table`, such as the numbers behind a table of texts.
     """
-    folder = make_folder(Path(output_dir) / "tables")
-    texts = {"tex": latex(table), "csv": table.to_csv() if csv is None else csv.to_csv(index=False)}
-    for suffix, text in texts.items():
-        with replacing(folder / f"{name}.{suffix}") as part:
-            part.write_text(text, encoding="utf-8")
-    return f"[CSV](tables/{quote(name)}.csv) · [LaTeX](tables/{quote(name)}.tex)"
-
-
-def latex(table: pd.DataFrame) -> str:
-    r"""Return a table in LaTeX, in characters that every engine knows; it needs \usepackage{booktabs}."""
-    text = table.to_latex(escape=True, multirow=False)
+    folder, text = make_folder(Path(output_dir) / "tables"), table.to_latex(escape=True, multirow=False)
     for sign, command in LATEX.items():
         text = text.replace(sign, command)
-    return text
+    for suffix, content in (("csv", table.to_csv() if csv is None else csv.to_csv(index=False)), ("tex", text)):
+        with replacing(folder / f"{name}.{suffix}") as part:
+            part.write_text(content, encoding="utf-8")
+    return f"[CSV](tables/{quote(name)}.csv) · [LaTeX](tables/{quote(name)}.tex)"

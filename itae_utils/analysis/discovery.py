@@ -10,7 +10,6 @@ import pandas as pd
 from itae_utils.analysis.words import percent
 from itae_utils.extraction.observation import Observation
 from itae_utils.method.artifacts import precision_recall
-from itae_utils.method.setting import SOURCES
 from itae_utils.method.thresholds import ThresholdFit
 
 
@@ -30,8 +29,7 @@ def threshold_table(fits: Mapping[str, ThresholdFit]) -> pd.DataFrame:
 def detection_table(seen: Observation, thresholds: Mapping[str, float | None]) -> pd.DataFrame:
     """Return precision and recall of each source's θ against the planted truth; without θ the precision is NaN."""
     rows = []
-    for source in SOURCES:
-        theta = thresholds[source]
+    for source, theta in thresholds.items():
         found = np.zeros_like(seen.truth) if theta is None else seen.norms[source] <= theta
         precision, recall = precision_recall(found, seen.truth)
         rows.append({"source": source, "θ": np.nan if theta is None else theta, "found": int(found.sum()),
@@ -52,12 +50,8 @@ def discovery_headline(
 ) -> list[dict[str, str]]:
     """Return the headline facts about artifacts: the attention they take, and precision and recall of their detection.
 
-    Args:
-        seen: from `observe`.
-        source: whose norms identify artifacts.
-        threshold: θ in use, or None.
-        fit: of that source in the last block.
-        detection: from `detection_table`, or None if the truth is unknown.
+    `threshold` is the θ in use for `source`, or None; `fit` is the source's fit in the last block; `detection` is from
+    `detection_table`, or None if the truth is unknown.
     """
     given = fit.is_given(threshold)
     if not seen.artifacts.any():

@@ -24,61 +24,40 @@ MOST_IMAGES = 50  # more rows are too small to read in one figure
 
 @dataclass(frozen=True)
 class InspectedImage:
-    """One image as the model sees it; maps are (rows, columns) of its patch grid.
+    """One image as the model sees it; maps are (rows, columns) of its patch grid."""
 
-    Attributes:
-        name: of the file.
-        picture: (H, W, 3) in [0, 1].
-        hidden: norm of the patch tokens after one block.
-        norms: norm of the source in the last block.
-        before: attention of `[CLS]` in the last block, mean over the heads.
-        after: the same with ITAE; None without θ.
-        artifacts: bool.
-    """
-
-    name: str
-    picture: np.ndarray
-    hidden: np.ndarray
-    norms: np.ndarray
-    before: np.ndarray
-    after: np.ndarray | None
-    artifacts: np.ndarray
+    name: str  # of the file
+    picture: np.ndarray  # (H, W, 3) in [0, 1]
+    hidden: np.ndarray  # norm of the patch tokens after one block
+    norms: np.ndarray  # norm of the source in the last block
+    before: np.ndarray  # attention of `[CLS]` in the last block, mean over the heads
+    after: np.ndarray | None  # the same with ITAE; None without θ
+    artifacts: np.ndarray  # bool
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result of `inspect_images`.
-
-    Attributes:
-        images: in the order of the paths.
-        source: whose norms were compared with θ.
-        block: number of the block, from 1, after which `InspectedImage.hidden` is measured.
-        threshold: θ and its origin, or why there is none, in words.
-        lines: a summary for the terminal: the size of each image, θ, and planted artifacts.
-    """
+    """The result of `inspect_images`."""
 
     images: list[InspectedImage]
-    source: str
-    block: int
-    threshold: str
-    lines: list[str]
+    source: str  # whose norms were compared with θ
+    block: int  # number of the block, from 1, after which `InspectedImage.hidden` is measured
+    threshold: str  # a sentence that states θ and its origin, or why there is no θ
+    lines: list[str]  # a summary for the terminal: the size of each image, θ, and planted artifacts
 
 
 def inspect_images(
-    paths: Sequence[str | Path],
-    *,
-    backbone: str | Backbone = "demo",
-    source: str = "key",
+    paths: Sequence[str | Path], *, backbone: str | Backbone = "demo", source: str = "key",
     threshold: float | str | None = None,
 ) -> Inspection:
-    """Measure norms, `[CLS]` attention and artifacts of single images, in one pass each; `figures.inspection` draws it.
+    """Measure norms, `[CLS]` attention and artifacts of images, one at a time; `figures.inspection` draws the result.
 
     Images keep their shape: the short side becomes the backbone's image size, the long side the nearest multiple of the
     patch.
 
     Args:
         paths: at most 50 image files.
-        backbone: from `load_backbone`, or a name for it.
+        backbone: from `load_backbone`, or its name.
         source: whose norm identifies artifacts: "query", "key" or "value".
         threshold: θ; None or "auto" fits it to all patches of these images together, if there are enough.
 
@@ -86,7 +65,11 @@ def inspect_images(
         ItaeError: no images or more than 50, an unreadable image (named), or a bad setting.
     """
     setting = ITAE(source=source, threshold="auto" if threshold is None else threshold)
-    _check(paths)
+    if not 1 <= len(paths) <= MOST_IMAGES:
+        raise ItaeError(f"{len(paths)} images do not fit in one figure: give 1 to {MOST_IMAGES}")
+    for path in paths:
+        if not Path(path).is_file():
+            raise ItaeError(f"{str(path)!r} is not a file: give image files")
     pictures = [open_image(Path(path)) for path in paths]
     if isinstance(backbone, str):
         backbone = load_backbone(backbone)
@@ -102,21 +85,12 @@ def inspect_images(
     return Inspection(images, source, block + 1, words, [*map(_describe, images, pictures), words, *planted])
 
 
-def _check(paths: Sequence[str | Path]) -> None:
-    if not 1 <= len(paths) <= MOST_IMAGES:
-        raise ItaeError(f"{len(paths)} images do not fit in one figure: give 1 to {MOST_IMAGES}")
-    for path in paths:
-        if not Path(path).is_file():
-            raise ItaeError(f"{str(path)!r} is not a file: give image files")
-
-
 def _resized(backbone: Backbone, image: Image) -> Tensor:
     """Return the image, preprocessed in its own shape: (3, H, W), both multiples of the patch."""
-    patches = backbone.model.patch_embed.patch_size
-    scale = backbone.image_size / min(image.size)
-    height, width = (round(side * scale / patch) * patch
-                     for side, patch in zip((image.height, image.width), patches, strict=True))
-    return backbone.preprocessing.resized(image, (height, width))
+    scale, patches = backbone.image_size / min(image.size), backbone.model.patch_embed.patch_size
+    sides = [round(side * scale / patch) * patch
+             for side, patch in zip((image.height, image.width), patches, strict=True)]
+    return backbone.preprocessing.resized(image, tuple(sides))
 
 
 def _peak_block(hidden: Sequence[np.ndarray]) -> int:
@@ -141,11 +115,11 @@ def _threshold(setting: ITAE, norms: Sequence[np.ndarray]) -> tuple[float | None
 def _inspected(
     backbone: Backbone, name: str, tensor: Tensor, measured: dict[str, Tensor], block: int, setting: ITAE
 ) -> InspectedImage:
-    theta, norms = setting.thresholds[0], measured[setting.source]
+    (theta,), norms = setting.thresholds, measured[setting.source]
     artifacts = torch.zeros_like(norms, dtype=torch.bool) if theta is None else norms <= theta
     after = cls_attention(attenuated_logits(measured["logits"], artifacts, setting), norms.shape[-1]).mean(dim=1)
-    patches = backbone.model.patch_embed.patch_size
-    grid = tuple(side // patch for side, patch in zip(tensor.shape[1:], patches, strict=True))
+    patch_height, patch_width = backbone.model.patch_embed.patch_size
+    grid = (tensor.shape[1] // patch_height, tensor.shape[2] // patch_width)
 
     def on_grid(values: Tensor) -> np.ndarray:
         return values.cpu().numpy().reshape(grid)

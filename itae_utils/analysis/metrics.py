@@ -17,25 +17,13 @@ METRICS = ("acc", "nmi", "ari")
 
 
 def evaluate_clustering(
-    features: np.ndarray,
-    targets: np.ndarray,
-    *,
-    k: int | None = None,
-    seeds: int | Sequence[int] = 10,
-    n_init: int = 10,
-    normalize: bool = True,
-    max_memory: int | None = None,
+    features: np.ndarray, targets: np.ndarray, *, k: int | None = None, seeds: int | Sequence[int] = 10,
+    n_init: int = 10, normalize: bool = True, max_memory: int | None = None,
 ) -> pd.DataFrame:
     """Run k-means on features (n, dim) and score it against the classes `targets` (n,).
 
-    Args:
-        features: as for `cluster`.
-        targets: classes (n,).
-        k: number of clusters; by default the number of classes in `targets`.
-        seeds: one run of k-means each; a number means that many, from 0.
-        n_init: see `cluster`.
-        normalize: see `cluster`.
-        max_memory: see `cluster`.
+    `features`, `n_init`, `normalize` and `max_memory` are as for `cluster`. k is by default the number of classes. Each
+    of `seeds` is one run of k-means; a number means that many, from 0.
 
     Returns:
         One row per seed; columns seed, acc, nmi, ari, inertia.
@@ -48,17 +36,15 @@ def evaluate_clustering(
     if len(targets) != len(features):
         raise ItaeError(f"{len(targets):,} targets for {len(features):,} rows of features: give one target per row")
     k = len(np.unique(targets)) if k is None else k
-    labels, inertias = cluster_seeds(
-        features, k, seeds=seeds, n_init=n_init, normalize=normalize, max_memory=max_memory
-    )
-    runs = zip(seed_list(seeds), labels, inertias, strict=True)
-    return pd.DataFrame([{"seed": seed, **score(targets, found), "inertia": inertia} for seed, found, inertia in runs])
+    seeds = seed_list(seeds)
+    runs = cluster_seeds(features, k, seeds=seeds, n_init=n_init, normalize=normalize, max_memory=max_memory)
+    return pd.DataFrame([{"seed": seed, **score(targets, labels), "inertia": inertia}
+                         for seed, labels, inertia in zip(seeds, *runs, strict=True)])
 
 
 def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     """Return mean, sd (n - 1; NaN for one seed), min and max over the seeds, one row for each metric in `scores`."""
-    metrics = scores.drop(columns="seed")
-    return metrics.agg(["mean", "std", "min", "max"]).T.rename(columns={"std": "sd"})
+    return scores.drop(columns="seed").agg(["mean", "std", "min", "max"]).T.rename(columns={"std": "sd"})
 
 
 def agreement(labels: np.ndarray) -> float:
@@ -74,11 +60,8 @@ def agreement(labels: np.ndarray) -> float:
 
 def score(targets: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return ACC, NMI (arithmetic mean of the entropies) and ARI of cluster labels (n,) against classes (n,)."""
-    return {
-        "acc": accuracy(targets, labels),
-        "nmi": float(normalized_mutual_info_score(targets, labels)),
-        "ari": float(adjusted_rand_score(targets, labels)),
-    }
+    return {"acc": accuracy(targets, labels), "nmi": float(normalized_mutual_info_score(targets, labels)),
+            "ari": float(adjusted_rand_score(targets, labels))}
 
 
 def accuracy(targets: np.ndarray, labels: np.ndarray) -> float:
@@ -103,20 +86,16 @@ def confusion(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     Rows and columns are in the order of the classes; unmatched classes and clusters come last.
     """
     classes, clusters, table = _contingency(targets, labels)
-    rows, columns = _match(table)
-    rows = np.append(rows, np.setdiff1d(np.arange(len(classes)), rows))
-    columns = np.append(columns, np.setdiff1d(np.arange(len(clusters)), columns))
-    return pd.DataFrame(
-        table[np.ix_(rows, columns)],
-        index=pd.Index(classes[rows], name="class"),
-        columns=pd.Index(clusters[columns], name="cluster"),
-    )
+    rows, columns = (np.append(matched, np.setdiff1d(np.arange(size), matched))
+                     for matched, size in zip(_match(table), table.shape, strict=True))
+    return pd.DataFrame(table[np.ix_(rows, columns)], index=pd.Index(classes[rows], name="class"),
+                        columns=pd.Index(clusters[columns], name="cluster"))
 
 
 def paired_bootstrap(
     targets: np.ndarray, labels_a: np.ndarray, labels_b: np.ndarray, *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Return how far variant b is ahead of variant a, with a 95 % bootstrap interval over the images.
+    """Return the lead of variant b over variant a, with a 95 % bootstrap interval over the images.
 
     Each draw resamples the images with replacement, the same ones for both variants and all seeds. Their cluster labels
     stay fixed, and clusters are matched to classes again. The interval does not include the spread between seeds.
@@ -160,7 +139,7 @@ def paired_bootstrap(
 
 
 def describe_difference(row: Mapping[str, float] | pd.Series) -> str:
-    """Return a row of `paired_bootstrap` as text, such as "+0.054 [+0.031, +0.078]", and say if the interval has 0."""
+    """Return a row of `paired_bootstrap` as text such as "+0.054 [+0.031, +0.078]", and say if 0 is in the interval."""
     words = f"{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"
     return f"{words}: no clear difference (the interval contains 0)" if row["low"] <= 0 <= row["high"] else words
 

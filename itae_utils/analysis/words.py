@@ -28,7 +28,7 @@ def escape(text: object) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as text with two figures, never rounded to none or all: "8.9 %", "92 %", "99.9 %", "< 0.1 %"."""
+    """Return a share as text with two or three digits, such as "8.9 %"; only 0 and 1 give "0 %" and "100 %"."""
     if share in (0, 1) or not 0 <= share <= 1:
         number = f"{100 * share:.0f}"
     elif share < 0.001:
@@ -43,7 +43,11 @@ def percent(share: float) -> str:
 def describe_run(backbone: Backbone, dataset: Dataset) -> str:
     """Return Markdown that describes the model, device, images and versions, and says if the artifacts were planted."""
     rows, columns = backbone.patch_grid
-    labels = "without labels" if dataset.targets is None else _describe_classes(dataset)
+    if dataset.targets is None:
+        labels = "without labels"
+    else:
+        present, known = len(np.unique(dataset.targets)), len(dataset.classes)
+        labels = f"{known:,} classes" if present == known else f"{present:,} of {known:,} classes"
     lines = [
         f"**{escape(backbone.name)}**: {escape(backbone.source)}; {backbone.num_blocks} blocks, width {backbone.dim}, "
         f"{backbone.image_size} px ({backbone.preprocess}), {rows} × {columns} patches, "
@@ -57,11 +61,6 @@ def describe_run(backbone: Backbone, dataset: Dataset) -> str:
     if backbone.truth is not None:
         lines.append(PLANTED)
     return "\n\n".join(lines)
-
-
-def _describe_classes(dataset: Dataset) -> str:
-    present, known = len(np.unique(dataset.targets)), len(dataset.classes)
-    return f"{known:,} classes" if present == known else f"{present:,} of {known:,} classes"
 
 
 def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None) -> str:
@@ -86,15 +85,10 @@ def describe_thetas(thresholds: Sequence[float | None]) -> str:
 def result_rows(
     table: pd.DataFrame, metrics: Sequence[str], *, backbone: str, dataset: str, n: int
 ) -> list[dict[str, object]]:
-    """Return rows for `results.json`, one for each finite value in the columns `metrics`.
+    """Return rows for `results.json`, one for each finite value in the columns `metrics`; `n` is the number of images.
 
-    Args:
-        table: has a column variant. Optional columns: seed; backbone, if the rows are of several; source, attenuation
-            and theta of a setting in the ablation's grid, which the result rows then carry too (None if missing).
-        metrics: columns to take.
-        backbone: name.
-        dataset: name.
-        n: number of images.
+    `table` has a column variant. Optional columns are seed; backbone, if the rows are of several; and source,
+    attenuation and theta, a setting of the ablation's grid that the result rows then carry too (None if missing).
     """
     rows = []
     for row in table.to_dict("records"):

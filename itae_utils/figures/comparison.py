@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from itae_utils.analysis.collection import Pairing
-from itae_utils.analysis.comparison import BY_DATASET, VARIANTS, dataset_title, has_scores, labelled, score_values
+from itae_utils.analysis.collection import BY_DATASET, Pairing
+from itae_utils.analysis.comparison import VARIANTS, dataset_title, has_scores, labelled_titles, score_values
 from itae_utils.analysis.metrics import METRICS
 from itae_utils.figures.style import AFTER, NORMAL, ReportFigure, styled
 
@@ -26,7 +26,8 @@ def published_and_measured(pairings: Sequence[Pairing]) -> Figure:
     rows: list[tuple[str, str, Pairing | None]] = []
     measured = [pairing for pairing in pairings if has_scores(pairing)]
     for dataset in dict.fromkeys([*BY_DATASET, *(pairing.dataset for pairing in measured)]):
-        own = [(dataset, _name(pairing), pairing) for pairing in measured if pairing.dataset == dataset]
+        own = [(dataset, "\n".join(labelled_titles(pairing)), pairing) for pairing in measured
+               if pairing.dataset == dataset]
         rows += own or [(dataset, f"{dataset_title(dataset)}\nnot run", None)]
     figure = ReportFigure(_title(measured), height=1.5 + 0.55 * len(rows))
     panels = figure.subplots(1, len(METRICS), sharey=True)
@@ -41,12 +42,6 @@ def published_and_measured(pairings: Sequence[Pairing]) -> Figure:
                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
-
-
-def _name(pairing: Pairing) -> str:
-    caveats = pairing.caveats()
-    return (f"{labelled(dataset_title(pairing.dataset), caveats.get('dataset'))}\n"
-            f"{labelled(pairing.backbone, caveats.get('backbone'))}")
 
 
 def _draw(axes: Axes, place: int, metric: str, pairing: Pairing | None, dataset: str) -> None:

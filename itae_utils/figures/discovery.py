@@ -81,7 +81,7 @@ def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str
 
 
 def _norms_title(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> str:
-    """Return what the fits found, and the share of patches at or below each θ that was given."""
+    """Return the finding of the fits, and the share of patches at or below each θ that was given."""
     used = {source: theta for source, theta in thresholds.items() if theta is not None}
     found = [source for source, theta in used.items() if not fits[source].is_given(theta)]
     below = {source: percent((fits[source].norms <= theta).mean()) for source, theta in used.items()}
@@ -105,8 +105,8 @@ def attention_examples(
     Args:
         pictures: n images (H, W, 3) in [0, 1].
         before: (n, rows, columns) attention weights.
-        after: the same after ITAE.
-        artifacts: (n, rows, columns) bool. Without any, `after` equals `before` and is not drawn.
+        after: the same after ITAE; it is drawn only if there are artifacts.
+        artifacts: (n, rows, columns) bool.
     """
     maps = {"before": before, "after": after} if artifacts.any() else {"attention": before}
     shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
@@ -132,12 +132,7 @@ def attention_examples(
 
 @styled
 def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Figure:
-    """Draw how often each place of the patch grid holds an artifact, and how many artifacts an image has.
-
-    Args:
-        artifacts: (n, N) bool.
-        patch_grid: rows and columns.
-    """
+    """Draw how often each place of the patch grid holds an artifact, and how many of these (n, N) an image has."""
     frequency, counts = artifacts.mean(axis=0), artifacts.sum(axis=1)
     ordered = np.sort(frequency)[::-1].cumsum()
     places = int(np.searchsorted(ordered, 0.9 * ordered[-1]) + 1)
@@ -150,8 +145,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
     for axis in (where.xaxis, where.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
     figure.colorbar(drawn, ax=where, label="images with an artifact here", format=PercentFormatter(1, symbol=" %"))
-    sns.histplot(counts, discrete=np.ptp(counts) < 40, ax=how_many, color=ARTIFACT, edgecolor="white",
-                 alpha=1)
+    sns.histplot(counts, discrete=np.ptp(counts) < 40, ax=how_many, color=ARTIFACT, edgecolor="white", alpha=1)
     how_many.set(xlabel="artifacts in an image", ylabel="images")
     how_many.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -165,9 +159,9 @@ def attention_shares(seen: Observation) -> Figure:
     shares = {name: (weights * seen.artifacts)[have_any].sum(axis=1)
               for name, weights in [("before", seen.attention), ("after", seen.attention_after)]}
     before, after = (percent(share.mean()) for share in shares.values())
-    some = f"In the {have_any.sum():,} of {len(have_any):,} images with artifacts these"
-    those = "Artifacts" if have_any.all() else some
-    figure = ReportFigure(f"{those} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
+    subject = ("Artifacts" if have_any.all()
+               else f"In the {have_any.sum():,} of {len(have_any):,} images with artifacts, these")
+    figure = ReportFigure(f"{subject} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
                           f"after ITAE {after}", height=3.4)
     axes = figure.subplots()
     for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
@@ -184,13 +178,8 @@ def attention_shares(seen: Observation) -> Figure:
 def inspection(images: Sequence[InspectedImage], source: str, block: int, title: str) -> Figure:
     """Draw one row per image: the image, its norms, its attention before and, with θ, after; artifacts outlined.
 
-    Each column has one colour scale; the two columns of attention share theirs.
-
-    Args:
-        images: from `inspect_images`.
-        source: whose norms `images` hold.
-        block: number of the block, from 1, after which the hidden norms are measured.
-        title: the finding in words.
+    Each column has one colour scale; the two columns of attention share theirs. `title` is the finding in words; the
+    other arguments are those of `Inspection`.
     """
     columns = {f"‖hidden‖ after block {block}": [image.hidden for image in images],
                f"‖{source}‖ in the last block": [image.norms for image in images],

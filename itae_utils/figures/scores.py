@@ -22,11 +22,9 @@ NAMED_CLASSES = 20  # more names do not fit beside an axis
 
 @styled
 def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
-    """Draw the mean of `measure` over seeds by attenuation and θ, one panel per source, in equal colours.
+    """Draw the mean of the column `measure` over seeds by attenuation and θ, one panel per source, in equal colours.
 
-    Args:
-        scores: from `ablation_grid`, joined with the scores: kind, source, attenuation, theta, seed and `measure`.
-        measure: column of `scores`.
+    `scores` are from `ablation_grid`, joined with the scores: kind, source, attenuation, theta, seed and `measure`.
     """
     settings = scores[scores.kind == "itae"]
     means = settings.groupby(["source", "attenuation", "theta"], sort=False)[measure].mean()
@@ -59,9 +57,7 @@ def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
 def ablation_curves(scores: pd.DataFrame, measure: str) -> Figure:
     """Draw `measure` against θ as share of the patches: mean ± sd over seeds per attenuation, one panel per source.
 
-    Args:
-        scores: as for `ablation_heatmaps`.
-        measure: column of `scores`.
+    The arguments are as for `ablation_heatmaps`.
     """
     sources = list(dict.fromkeys(scores.source.dropna()))
     figure = ReportFigure(_curves_title(scores, measure), height=4)
@@ -119,9 +115,7 @@ def _curves_title(scores: pd.DataFrame, measure: str) -> str:
 def score_overview(scores: pd.DataFrame, title: str) -> Figure:
     """Draw mean ± sd over seeds of every variant, one panel per metric, with the baseline as a line.
 
-    Args:
-        scores: column variant, metrics, and seed if there are several.
-        title: the finding in words.
+    `scores` has columns variant, metrics, and seed if there are several; `title` is the finding in words.
     """
     variants = list(dict.fromkeys(scores.variant))
     metrics = [name for name in MEASURES if name in scores]

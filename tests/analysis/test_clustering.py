@@ -215,10 +215,10 @@ def test_gain_is_described_with_its_interval():
     assert all(word in stability for word in ("ARI", "0.500", "0.750"))
 
 
-def test_clustering_headline_counts_the_targets_met():
+def test_clustering_headline_counts_the_expected_results():
     gain = differences("+0.250 [+0.2, +0.3]")
     facts = clustering.clustering_headline(scores("acc", 0.5, 0.75), gain, True, bench(missed=3))
-    assert [fact["value"] for fact in facts] == ["0.500 → 0.750", "5 of 6 targets met"]
+    assert [fact["value"] for fact in facts] == ["0.500 → 0.750", "5 of 6 met"]
     assert "90 %" in facts[1]["note"]
     nothing_lost = clustering.clustering_headline(scores("acc", 0.9, 0.9), gain, True, bench(ACC | {"baseline": 0.95}))
     assert "%" not in nothing_lost[1]["note"]

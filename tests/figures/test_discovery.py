@@ -167,7 +167,7 @@ def test_attention_shares_are_of_the_images_with_artifacts(seen):
     assert title(figures.attention_shares(seen)) == f"Artifacts {finding}"
     seen.artifacts[6:] = False
     figure = figures.attention_shares(seen)
-    assert title(figure) == f"In the 6 of 12 images with artifacts these {finding}"
+    assert title(figure) == f"In the 6 of 12 images with artifacts, these {finding}"
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()][:2] == ["0 %", "20 %"]
     assert figure.axes[0].get_ylabel() == "images, of 6 with artifacts"
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == 6

@@ -135,7 +135,7 @@ def test_clustering_compares_all_kinds_of_features(run):
 def test_clustering_checks_the_bench_only_where_it_is_one(run):
     case, _, shown = run
     text = words(shown["03_clustering"])
-    assert ("ITAE wins back at least 80 % of that cost" in text) == (case == "planted")
+    assert ("ITAE recovers at least 80 % of that cost" in text) == (case == "planted")
     assert ("Only `demo` on `digits` has expected results" in text) == (case != "planted")
 
 
