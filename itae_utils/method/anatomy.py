@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from timm.layers import Attention
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -17,81 +18,56 @@ from itae_utils.method.layers import BlockAdapter, BlockInput, Dinov2Adapter, Ev
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """Adapter for a model: the method reads these parts and no others.
-
-    Attributes:
-        blocks: one adapter per transformer block.
-        num_prefix_tokens: number of tokens before the patches, `[CLS]` and registers.
-        patch_size: height and width in pixels.
-        forward: runs images (B, 3, H, W) through all blocks.
-    """
+    """Adapter for a model: the method reads these parts and no others."""
 
     blocks: list[BlockAdapter]
-    num_prefix_tokens: int
-    patch_size: tuple[int, int]
-    forward: Callable[[Tensor], object]
+    num_prefix_tokens: int               # the tokens before the patches, `[CLS]` and registers
+    patch_size: tuple[int, int]          # height and width in pixels
+    forward: Callable[[Tensor], object]  # runs images (B, 3, H, W) through all blocks
 
 
-@dataclass(frozen=True)
-class _Family:
-    """The classes of a supported model, its blocks and their attention, with the adapter for the blocks."""
-
-    model: type
-    block: type
-    attention: type
-    adapter: type[BlockAdapter]
-
-
-def _families() -> list[_Family]:
-    families = [_Family(VisionTransformer, Block, Attention, VitAdapter),
-                _Family(Eva, EvaBlock, EvaAttention, EvaAdapter)]
+def _families() -> list[tuple[type, type, type, type[BlockAdapter]]]:
+    """Return the classes of every supported model, its blocks and their attention, with the adapter for the blocks."""
+    families = [(VisionTransformer, Block, Attention, VitAdapter), (Eva, EvaBlock, EvaAttention, EvaAdapter)]
     for name, prefix in [("dinov2", "Dinov2"), ("dinov2_with_registers", "Dinov2WithRegisters")]:
         # If the module is not imported, nobody has such a model. So `transformers` need not be installed.
         module = sys.modules.get(f"transformers.models.{name}.modeling_{name}")
         if module is not None:
             classes = [getattr(module, prefix + part) for part in ("Model", "Layer", "Attention")]
-            families.append(_Family(*classes, Dinov2Adapter))
+            families.append((*classes, Dinov2Adapter))
     return families
-
-
-def check_supported(model: nn.Module) -> None:
-    """Raise an error if the method cannot handle a model.
-
-    Raises:
-        ItaeError: no `[CLS]` token, or an unsupported class of model, block, attention or projection.
-    """
-    adapt(model)
 
 
 def adapt(model: nn.Module) -> ModelAdapter:
     """Return the adapter for a timm VisionTransformer or Eva, or a `transformers` Dinov2Model.
 
     Raises:
-        ItaeError: as `check_supported`.
+        ItaeError: no `[CLS]` token, or an unsupported class of model, block, attention or projection.
     """
     name = type(model).__name__
-    family = next((family for family in _families() if isinstance(model, family.model)), None)
-    if family is None and hasattr(model, "model"):
+    classes = next((classes for model_class, *classes in _families() if isinstance(model, model_class)), None)
+    if classes is None and hasattr(model, "model"):
         raise ItaeError(f"{name} is not a model but has one: pass its .model")
-    if family is None:
+    if classes is None:
         raise ItaeError(f"{name} is not supported: use a timm VisionTransformer (DINO, DINOv2, CLIP, DeiT-III, MAE …) "
                         "or Eva (DINOv3, EVA), or a transformers Dinov2Model")
-    if family.adapter is Dinov2Adapter:
+    if classes[-1] is Dinov2Adapter:
         registers, patch = getattr(model.config, "num_register_tokens", 0), model.config.patch_size
-        blocks = _adapt_blocks(model.encoder.layer, "attention", family)
+        blocks = _adapt_blocks(model.encoder.layer, "attention", *classes)
         return ModelAdapter(blocks, 1 + registers, (patch, patch), model)
     if model.cls_token is None:
         raise ItaeError(f"this {name} has no [CLS] token, whose attention the method edits: use a model that has one")
-    blocks = _adapt_blocks(model.blocks, "attn", family)
+    blocks = _adapt_blocks(model.blocks, "attn", *classes)
     return ModelAdapter(blocks, model.num_prefix_tokens, model.patch_embed.patch_size, model.forward_features)
 
 
-def _adapt_blocks(blocks: Sequence[nn.Module], attention_name: str, family: _Family) -> list[BlockAdapter]:
+def _adapt_blocks(blocks: Sequence[nn.Module], attention_name: str, block_class: type, attention_class: type,
+                  adapter: type[BlockAdapter]) -> list[BlockAdapter]:
     adapters = []
     for index, block in enumerate(blocks):
-        _check_class(f"block {index}", block, family.block)
-        _check_class(f"the attention of block {index}", getattr(block, attention_name), family.attention)
-        adapters.append(family.adapter(block))
+        _check_class(f"block {index}", block, block_class)
+        _check_class(f"the attention of block {index}", getattr(block, attention_name), attention_class)
+        adapters.append(adapter(block))
         for projection in adapters[-1].projections:
             if not isinstance(projection, nn.Linear):
                 raise ItaeError(f"block {index} projects q, k, v with {type(projection).__name__}: merge LoRA weights "
@@ -149,21 +125,18 @@ class _StopForward(Exception):
 def block_inputs(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> dict[int, BlockInput]:
     """Return the inputs of `blocks` (counted from the front) in a forward pass over `images` (B, 3, H, W).
 
-    The model itself runs, with its own embedding, norms and arguments between blocks, and stops at the last of these
-    blocks.
+    The model itself runs, and stops at the last of these blocks.
     """
     vit, last = adapt(model), max(blocks)
     inputs: dict[int, BlockInput] = {}
 
-    def capture(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor], kwargs: dict[str, object]) -> None:
-            inputs[index] = BlockInput(args[0], kwargs)
-            if index == last:
-                raise _StopForward
+    def capture(index: int, _module: nn.Module, args: tuple[Tensor], kwargs: dict[str, object]) -> None:
+        inputs[index] = BlockInput(args[0], kwargs)
+        if index == last:
+            raise _StopForward
 
-        return hook
-
-    handles = [vit.blocks[index].block.register_forward_pre_hook(capture(index), with_kwargs=True) for index in blocks]
+    handles = [vit.blocks[index].block.register_forward_pre_hook(partial(capture, index), with_kwargs=True)
+               for index in blocks]
     try:
         vit.forward(images)
     except _StopForward:

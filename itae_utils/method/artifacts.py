@@ -60,15 +60,8 @@ def qkv_norms(model: nn.Module, images: Tensor, block: int = -1) -> dict[str, Te
     return {source: patch_norms(qkv[source], vit.num_prefix_tokens).unflatten(1, grid) for source in SOURCES}
 
 
-def select_artifacts(
-    norms: Tensor,
-    threshold: float | None,
-    itae: ITAE,
-    *,
-    block: int,
-    image_numbers: range | tuple[int, ...],
-    truth: Tensor | None = None,
-) -> Tensor:
+def select_artifacts(norms: Tensor, threshold: float | None, itae: ITAE, *, block: int,
+                     image_numbers: range | tuple[int, ...], truth: Tensor | None = None) -> Tensor:
     """Return the patches that a setting edits in one block: (B, N) norms -> (B, N) bool.
 
     By default they are A = {i : ‖P_i‖₂ ≤ θ} (paper, method section). The controls select |A| random patches, or the
@@ -99,9 +92,8 @@ def select_artifacts(
 
 
 @lru_cache(maxsize=16)  # all random variants of a batch share one draw per seed and block
-def patch_ranks(
-    image_numbers: range | tuple[int, ...], num_patches: int, seed: int, block: int, device: torch.device
-) -> Tensor:
+def patch_ranks(image_numbers: range | tuple[int, ...], num_patches: int, seed: int, block: int,
+                device: torch.device) -> Tensor:
     """Rank the patches of each image in random order: (B, N) int32, each row a permutation of 0 to N − 1.
 
     The order depends on the seed, the block and the image's number, not on the batch. The draw runs on the CPU and its
@@ -140,8 +132,7 @@ class FiringRule:
         captured = CapturedTruth()
 
         def hook(_module: nn.Module, _args: tuple[Tensor], activation: Tensor) -> None:
-            fires = activation[:, model.num_prefix_tokens:, list(self.neurons)] > self.above
-            captured.mask = fires.any(dim=-1)
+            captured.mask = (activation[:, model.num_prefix_tokens:, list(self.neurons)] > self.above).any(dim=-1)
 
         handle = model.blocks[self.block].mlp.act.register_forward_hook(hook)
         try:
@@ -165,7 +156,5 @@ def precision_recall(found: np.ndarray, truth: np.ndarray) -> tuple[float, float
     """
     if found.shape != truth.shape:
         raise ItaeError(f"found has shape {found.shape}, truth {truth.shape}: they must be equal")
-    hits = np.count_nonzero(found & truth)
-    precision, recall = (hits / total if total else float("nan")
-                         for total in (np.count_nonzero(found), np.count_nonzero(truth)))
-    return precision, recall
+    hits, num_found, num_true = (np.count_nonzero(mask) for mask in (found & truth, found, truth))
+    return hits / num_found if num_found else np.nan, hits / num_true if num_true else np.nan

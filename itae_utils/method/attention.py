@@ -1,4 +1,4 @@
-"""ITAE in one attention row: the equation, the edit, the attention that follows, and `attenuate` for a whole model.
+"""ITAE in one attention row: the equation, the edit of the logits, and `attenuate` for a whole model.
 
 Let (QKᵀ)₀ⱼ be the logits of the `[CLS]` query, scaled by 1/√d, over the patches 1 ≤ j ≤ N, and A the artifacts, as
 `select_artifacts` finds them. In every head the method sets
@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -63,36 +62,14 @@ def attenuated_logits(logits: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
     return torch.where(nn.functional.pad(artifacts, (num_prefix_tokens, 0)), new, logits)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
-    """Return softmax(edited logits) · V for some query rows.
-
-    Args:
-        q: (B, H, Q, d), after any q-norm.
-        k: (B, H, T, d), after any k-norm.
-        v: (B, H, T, d).
-        artifacts: (B, N) bool.
-        itae: the setting; only `attenuation` and `alpha` are read.
-
-    Returns:
-        (B, H, Q, d).
-    """
-    attn = attenuated_logits(scaled_logits(q, k), artifacts, itae).softmax(dim=-1)
-    return attn.to(v.dtype) @ v
-
-
 def cls_attention(logits: Tensor, num_patches: int) -> Tensor:
     """Return the attention weights from `[CLS]` to the patches: logits (B, H, 1, T) -> (B, H, N)."""
     return logits.softmax(dim=-1)[:, :, 0, -num_patches:]
 
 
 @contextmanager
-def attenuate(
-    model: nn.Module,
-    itae: ITAE,
-    *,
-    truth: FiringRule | Tensor | None = None,
-    first_image: int = 0,
-) -> Iterator[nn.Module]:
+def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None = None,
+              first_image: int = 0) -> Iterator[nn.Module]:
     """Apply the method to every forward pass of a stock model until the context is left.
 
     In each edited block, the rows of the concatenated heads are replaced before the output projection. The model's own
@@ -120,14 +97,14 @@ def attenuate(
     check_blocks(model, itae, truth)
     if itae.select == "oracle" and truth is None:
         raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth)")
-    contexts = _open_contexts.setdefault(model, _ContextStack())
+    contexts = _open_contexts.setdefault(model, [])
     with ExitStack() as context:
         captured = context.enter_context(capture_truth(truth, model))
         for index, threshold in zip(range(len(vit.blocks))[-itae.blocks:], itae.thresholds, strict=True):
             if threshold is None and itae.select != "oracle":
                 continue
             editor = _RowEditor(itae, threshold, index, vit.num_prefix_tokens, captured, first_image,
-                                partial(contexts.is_innermost, context))
+                                is_active=lambda: contexts[-1] is context)
             context.enter_context(vit.blocks[index].edit_heads(editor))
         contexts.append(context)
         context.callback(contexts.remove, context)
@@ -138,7 +115,7 @@ def check_blocks(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None
     """Check that the model has the blocks that a setting edits.
 
     Raises:
-        ItaeError: more blocks than the model has, or an oracle that reaches back to where no artifacts exist yet.
+        ItaeError: more blocks than the model has, or an oracle for a block before the artifacts appear.
     """
     depth = len(adapt(model).blocks)
     if itae.blocks > depth:
@@ -148,14 +125,7 @@ def check_blocks(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None
                         f"the artifacts appear after block {truth.block}: use at most {depth - truth.block - 1}")
 
 
-class _ContextStack(list[ExitStack]):
-    """The open `attenuate` contexts of one model, innermost last."""
-
-    def is_innermost(self, context: ExitStack) -> bool:
-        return self[-1] is context
-
-
-_open_contexts: WeakKeyDictionary[nn.Module, _ContextStack] = WeakKeyDictionary()
+_open_contexts: WeakKeyDictionary[nn.Module, list[ExitStack]] = WeakKeyDictionary()  # of each model, innermost last
 
 
 @dataclass
@@ -182,7 +152,8 @@ class _RowEditor:
         q, k, v = (qkv.heads(source) for source in SOURCES)
         edited, has_artifacts = x.clone(), artifacts.any(dim=-1)[:, None, None]
         for rows in self._row_chunks(k):
-            new = attend(q[:, :, rows], k, v, artifacts, self.itae).transpose(1, 2).flatten(2).to(x.dtype)
+            attn = attenuated_logits(scaled_logits(q[:, :, rows], k), artifacts, self.itae).softmax(dim=-1)
+            new = (attn.to(v.dtype) @ v).transpose(1, 2).flatten(2).to(x.dtype)
             edited[:, rows] = torch.where(has_artifacts, new, x[:, rows])
         return edited
 
@@ -195,15 +166,8 @@ class _RowEditor:
 
 
 @torch.no_grad()
-def attention_map(
-    model: nn.Module,
-    images: Tensor,
-    block: int = -1,
-    *,
-    itae: ITAE | None = None,
-    heads: Literal["mean", "each"] = "mean",
-    truth: FiringRule | None = None,
-) -> Tensor:
+def attention_map(model: nn.Module, images: Tensor, block: int = -1, *, itae: ITAE | None = None,
+                  heads: Literal["mean", "each"] = "mean", truth: FiringRule | None = None) -> Tensor:
     """Return the attention weights from `[CLS]` to every patch in one block, on the patch grid.
 
     Fused attention can stay on, because the `[CLS]` row is computed here. Prefix tokens keep their share of the row, so

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -22,15 +23,10 @@ from itae_utils.method.setting import SOURCES
 
 @dataclass(frozen=True)
 class BlockInput:
-    """The arguments that a model passes to one of its blocks.
+    """The arguments that a model passes to one of its blocks."""
 
-    Attributes:
-        tokens: (B, T, C).
-        kwargs: the keyword arguments, such as a rotary embedding.
-    """
-
-    tokens: Tensor
-    kwargs: dict[str, object]
+    tokens: Tensor             # (B, T, C)
+    kwargs: dict[str, object]  # such as a rotary embedding
 
     @property
     def rope(self) -> Tensor | None:
@@ -46,8 +42,7 @@ class BlockInput:
 class QKV:
     """Queries, keys and values of one block, (B, T, H · d) each.
 
-    They are the outputs of the projections, biases included, before any q/k norm or rotation. Norms are measured on
-    them.
+    They are the outputs of the projections, biases included, before any q/k norm or rotation. Norms are measured here.
     """
 
     block: BlockAdapter
@@ -63,23 +58,14 @@ class QKV:
 
 
 class BlockAdapter(ABC):
-    """Adapter for one transformer block: gives its q, k, v and lets its attention output be replaced.
-
-    Attributes:
-        block: the transformer block.
-        attention: its attention module.
-        num_heads: H.
-        head_dim: d.
-        projections: the Linear modules that compute q, k and v.
-        after_heads: the first module that is applied to the concatenated heads, (B, T, H · d).
-    """
+    """Adapter for one transformer block: gives its q, k, v and lets its attention output be replaced."""
 
     block: nn.Module
     attention: nn.Module
     num_heads: int
     head_dim: int
-    projections: list[nn.Module]
-    after_heads: nn.Module
+    projections: list[nn.Module]  # the Linear modules that compute q, k and v
+    after_heads: nn.Module        # the first module that is applied to the concatenated heads, (B, T, H · d)
 
     @abstractmethod
     def project(self, x: Tensor, source: str) -> Tensor:
@@ -118,7 +104,7 @@ class BlockAdapter(ABC):
 
         def replace(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             qkv = captured.pop()
-            captured.clear()  # a pass that failed may have left its own
+            captured.clear()  # a failed pass may have left its q, k and v
             return (edit(qkv, *args),)
 
         with self.capture_qkv(captured.append):
@@ -130,7 +116,7 @@ class BlockAdapter(ABC):
 
 
 class TimmAdapter(BlockAdapter):
-    """What timm's two kinds of block share. It can also compute a block's output for `[CLS]` alone."""
+    """Base class for timm's two kinds of block. It can also compute a block's output for `[CLS]` alone."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.attention = block, block.attn
@@ -147,7 +133,7 @@ class TimmAdapter(BlockAdapter):
         """Apply LayerScale to the attention branch (1) or the MLP branch (2)."""
 
     def project(self, x: Tensor, source: str) -> Tensor:
-        """Return one projection, computed from its own part of the weights."""
+        """Return one projection, computed with its own part of the weights."""
         return linear(x, *self._weight_and_bias(source))
 
     def heads(self, source: str, projected: Tensor, rope: Tensor | None) -> Tensor:
@@ -157,17 +143,10 @@ class TimmAdapter(BlockAdapter):
         return norms[source](heads) if source in norms else heads
 
     def value_sums(self, weights: Tensor, x: Tensor) -> Tensor:
-        """Return Σ_t w_t V_t for attention weights that add up to 1.
+        """Return Σ_t w_t V_t, (B, H, Q, d), for attention weights (B, H, Q, T) that add up to 1 and normed tokens x.
 
-        Values are linear in the tokens. So the tokens are averaged first and only the averages are projected, which
-        gives the same sums without projecting every token.
-
-        Args:
-            weights: (B, H, Q, T).
-            x: (B, T, C), after the block's first norm.
-
-        Returns:
-            (B, H, Q, d).
+        Values are linear in the tokens. So the tokens (B, T, C) are averaged first and only the averages are projected,
+        which gives the same sums without projecting every token.
         """
         weight, bias = self._weight_and_bias("value")
         averages = (weights.flatten(1, 2) @ x).unflatten(1, weights.shape[1:3])
@@ -176,15 +155,12 @@ class TimmAdapter(BlockAdapter):
         return sums if bias is None else sums + bias.view(self.num_heads, 1, self.head_dim)
 
     def finish(self, cls_token: Tensor, x: Tensor, heads: Tensor) -> Tensor:
-        """Return the block's output for `[CLS]`, given its concatenated heads.
+        """Return the block's output for `[CLS]`, given its concatenated heads: (…, B, H · d) -> (…, B, C).
 
         Args:
             cls_token: (B, C), as it enters the block.
             x: (B, C), the same after the block's first norm, which a gated attention reads.
             heads: (…, B, H · d).
-
-        Returns:
-            (…, B, C).
         """
         block, attention = self.block, self.attention
         heads = attention.norm(heads)
@@ -220,14 +196,12 @@ class EvaAdapter(TimmAdapter):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
-        attention = self.attention
-        self.is_split = attention.qkv is None
-        if self.is_split:
-            self.projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if self.attention.qkv is None:
+            self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
 
     def _weight_and_bias(self, source: str) -> tuple[Tensor, Tensor | None]:
         index = SOURCES.index(source)
-        if self.is_split:
+        if self.attention.qkv is None:
             return self.projections[index].weight, self.projections[index].bias
         return self.attention.qkv.weight.chunk(3)[index], getattr(self.attention, f"{source[0]}_bias")
 
@@ -271,14 +245,11 @@ class Dinov2Adapter(BlockAdapter):
     def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
         captured: dict[str, Tensor] = {}
 
-        def capture(source: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: tuple[Tensor], projected: Tensor) -> None:
-                captured[source] = projected
-                if len(captured) == len(SOURCES):
-                    receive(QKV(self, dict(captured)))
-                    captured.clear()
+        def capture(source: str, _module: nn.Module, _args: tuple[Tensor], projected: Tensor) -> None:
+            captured[source] = projected
+            if len(captured) == len(SOURCES):
+                receive(QKV(self, dict(captured)))
+                captured.clear()
 
-            return hook
-
-        return [module.register_forward_hook(capture(source))
+        return [module.register_forward_hook(partial(capture, source))
                 for source, module in zip(SOURCES, self.projections, strict=True)]

@@ -27,9 +27,7 @@ GROUP = 8
 
 
 class OnePass:
-    """Computes the `[CLS]` outputs of all variants for one batch at a time.
-
-    Nothing in a call waits for the device.
+    """Computes the `[CLS]` outputs of all variants for one batch at a time. No call waits for the device.
 
     Args:
         model: a timm ViT.
@@ -42,7 +40,7 @@ class OnePass:
         self.last = len(model.blocks) - 1
         edited = {name: itae for name, itae in settings.items() if itae is not None}
         self.deep = [name for name, itae in edited.items() if itae.blocks > 1]
-        # Variants with equal edits stand side by side and are edited at once.
+        # Variants with equal edits are next to each other, so that they are edited at once.
         self.shallow = sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name]))
         self.captured = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
         self.truth = truth if any(itae.select == "oracle" for itae in edited.values()) else None
@@ -129,7 +127,9 @@ class _LastBlock:
             rows.append(attenuated_logits(self.logits, torch.stack(selected, dim=1), alike[0]))
             artifacts += selected
         logits = torch.cat(rows + [self.logits] * (GROUP - len(artifacts)), dim=2)
-        outputs = self._finish(self.adapter.value_sums(logits.softmax(dim=-1), self.x))
+        heads = self.adapter.value_sums(logits.softmax(dim=-1), self.x).permute(2, 0, 1, 3).flatten(2)
+        tokens = self.adapter.finish(self.cls_token, self.x[:, 0], heads)  # (GROUP, B, C)
+        outputs = self.model.fc_norm(self.model.norm(tokens))  # one of the two is the final norm, the other an Identity
         changed = (logits != self.logits).any(dim=-1).any(dim=1)
         return [_Output(outputs[index], selected, changed[:, index]) for index, selected in enumerate(artifacts)]
 
@@ -139,8 +139,3 @@ class _LastBlock:
             self.norms[itae.source] = patch_norms(projected, self.model.num_prefix_tokens)
         return select_artifacts(self.norms[itae.source], itae.thresholds[-1], itae, block=len(self.model.blocks) - 1,
                                 image_numbers=self.image_numbers, truth=self.truth)
-
-    def _finish(self, heads: Tensor) -> Tensor:
-        """Run everything after the attention, for one token per variant and image: (B, H, G, d) -> (G, B, dim)."""
-        tokens = self.adapter.finish(self.cls_token, self.x[:, 0], heads.permute(2, 0, 1, 3).flatten(2))
-        return self.model.fc_norm(self.model.norm(tokens))  # one of the two is the final norm, the other an Identity

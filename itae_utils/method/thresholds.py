@@ -69,7 +69,6 @@ class Thresholds(Mapping[tuple[int, str], ThresholdFit]):
     """
 
     def __init__(self, norms: Mapping[tuple[int, str], np.ndarray], seconds: float = 0.0) -> None:
-        """Store the norms of every (block, source), and the seconds spent on measuring them."""
         self.seconds = seconds
         self._norms, self._fits = norms, {}
         self._num_blocks = 1 + max(block for block, _ in norms)
@@ -118,7 +117,7 @@ def fit_threshold(norms: np.ndarray) -> ThresholdFit:
         wrong = flat[~(np.isfinite(flat) & (flat >= 0))][0]
         raise ItaeError(f"norms hold {wrong}, but must be finite and at least 0: check the model's weights and "
                         "precision")
-    verdict = ThresholdFit(None, float("nan"), float("nan"), "", np.asarray(norms))
+    verdict = ThresholdFit(None, np.nan, np.nan, "", np.asarray(norms))
     if flat.size < MIN_PATCHES:
         return replace(verdict, reason=f"{flat.size:,} patches are too few to fit: at least {MIN_PATCHES:,} are needed")
     logs = np.log(np.maximum(flat, np.finfo(np.float32).tiny))
@@ -138,33 +137,30 @@ def fit_threshold(norms: np.ndarray) -> ThresholdFit:
 
 def _judge(verdict: ThresholdFit, x: np.ndarray, counts: np.ndarray, size: int, shares: np.ndarray, means: np.ndarray,
            sigmas: np.ndarray) -> ThresholdFit:
-    """Return θ if the two fitted normals are two modes of the data, else the first test that they fail."""
+    """Return θ if the two fitted normals are two modes of the data, or the first test that they fail."""
     share, separation = float(shares[0]), float(np.sqrt(2) * (means[1] - means[0]) / np.hypot(*sigmas))
     verdict = replace(verdict, share=share, separation=separation)
     if share < SHARE_RANGE[0]:  # tested first, because the separation of a mode without patches means nothing
-        return replace(verdict, reason="no low mode: the lower fitted mode holds less than "
-                                       f"{SHARE_RANGE[0]:.2%} of the patches")
-    if separation < MIN_SEPARATION:
-        return replace(verdict, reason=f"one mode: the two fitted modes overlap (separation {separation:.1f} < "
-                                       f"{MIN_SEPARATION:.0f})")
-    if share > SHARE_RANGE[1]:
-        return replace(verdict, reason=f"no minority: the low mode holds {share:.0%} of the patches (at most "
-                                       f"{SHARE_RANGE[1]:.0%})")
-    if share * size < MIN_LOW_PATCHES:
-        return replace(verdict, reason=f"the low mode holds about {share * size:.0f} patches, fewer than "
-                                       f"{MIN_LOW_PATCHES}")
-    valley, height = _valley(x, counts, share, means, sigmas)
-    if height > MAX_VALLEY:
-        return replace(verdict, reason="no valley: between the fitted modes the histogram stays at "
-                                       f"{height:.0%} of the low mode's peak (at most {MAX_VALLEY:.0%})")
-    return replace(verdict, threshold=float(np.exp(valley)))
+        reason = f"no low mode: the lower fitted mode holds less than {SHARE_RANGE[0]:.2%} of the patches"
+    elif separation < MIN_SEPARATION:
+        reason = f"one mode: the two fitted modes overlap (separation {separation:.1f} < {MIN_SEPARATION:.0f})"
+    elif share > SHARE_RANGE[1]:
+        reason = f"no minority: the low mode holds {share:.0%} of the patches (at most {SHARE_RANGE[1]:.0%})"
+    elif share * size < MIN_LOW_PATCHES:
+        reason = f"the low mode holds about {share * size:.0f} patches, fewer than {MIN_LOW_PATCHES}"
+    else:
+        valley, height = _valley(x, counts, share, means, sigmas)
+        if height <= MAX_VALLEY:
+            return replace(verdict, threshold=float(np.exp(valley)))
+        reason = (f"no valley: between the fitted modes the histogram stays at {height:.0%} of the low mode's peak "
+                  f"(at most {MAX_VALLEY:.0%})")
+    return replace(verdict, reason=reason)
 
 
 def _fit_two_normals(x: np.ndarray, weights: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Fit two normals to a histogram by EM from several starts.
+    """Fit two normals to a histogram by EM from several starts, the likeliest fit first.
 
-    Returns:
-        Shares, means and standard deviations, low mode first, of every fit; the likeliest fit first.
+    Each fit is (shares, means, standard deviations), with the low mode first.
     """
     occupied = weights > 0
     x, weights = x[occupied], weights[occupied] / weights.sum()

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.anatomy import block_index, block_inputs, check_supported, patch_grid, tokens_entering
+from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid, tokens_entering
 from tests import reference
 from tests.conftest import STRUCTURES, as_backbone, images, tiny_vit
 
@@ -24,34 +24,22 @@ def test_unsupported_models_are_named(name, named):
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(ItaeError, match=named):
-        check_supported(model)
-
-
-@pytest.mark.parametrize("name", [
-    "vit_small_patch14_dinov2.lvd142m", "vit_giant_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_224.dino",
-    "vit_base_patch16_clip_quickgelu_224.openai", "deit3_small_patch16_224.fb_in1k", "vit_base_patch16_224.mae",
-    "vit_tiny_patch16_224.augreg_in21k", "deit_small_distilled_patch16_224", "eva02_tiny_patch14_224",
-    "eva02_base_patch16_clip_224", "eva_giant_patch14_224", "vit_small_patch16_dinov3.lvd1689m",
-    "vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
-])
-def test_common_models_are_supported(name):
-    with torch.device("meta"):
-        check_supported(timm.create_model(name, num_classes=0))
+        adapt(model)
 
 
 def test_a_backbone_in_place_of_its_model_is_refused():
     with pytest.raises(ItaeError, match=r"Backbone .*\.model"):
-        check_supported(as_backbone(tiny_vit()))
+        adapt(as_backbone(tiny_vit()))
 
 
 def test_unsupported_attention_and_projection_classes_are_named():
     model = tiny_vit()
     model.blocks[1].attn.qkv = nn.Sequential(model.blocks[1].attn.qkv)
     with pytest.raises(ItaeError, match=r"block 1 .*Sequential"):
-        check_supported(model)
+        adapt(model)
     model.blocks[1].attn = nn.MultiheadAttention(24, 3)
     with pytest.raises(ItaeError, match=r"block 1 .*MultiheadAttention"):
-        check_supported(model)
+        adapt(model)
 
 
 def test_block_index():

@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import math
 import weakref
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.artifacts import FiringRule, qkv_norms
-from itae_utils.method.attention import attend, attention_map, attenuate, attenuated_logits
+from itae_utils.method.artifacts import FiringRule, qkv_norms, token_norms
+from itae_utils.method.attention import attention_map, attenuate, attenuated_logits
 from itae_utils.method.setting import ATTENUATIONS, ITAE
 from tests import reference
 from tests.conftest import STRUCTURES, images, threshold_at, tiny_vit
@@ -33,10 +34,12 @@ def test_cls_output_follows_the_equations(structure, attenuation):
     assert (expected - output(model, batch))[:, 0].abs().max() > 1e-3  # the edit shows
 
 
-@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb", "eva02_split"])
-@pytest.mark.parametrize("source", ["query", "value"])
-def test_every_source(source, structure):
-    model, batch = tiny_vit(structure), images(2)
+@pytest.mark.parametrize("structure", ["registers", "dinov3", "dinov3_qkvb", "eva02_split", "rope_mixed"])
+@pytest.mark.parametrize(("source", "height", "width"), [("query", 16, 16), ("key", 8, 64), ("value", 40, 24)])
+def test_other_sources_and_image_sizes_without_fused_attention(source, height, width, structure):
+    model, batch = tiny_vit(structure), images(2, height, width)
+    for block in model.blocks:
+        block.attn.fused_attn = False
     itae = ITAE(source, threshold_at(model, batch, source, 0.25))
     assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
 
@@ -45,31 +48,12 @@ def test_every_source(source, structure):
 @pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("structure", ["plain", "dinov2", "qk_norm", "scale_norm", "dinov3", "eva02_split",
                                        "rope_mixed"])
-def test_several_blocks_and_all_rows(structure, blocks, rows):
+def test_several_blocks_and_all_rows_in_small_chunks(structure, blocks, rows, monkeypatch):
+    monkeypatch.setattr("itae_utils.method.attention.QUERY_CHUNK_BYTES", 4 * 3 * 17 * 2)  # of at most two rows
     model, batch = tiny_vit(structure), images(1)
     thresholds = [threshold_at(model, batch, "key", 0.3, block) for block in range(-blocks, 0)]
     itae = ITAE("key", thresholds, blocks=blocks, rows=rows)
     assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("structure", ["registers", "dinov3", "rope_mixed"])
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (40, 24), (8, 64)])
-def test_other_image_sizes(height, width, structure):
-    model, batch = tiny_vit(structure), images(1, height, width)
-    itae = ITAE("key", threshold_at(model, batch, "key", 0.3))
-    assert (output(model, batch, itae) - reference.forward(model, batch, itae)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("structure", ["registers", "dinov3"])
-@pytest.mark.parametrize("attenuation", ATTENUATIONS)
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_batch_gives_what_its_images_give_one_by_one(attenuation, fused, structure):
-    model, batch = tiny_vit(structure), images(5)
-    for block in model.blocks:
-        block.attn.fused_attn = fused
-    itae = ITAE("key", threshold_at(model, batch, "key", 0.3), attenuation)
-    single = torch.cat([output(model, image[None], itae) for image in batch])
-    assert (output(model, batch, itae) - single).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("attenuation", ATTENUATIONS)
@@ -101,34 +85,18 @@ def test_all_rows_in_the_last_block_give_the_same_cls_output():
     assert (wide - narrow)[:, 1:].abs().max() > 1e-3
 
 
-def test_all_rows_in_small_chunks(monkeypatch):
-    model, batch = tiny_vit("registers"), images(3)
-    itae = ITAE("key", [threshold_at(model, batch, "key", 0.3)] * 2, blocks=2, rows="all")
-    whole = output(model, batch, itae)
-    monkeypatch.setattr("itae_utils.method.attention.QUERY_CHUNK_BYTES", 1)
-    assert (output(model, batch, itae) - whole).abs().max() < 1e-5
-
-
-def test_logits_of_prefix_tokens_are_never_edited():
-    logits = torch.randn(2, 3, 1, 9)
-    edited = attenuated_logits(logits, torch.ones(2, 6, dtype=torch.bool), ITAE(attenuation="mask"))
-    assert torch.equal(edited[..., :3], logits[..., :3])
-    assert torch.isneginf(edited[..., 3:]).all()
-
-
-def test_minimum_runs_over_patches_only_artifacts_included():
-    logits = torch.tensor([-9.0, -8.0, 1.0, 5.0, 3.0]).view(1, 1, 1, 5)
-    artifacts = torch.tensor([[True, False, True]])
-    edited = attenuated_logits(logits, artifacts, ITAE(attenuation="min")).flatten().tolist()
-    assert edited == [-9, -8, 1, 5, 1]
-
-
-def test_mean_leaves_an_image_without_normal_patches_unchanged():
-    logits = torch.randn(2, 2, 1, 5)
-    artifacts = torch.tensor([[True] * 4, [True, False, True, False]])
-    edited = attenuated_logits(logits, artifacts, ITAE(attenuation="mean"))
-    assert torch.equal(edited[0], logits[0])
-    assert not torch.equal(edited[1], logits[1])
+@pytest.mark.parametrize(("attenuation", "two_artifacts", "no_normal_patch"), [
+    ("min", [1, 5, 1], [1, 1, 1]),
+    ("mask", [-math.inf, 5, -math.inf], [-math.inf] * 3),
+    ("mean", [5, 5, 5], [1, 5, 3]),  # without a normal patch the row is left as it is
+    ("scale", [1 - math.log(2), 5, 3 - math.log(2)], [1 - math.log(2), 5 - math.log(2), 3 - math.log(2)]),
+])
+def test_edited_logits_of_one_row(attenuation, two_artifacts, no_normal_patch):
+    logits = torch.tensor([-9.0, -8.0, 1.0, 5.0, 3.0]).expand(2, 1, 1, 5)  # two prefix tokens, three patches
+    artifacts = torch.tensor([[True, False, True], [True, True, True]])
+    edited = attenuated_logits(logits, artifacts, ITAE(attenuation=attenuation, alpha=0.5))
+    expected = torch.tensor([[-9, -8, *two_artifacts], [-9, -8, *no_normal_patch]], dtype=torch.float32)
+    assert torch.allclose(edited[:, 0, 0], expected)
 
 
 @pytest.mark.parametrize("attenuation", ATTENUATIONS)
@@ -142,21 +110,10 @@ def test_one_row_edited_with_several_sets_gives_each_result_alone(attenuation):
         assert torch.equal(together[:, :, index], alone[:, :, 0])
 
 
-def test_mask_is_not_nan_when_every_patch_is_an_artifact():
-    q, k, v = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
-    mixed = attend(q, k, v, torch.ones(1, 4, dtype=torch.bool), ITAE(attenuation="mask"))
-    assert torch.allclose(mixed[:, :, 0], v[:, :, 0])  # [CLS] attends to itself alone
-
-
 # --- the context manager ---------------------------------------------------------------------------------------------
 
 def hook_count(model) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
-
-def test_a_value_that_is_not_a_setting_is_refused():
-    with pytest.raises(ItaeError, match="itae=None"), attenuate(tiny_vit(), None):
-        pass
 
 
 def test_the_model_is_unchanged_on_exit():
@@ -166,15 +123,6 @@ def test_the_model_is_unchanged_on_exit():
     assert torch.equal(output(model, batch), before)
     assert hook_count(model) == 0
     assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items())
-
-
-def test_an_exception_undoes_the_edit():
-    model, batch = tiny_vit(), images(2)
-    before = output(model, batch)
-    with pytest.raises(RuntimeError, match="boom"), attenuate(model, ITAE("key", 1e9)):
-        raise RuntimeError("boom")
-    assert hook_count(model) == 0
-    assert torch.equal(output(model, batch), before)
 
 
 def test_a_pass_that_failed_does_not_affect_the_next():
@@ -245,10 +193,8 @@ def test_random_control_depends_on_the_image_and_not_on_its_batch():
     threshold = threshold_at(model, batch, "key", 0.3)
     control = ITAE("key", threshold, select="random", seed=3)
     whole = output(model, batch, control)
-    with attenuate(model, control):
-        single = torch.cat([model.forward_features(image[None]) for image in batch])
-    assert (whole - single).abs().max() < 1e-5
-    later = output(model, batch[2:], control, first_image=2)
+    with attenuate(model, control, first_image=2):
+        later = torch.cat([model.forward_features(image[None]) for image in batch[2:]])
     assert (later - whole[2:]).abs().max() < 1e-5
     other_seed = output(model, batch, dataclasses.replace(control, seed=4))
     assert (other_seed - whole)[:, 0].abs().max() > 1e-3
@@ -295,57 +241,39 @@ def test_attention_map_is_the_softmax_row(structure, block):
     assert (attention_map(model, batch, block) - expected.mean(1)).abs().max() < 1e-5
 
 
-def test_attention_map_under_a_setting_takes_weight_from_the_artifacts():
+@pytest.mark.parametrize("block", [-2, -1])
+def test_attention_map_under_a_setting_takes_weight_from_the_artifacts(block):
     model, batch = tiny_vit("registers"), images(2)
-    itae = ITAE("key", threshold_at(model, batch, "key", 0.3), "mask")
-    artifacts = qkv_norms(model, batch)["key"] <= itae.threshold
-    assert (attention_map(model, batch)[artifacts] > 0).all()
-    assert (attention_map(model, batch, itae=itae)[artifacts] == 0).all()
+    itae = ITAE("key", [threshold_at(model, batch, "key", 0.3, index) for index in (-2, -1)], "mask", blocks=2)
+    with attenuate(model, itae):
+        artifacts = qkv_norms(model, batch, block)["key"] <= itae.threshold[block]
+    assert (attention_map(model, batch, block)[artifacts] > 0).all()
+    assert (attention_map(model, batch, block, itae=itae)[artifacts] == 0).all()
     assert torch.equal(attention_map(model, batch, 0, itae=itae), attention_map(model, batch, 0))
 
 
-def test_attention_map_of_an_earlier_edited_block():
-    model, batch = tiny_vit(), images(2)
-    thresholds = [threshold_at(model, batch, "key", 0.3, block) for block in (-2, -1)]
-    itae = ITAE("key", thresholds, "mask", blocks=2)
-    artifacts = qkv_norms(model, batch, -2)["key"] <= thresholds[0]
-    assert (attention_map(model, batch, -2, itae=itae)[artifacts] == 0).all()
-
-
-@pytest.mark.parametrize("structure", ["registers", "dinov3"])
-def test_attention_map_of_a_trainable_model_records_no_gradients(structure):
+@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb"])
+def test_measurements_of_a_trainable_model_record_no_gradients(structure):
     model, batch = tiny_vit(structure).requires_grad_(True), images(2).requires_grad_(True)
     itae = ITAE("key", threshold_at(model, batch, "key", 0.3))
-    for setting in (None, itae):
-        assert np.isfinite(attention_map(model, batch, itae=setting).numpy()).all()
+    maps = [attention_map(model, batch, itae=setting) for setting in (None, itae)]
+    for measured in (token_norms(model, batch), *qkv_norms(model, batch).values(), *maps):
+        assert np.isfinite(measured.numpy()).all()
     assert output(model, batch, itae).requires_grad  # attenuate itself records gradients
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("options", "named"), [
-    ({"source": "keys"}, "source='keys'"),
-    ({"attenuation": "zero"}, "attenuation='zero'"),
-    ({"rows": "some"}, "rows='some'"),
-    ({"select": "best"}, "select='best'"),
-    ({"threshold": -1.0}, "threshold=-1.0"),
-    ({"threshold": float("nan")}, "threshold=nan"),
-    ({"threshold": "high"}, "threshold='high'"),
-    ({"threshold": True}, "threshold=True"),
-    ({"threshold": -1.0, "select": "oracle"}, "threshold=-1.0"),
-    ({"threshold": (1.0, 2.0)}, "threshold=(1.0, 2.0)"),
-    ({"alpha": 0}, "alpha=0"),
-    ({"alpha": 1.0}, "alpha=1.0"),
-    ({"alpha": "half"}, "alpha='half'"),
-    ({"blocks": 0}, "blocks=0"),
-    ({"blocks": 1.5}, "blocks=1.5"),
-    ({"seed": -1}, "seed=-1"),
-    ({"seed": None}, "seed=None"),
+@pytest.mark.parametrize("select", ["threshold", "oracle"])
+@pytest.mark.parametrize(("name", "value"), [
+    ("source", "keys"), ("attenuation", "zero"), ("rows", "some"), ("select", "best"), ("threshold", -1.0),
+    ("threshold", math.nan), ("threshold", "high"), ("threshold", True), ("threshold", (1.0, 2.0)), ("alpha", 0),
+    ("alpha", 1.0), ("alpha", "half"), ("blocks", 0), ("blocks", 1.5), ("seed", -1), ("seed", None),
 ])
-def test_bad_settings_are_refused(options, named):
+def test_bad_settings_are_refused_in_one_line(name, value, select):
     with pytest.raises(ItaeError) as error:
-        ITAE(**options)
-    assert named in str(error.value)
+        ITAE(**({"select": select} | {name: value}))
+    assert f"{name}={value!r}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -354,29 +282,25 @@ def test_numpy_numbers_and_lists_are_thresholds():
     assert ITAE(threshold=[1, None], blocks=2).thresholds == (1, None)
 
 
-def test_attenuate_names_fit_thresholds_for_auto():
-    with pytest.raises(ItaeError, match="fit_thresholds"), attenuate(tiny_vit(), ITAE()):
-        pass
-
-
-def test_more_blocks_than_the_model_has():
-    itae = ITAE("key", 1.0, blocks=4)
-    with pytest.raises(ItaeError, match=r"blocks=4 .* 3"), attenuate(tiny_vit(), itae):
-        pass
-
-
-def test_oracle_needs_a_truth_and_blocks_after_the_planted_one():
+@pytest.mark.parametrize(("itae", "truth", "named"), [
+    (None, None, "itae=None"),
+    (ITAE(), None, "fit_thresholds"),
+    (ITAE(threshold=1.0, blocks=4), None, r"blocks=4 .* 3"),
+    (ITAE(select="oracle"), None, "truth="),
+    (ITAE(select="oracle", blocks=2), FiringRule(1, (0,), 0.0), "blocks=2"),
+])
+def test_settings_that_do_not_fit_the_model_are_refused(itae, truth, named):
     model = tiny_vit()
-    with pytest.raises(ItaeError, match="oracle"), attenuate(model, ITAE(select="oracle")):
-        pass
-    rule = FiringRule(1, (0,), 0.0)
-    with pytest.raises(ItaeError, match="blocks=2"), attenuate(model, ITAE(select="oracle", blocks=2), truth=rule):
+    with pytest.raises(ItaeError, match=named), attenuate(model, itae, truth=truth):
         pass
     assert hook_count(model) == 0
 
 
-def test_bad_arguments_of_attention_map():
+def test_bad_arguments_of_measurements():
     with pytest.raises(ItaeError, match="block 3"):
         attention_map(tiny_vit(), images(1), 3)
     with pytest.raises(ItaeError, match="heads='all'"):
         attention_map(tiny_vit(), images(1), heads="all")
+    for measure in (token_norms, qkv_norms, attention_map):
+        with pytest.raises(ItaeError, match="size 30"):
+            measure(tiny_vit(), images(1, 32, 30))

@@ -3,6 +3,7 @@ import sys
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from itae_utils.errors import ItaeError
@@ -13,6 +14,7 @@ from itae_utils.method.attention import attention_map, attenuate
 from itae_utils.method.setting import ITAE, SOURCES
 from tests import reference
 from tests.conftest import STRUCTURES, MadeDataset, as_backbone, dataset_tensor, images, threshold_at, tiny_vit
+from tests.dinov2 import meta_weights, theirs
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -33,28 +35,6 @@ def test_projections_are_the_same_one_by_one_together_and_captured(structure):
         assert torch.allclose(adapter.project(x, source), part, atol=1e-5)
         cls_alone = adapter.heads(source, adapter.project(x[:, :1], source), inputs.rope)
         assert torch.allclose(cls_alone, qkv.heads(source)[:, :, :1], atol=1e-5)
-
-
-@pytest.mark.parametrize("structure", ["registers", "dinov3", "eva02_split"])
-def test_edited_heads_replace_the_model_s_own(structure):
-    model, batch = tiny_vit(structure), images(2)
-    adapter, plain = adapt(model).blocks[-1], model.forward_features(batch)
-    with adapter.edit_heads(lambda _qkv, x: x):
-        assert torch.equal(model.forward_features(batch), plain)
-    with adapter.edit_heads(lambda qkv, _x: qkv.heads("value").transpose(1, 2).flatten(2)):
-        edited = model.forward_features(batch)
-    even = tiny_vit(structure)  # the same if every token attends to itself alone
-    even.blocks[-1].attn.fused_attn = False
-    even.blocks[-1].attn.attn_drop = Identity()
-    assert torch.allclose(edited, even.forward_features(batch), atol=1e-5)
-    assert not torch.allclose(edited, plain, atol=1e-2)
-
-
-class Identity(torch.nn.Module):
-    """Replaces attention weights by the identity matrix."""
-
-    def forward(self, weights):
-        return torch.eye(weights.shape[-1]).expand_as(weights)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -83,18 +63,6 @@ class ResultSizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("structure", ["dinov3", "eva02_split", "rope_mixed"])
-def test_rotation_turns_patches_and_keeps_their_norms(structure):
-    model, batch = tiny_vit(structure), images(2)
-    adapter, prefix = adapt(model).blocks[-1], model.num_prefix_tokens
-    inputs = block_inputs(model, batch, [2])[2]
-    rotated, still = adapter.qkv(inputs), adapter.project_all(adapter.block.norm1(inputs.tokens), rope=None)
-    assert torch.equal(rotated.heads("key")[:, :, :prefix], still.heads("key")[:, :, :prefix])
-    assert not torch.allclose(rotated.heads("key")[:, :, prefix:], still.heads("key")[:, :, prefix:], atol=0.1)
-    assert torch.allclose(rotated.heads("key").norm(dim=-1), still.heads("key").norm(dim=-1), atol=1e-4)
-    assert torch.equal(rotated.heads("value"), still.heads("value"))
-
-
 def test_rotation_of_a_model_of_one_fixed_size():
     model, fixed = tiny_vit("dinov3"), tiny_vit("dinov3", dynamic_img_size=False)
     batch = images(2)
@@ -112,6 +80,7 @@ SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0, "global_
 
 @pytest.mark.parametrize("name", [
     "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m", "vit_giant_patch14_dinov2.lvd142m",
+    "vit_giant_patch14_reg4_dinov2.lvd142m", "vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
     "vit_small_patch16_224.dino", "vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_clip_224.openai",
     "deit3_small_patch16_224.fb_in1k", "vit_base_patch16_224.mae", "vit_tiny_patch16_224.augreg_in21k",
     "deit_small_distilled_patch16_224", "eva_giant_patch14_224", "eva02_tiny_patch14_224", "eva02_base_patch14_224",
@@ -140,62 +109,33 @@ def test_extraction_follows_the_stock_model(name):
 
 # --- a transformers Dinov2Model -------------------------------------------------------------------------------------
 
-def twins(registers: int, **options):
+def tiny_theirs(size: str = "small", registers: bool = False, **options):
+    pytest.importorskip("transformers")
+    return theirs(size, registers, side=32, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, patch_size=8,
+                  layer_norm_eps=1e-6, **options)
+
+
+def twins(registers: bool):
     """Return a random `transformers` model, and timm's model with the same weights."""
-    transformers = pytest.importorskip("transformers")
-    config = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32, "patch_size": 8,
-              "layer_norm_eps": 1e-6, **options}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        if registers:
-            config = transformers.Dinov2WithRegistersConfig(num_register_tokens=registers, **config)
-            model = transformers.Dinov2WithRegistersModel(config)
-        else:
-            model = transformers.Dinov2Model(transformers.Dinov2Config(**config))
-        for name, parameter in model.named_parameters():
-            torch.nn.init.normal_(parameter, mean=float("lambda" in name), std=0.4 if "_proj" in name else 0.2)
-    model = model.eval().requires_grad_(False)
-    twin = tiny_vit("dinov2" if registers else "layer_scale", reg_tokens=registers)
-    twin.load_state_dict(timm_names(model.state_dict(), registers))
+    model = tiny_theirs(registers=registers)
+    twin = tiny_vit("dinov2" if registers else "layer_scale")
+    twin.load_state_dict(checkpoint_filter_fn(meta_weights(model), twin))
     return model, twin
 
 
-def timm_names(weights: dict[str, torch.Tensor], registers: int) -> dict[str, torch.Tensor]:
-    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-             "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
-    parts = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1",
-             "mlp.fc2": "mlp.fc2", "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
-    for index in range(3):
-        names |= {f"blocks.{index}.{ours}": f"encoder.layer.{index}.{theirs}" for ours, theirs in parts.items()}
-    found = {}
-    for ours, theirs in names.items():
-        for end in ("", ".weight", ".bias"):
-            if theirs + end in weights:
-                found[ours + end] = weights[theirs + end]
-    for index in range(3):
-        for kind in ("weight", "bias"):
-            found[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat(
-                [weights[f"encoder.layer.{index}.attention.{part}_proj.{kind}"] for part in "qkv"])
-    if registers:
-        found["reg_token"] = weights["embeddings.register_tokens"]
-        found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
-        found["pos_embed"] = found["pos_embed"][:, 1:]
-    return found
-
-
-@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("registers", [False, True])
 def test_a_transformers_model_measures_as_its_timm_twin(registers):
     model, twin = twins(registers)
     batch = images(2)
     assert (model(batch).last_hidden_state - twin.forward_features(batch)).abs().max() < 1e-5
     for block in (0, -1):
-        ours, theirs = qkv_norms(model, batch, block), qkv_norms(twin, batch, block)
-        assert all(torch.allclose(ours[source], theirs[source], atol=1e-4) for source in SOURCES)
+        found, expected = qkv_norms(model, batch, block), qkv_norms(twin, batch, block)
+        assert all(torch.allclose(found[source], expected[source], atol=1e-4) for source in SOURCES)
         assert torch.allclose(attention_map(model, batch, block), attention_map(twin, batch, block), atol=1e-5)
     assert torch.allclose(token_norms(model, batch), token_norms(twin, batch), atol=1e-4)
 
 
-@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("registers", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("options", [
     {}, {"source": "query", "attenuation": "mask"}, {"source": "value", "attenuation": "mean"},
@@ -220,7 +160,7 @@ def test_attenuate_on_a_transformers_model_is_attenuate_on_its_timm_twin(registe
 
 
 def test_every_pass_of_a_transformers_model_is_captured_once():
-    model, _ = twins(0)
+    model, _ = twins(registers=False)
     captured = []
     with adapt(model).blocks[1].capture_qkv(captured.append):
         for count in (2, 3):
@@ -229,11 +169,7 @@ def test_every_pass_of_a_transformers_model_is_captured_once():
 
 
 def test_swiglu_and_no_bias_in_transformers():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=32,
-                                       patch_size=8, use_swiglu_ffn=True, qkv_bias=False)
-    model, batch = transformers.Dinov2Model(config).eval().requires_grad_(False), images(2, 24, 40)
+    model, batch = tiny_theirs("giant", qkv_bias=False), images(2, 24, 40)
     norms = qkv_norms(model, batch)["key"]
     assert norms.shape == (2, 3, 5)
     with attenuate(model, ITAE(threshold=float(norms.amax()) + 1, attenuation="mask")):
@@ -246,14 +182,13 @@ def test_swiglu_and_no_bias_in_transformers():
 
 def test_other_transformers_models_are_named():
     transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, image_size=32,
-                                       patch_size=8)
+    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
     with pytest.raises(ItaeError, match="Dinov2ForImageClassification"):
-        qkv_norms(transformers.Dinov2ForImageClassification(config), images(1))
+        adapt(transformers.Dinov2ForImageClassification(config))
 
 
 def test_an_older_transformers_is_refused_with_the_release_that_works():
-    model, _ = twins(0)
+    model, _ = twins(registers=False)
     del model.encoder.layer[0].attention.q_proj
     with pytest.raises(ItaeError, match=r"transformers>=5\.18"):
         adapt(model)

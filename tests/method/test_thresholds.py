@@ -133,20 +133,12 @@ def norms():
     return {(block, source): mixture(rng, 5_000, 0.05, gap=10)[0] for block in range(3) for source in SOURCES}
 
 
-@pytest.fixture
-def fitted(monkeypatch):
-    """Return the norms that EM runs on, one entry per fit."""
-    calls = []
-    fit = thresholds.fit_threshold
-    monkeypatch.setattr(thresholds, "fit_threshold", lambda values: calls.append(values) or fit(values))
-    return calls
-
-
-def test_a_fit_is_computed_once_when_it_is_first_read(norms, fitted):
+def test_a_fit_is_computed_once_when_it_is_first_read(norms, monkeypatch):
+    fitted, fit = [], thresholds.fit_threshold
+    monkeypatch.setattr(thresholds, "fit_threshold", lambda values: fitted.append(values) or fit(values))
     fits = Thresholds(norms, seconds=2.0)
     assert ((2, "key") in fits, len(fits), list(fits)) == (True, 9, list(norms))
-    assert fits.seconds == 2.0
-    assert not fitted
+    assert (fitted, fits.seconds) == ([], 2.0)
     assert fits[-1, "key"] is fits[2, "key"] is fits.get((-1, "key"))
     assert [values is norms[2, "key"] for values in fitted] == [True]
     assert fits.seconds > 2.0
