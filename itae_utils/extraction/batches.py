@@ -1,4 +1,4 @@
-"""Batches of preprocessed images in a fixed order, for any transform or on a model's device; and how large they are."""
+"""Batches of preprocessed images in a fixed order, their size, and the processes that load them."""
 
 from __future__ import annotations
 
@@ -67,13 +67,12 @@ def chosen_batch_size(
 ) -> int:
     """Return the batch size as a number, as `resolve_batch_size`, but choose "auto" on a GPU only once per store.
 
-    The size that fits depends on what else runs on the GPU, and it can change the last bits of norms and features. So
+    The size that fits depends on the free memory of the GPU, and it can change the last bits of norms and features. So
     features, thresholds and observations all take the size that the store remembers.
     """
-    place = open_store(store)
-    if batch_size != "auto" or backbone.device.type == "cpu" or place is None:
-        return resolve_batch_size(batch_size, backbone)
-    key = entry_key(backbone, dataset, batch_size)
+    place, key = open_store(store), None
+    if batch_size == "auto" and backbone.device.type != "cpu" and place is not None:
+        key = entry_key(backbone, dataset, batch_size)
     if key is None:
         return resolve_batch_size(batch_size, backbone)
     found = place.remembered("batch_size", key, lambda: {"images": np.array(resolve_batch_size("auto", backbone))})
@@ -85,17 +84,14 @@ def fitting_batch_size(run: Callable[[int], object], device: torch.device, start
 
     On a CPU this is no proof: an allocation may succeed, and the system may kill the process later.
 
-    Args:
-        run: does the work once with a batch of the given size; its result is dropped.
-        device: the device it runs on.
-        start: the first size.
-
     Raises:
         ItaeError: not even one image fits.
     """
     size = start
     while not _fits(run, size):
-        _free_cache(device)
+        gc.collect()  # hooks and their frames form reference cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if size == 1:
             raise _not_one_fits(device)
         size //= 2
@@ -122,7 +118,7 @@ def _not_one_fits(device: torch.device) -> ItaeError:
 
 
 def _fits(run: Callable[[int], object], size: int) -> bool:
-    """Return whether the run succeeds; once this returns, the error no longer holds its frames' tensors."""
+    """Return whether `run(size)` succeeds. The error, which holds its frames' tensors, is freed on return."""
     try:
         run(size)
     except Exception as error:
@@ -139,12 +135,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def _free_cache(device: torch.device) -> None:
-    gc.collect()  # hooks and their frames form reference cycles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def image_batches(
     dataset: Dataset,
     transform: Callable[[Image.Image], Tensor],
@@ -157,7 +147,7 @@ def image_batches(
 
     Args:
         dataset: of (PIL image, label).
-        transform: PIL image -> (3, H, W) float tensor; it runs in the worker processes, if there are any.
+        transform: PIL image -> (3, H, W) float tensor; runs in the processes that load images.
         batch_size: images per batch; the last batch may have fewer.
         num_workers: number of processes that load images.
         indices: indices into the data set of the images to load, in this order; None loads all.
@@ -197,35 +187,34 @@ def model_batches(
     if num_workers == "auto":
         num_workers = auto_workers(backbone, dataset, count, batch_size)
     on_cuda = backbone.device.type == "cuda"
-    load = partial(_loaded, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices, pinned=on_cuda)
     if backbone.resize == "device":
-        loaded = load(backbone.preprocessing.decode, Pixels.joined)
+        transform, join = backbone.preprocessing.decode, Pixels.joined
         finish = DevicePreprocessing(backbone.preprocessing, backbone.device)
     else:
-        loaded, finish = load(backbone.transform, _stacked), lambda images: images
+        transform, join, finish = backbone.transform, _stacked, lambda images: images
 
     def issue(batch: Tensor | Pixels) -> Tensor:
         return finish(batch.to(backbone.device, non_blocking=on_cuda))
 
-    images = (images for images, _ in loaded)
+    images = (images for images, _ in _loaded(dataset, transform, join, batch_size=batch_size, num_workers=num_workers,
+                                              indices=indices, pinned=on_cuda))
     yield from _issued_ahead(images, issue, backbone.device) if on_cuda else map(issue, images)
 
 
 def auto_workers(backbone: Backbone, dataset: Dataset, count: int, batch_size: int) -> int:
     """Return how many processes should load `count` images of a data set for a backbone.
 
-    0 for images in memory, for fewer than 256 images, and in a process that may not have children. For files: all
-    available cores but one if the model is on an accelerator; a quarter of them if it is on the CPU, where the model
-    itself uses all cores (measured on 2 cores: one worker slows a ViT-S at 224 px by up to 10 %, the demo by 10 to
-    20 %). At most 16, and so few that their batches fill at most half of the free shared memory, which is often small
-    in containers.
+    Return 0 for images in memory, for fewer than 256 images, and in a process that may not have children. For files,
+    leave one core free if the model is on an accelerator; take a quarter of the cores if it is on the CPU, where the
+    model itself uses all cores (measured on 2 cores: one worker slows a ViT-S at 224 px by up to 10 %, the demo by 10
+    to 20 %). At most 16 processes load, and their batches fill at most half of the free shared memory, which is often
+    small in containers.
 
     Threads need no setting: torch uses one thread per core for the model, and one in each worker process.
     """
     images = getattr(dataset, "images", ())
-    if count < FEWEST_IMAGES or not isinstance(images[0] if len(images) else None, Path):
-        return 0
-    if multiprocessing.current_process().daemon:
+    are_files = len(images) > 0 and isinstance(images[0], Path)
+    if count < FEWEST_IMAGES or not are_files or multiprocessing.current_process().daemon:
         return 0
     cores = available_cores()
     workers = min(cores // 4 if backbone.device.type == "cpu" else cores - 1, MOST_WORKERS)
@@ -237,23 +226,22 @@ def auto_workers(backbone: Backbone, dataset: Dataset, count: int, batch_size: i
 
 
 def _issued_ahead(batches: Iterator[T], issue: Callable[[T], Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield `issue` of each batch, run on a CUDA stream of its own, one batch ahead of the one that is yielded."""
+    """Yield `issue(batch)` of each batch; it runs on a separate CUDA stream, one batch ahead."""
     side = torch.cuda.Stream(device)
 
     def issued(batch: T) -> tuple[Tensor, torch.cuda.Event]:
         with torch.cuda.stream(side):
             return issue(batch), side.record_event()
 
-    for images, done in _one_ahead(issued(batch) for batch in batches):
+    for images, done in one_ahead(issued(batch) for batch in batches):
         current = torch.cuda.current_stream(device)
         current.wait_event(done)       # waits for this batch only, not for the next one
         images.record_stream(current)  # the side stream may not reuse this memory while the current stream reads it
         yield images
 
 
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
     """Yield the items, each after the next one has been made."""
-    items = iter(items)
     for item in items:
         for following in items:
             yield item
@@ -261,16 +249,9 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
         yield item
 
 
-def _loaded(
-    dataset: Dataset,
-    transform: Callable[[Image.Image], Tensor],
-    join: Callable[[Sequence[Tensor]], T],
-    *,
-    batch_size: int,
-    num_workers: int,
-    indices: Sequence[int] | None,
-    pinned: bool = False,
-) -> Iterator[tuple[T, Tensor]]:
+def _loaded(dataset: Dataset, transform: Callable[[Image.Image], Tensor], join: Callable[[Sequence[Tensor]], T], *,
+            batch_size: int, num_workers: int, indices: Sequence[int] | None, pinned: bool = False
+            ) -> Iterator[tuple[T, Tensor]]:
     """Yield batches of transformed images, combined by `join`, and their labels."""
     if batch_size < 1:
         raise ItaeError(f"batch_size={batch_size} is too small: use 1 or more")
@@ -298,7 +279,7 @@ def _loaded(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A data set with a transform; an `ItaeError` is returned, for torch would add a worker's traceback to its text."""
+    """A data set with a transform. It returns an `ItaeError`: if raised, torch would add a traceback to the message."""
 
     dataset: Dataset
     transform: Callable[[Image.Image], Tensor]

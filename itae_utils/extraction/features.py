@@ -147,10 +147,8 @@ def extract_features(
         ItaeError: invalid variants, an oracle without ground truth, features that are not finite, or a store that can't
             be read or written.
     """
-    if not isinstance(variants, Mapping):
-        raise ItaeError(f"variants={variants!r} is not a mapping from names to settings: write {{'baseline': None}}")
-    if not variants:
-        raise ItaeError("variants={} names no setting: write {'baseline': None}")
+    if not isinstance(variants, Mapping) or not variants:
+        raise ItaeError(f"variants={variants!r} names no settings: pass a mapping such as {{'baseline': None}}")
     needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
                     for itae in variants.values())
     batch_size, fits = chosen_batch_size(batch_size, backbone, dataset, store), thresholds
@@ -164,8 +162,9 @@ def extract_features(
         stored, work = _plan(backbone, dataset, settings, batch_size, store, device)
         job = Job(backbone, dataset, stored, settings, batch_size, num_workers)
         if work:
-            with _progress(job.images(work)) as advance:
-                run(job, work, advance)
+            hidden = hides_progress() or None  # None: shown on a terminal only
+            with tqdm(total=job.images(work), unit="image", desc="features", disable=hidden, leave=False) as progress:
+                run(job, work, progress.update)
     return Features(
         stored=stored,
         variants=settings,
@@ -194,7 +193,7 @@ def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thre
 
 def _plan(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE | None], batch_size: int,
           store: str | Path | Store | None, device: str) -> tuple[dict[str, StoredVariant], Work]:
-    """Return where each variant is stored and the missing work; use memory if the user's default store fails."""
+    """Return where each variant is stored, and the missing work; use memory if the default store fails."""
     keys = {name: setting_key(itae, backbone.truth) for name, itae in settings.items()}
     shape = {"size": len(dataset), "dim": backbone.dim, "shard_size": shard_size(backbone, batch_size)}
     place = open_store(store)
@@ -218,43 +217,30 @@ def _prepared(store: Store, entry: Mapping[str, object], keys: Mapping[str, Mapp
     """Return the prepared variants in a store and the missing work; variants with equal settings are one object."""
     by_setting = {digest(key): StoredVariant(store, entry, key, about) for key in keys.values()}
     stored = {name: by_setting[digest(key)] for name, key in keys.items()}
-    work = missing_work({name: variant for variant, name in _first_names(stored).items()})
+    first: dict[StoredVariant, str] = {}  # several names may stand for equal settings, which are computed once
+    for name, variant in stored.items():
+        first.setdefault(variant, name)
+    work = missing_work({name: variant for variant, name in first.items()})
     for name in {name for names in work.values() for name in names}:
         stored[name].prepare()
     return stored, work
-
-
-def _first_names(stored: Mapping[str, StoredVariant]) -> dict[StoredVariant, str]:
-    """Return the first name of each variant: several names may stand for equal settings, which are computed once."""
-    names: dict[StoredVariant, str] = {}
-    for name, variant in stored.items():
-        names.setdefault(variant, name)
-    return names
 
 
 def _computed(job: Job, work: Work) -> dict[str, int]:
     """Return the number of images that each variant lacked."""
     images = Counter()
     for shard, names in work.items():
-        images.update(dict.fromkeys(names, job.images({shard: names})))
-    first = _first_names(job.stored)
-    return {name: images[first[variant]] for name, variant in job.stored.items()}
+        images.update(dict.fromkeys((job.stored[name] for name in names), job.images([shard])))
+    return {name: images[variant] for name, variant in job.stored.items()}
 
 
 @contextmanager
 def _processor(client: workers.Client | str | None, backbone: Backbone
                ) -> Iterator[tuple[Callable[..., object], Backbone, str]]:
-    """Yield the function that computes, here or on a cluster, with the backbone and the device's name there."""
+    """Yield the function that computes, here or on a cluster, and the backbone and the name of the device there."""
     client = named_cluster() if client == "auto" else client
     if not client:
         yield compute, backbone, device_name(backbone.device)
         return
     with workers.connect(client) as connected:
         yield partial(workers.compute_on, connected), *workers.on_workers(connected, backbone)
-
-
-@contextmanager
-def _progress(images: int) -> Iterator[Callable[[int], object]]:
-    hidden = hides_progress() or None  # None: shown on a terminal only
-    with tqdm(total=images, unit="image", desc="features", disable=hidden, leave=False) as progress:
-        yield progress.update

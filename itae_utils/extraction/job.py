@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.batches import memory_errors, model_batches
+from itae_utils.extraction.batches import memory_errors, model_batches, one_ahead
 from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone
@@ -20,7 +21,7 @@ from itae_utils.store.variants import StoredVariant
 
 SHARD_IMAGES = 2000
 SHARD_SECONDS = 120  # the most work that a killed run loses on a CPU, at …
-CPU_RATE = 1e11      # … this many operations per second: a constant, so that all runs cut the same shards
+CPU_RATE = 1e11      # … this many operations per second: a constant, so that shards are the same in all runs
 
 Work = dict[int, list[str]]  # names of variants by shard
 
@@ -28,12 +29,11 @@ Work = dict[int, list[str]]  # names of variants by shard
 def shard_size(backbone: Backbone, batch_size: int) -> int:
     """Return the number of images per shard, a multiple of the batch size.
 
-    It is near 2,000, and on a CPU so small that a shard takes about two minutes at most; at least one batch.
+    It is near 2,000. On a CPU it is smaller if a shard would take more than about two minutes, but at least one batch.
     """
     images = SHARD_IMAGES
     if backbone.device.type == "cpu":
-        rows, columns = backbone.patch_grid
-        tokens = rows * columns + backbone.model.num_prefix_tokens
+        tokens = math.prod(backbone.patch_grid) + backbone.model.num_prefix_tokens
         parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
         images = min(images, int(SHARD_SECONDS * CPU_RATE / (2 * parameters * tokens)))
     return max(1, round(images / batch_size)) * batch_size
@@ -50,22 +50,13 @@ def missing_work(stored: Mapping[str, StoredVariant]) -> Work:
 
 @dataclass(frozen=True)
 class Job:
-    """An extraction.
-
-    Attributes:
-        backbone: from `load_backbone`.
-        dataset: from `load_dataset`.
-        stored: where the features of each variant go; prepared.
-        settings: the variants, with numeric thresholds.
-        batch_size: images per batch. Shards are multiples of it, so each image is in the same batch in every run.
-        num_workers: number of processes that decode images.
-    """
+    """An extraction: its inputs, and the prepared places of its features."""
 
     backbone: Backbone
     dataset: Dataset
     stored: Mapping[str, StoredVariant]
-    settings: Mapping[str, ITAE | None]
-    batch_size: int
+    settings: Mapping[str, ITAE | None]  # with numeric thresholds
+    batch_size: int  # shards are multiples of it, so each image is in the same batch in every run
     num_workers: int | Literal["auto"] = 0
 
     def of(self, work: Work) -> Job:
@@ -78,18 +69,15 @@ class Job:
         """Return the images of a shard, as indices into the data set."""
         return next(iter(self.stored.values())).rows(shard)
 
-    def images(self, work: Work) -> int:
-        """Return the number of images in `work`."""
-        return sum(rows.stop - rows.start for rows in map(self.rows, work))
+    def images(self, shards: Iterable[int]) -> int:
+        """Return the number of images in some shards."""
+        return sum(rows.stop - rows.start for rows in map(self.rows, shards))
 
 
 def compute(job: Job, work: Work, advance: Callable[[int], None] = lambda images: None) -> None:
     """Compute the shards in `work` in one pass over their images, and store each shard once it is whole.
 
-    Args:
-        job: the extraction.
-        work: from `missing_work`, or a part of it.
-        advance: called after each batch with its number of images.
+    Call `advance` after each batch with its number of images.
 
     Raises:
         ItaeError: features are not finite, the store can't be written, or a batch doesn't fit in memory.
@@ -110,30 +98,23 @@ def _shard(one_pass: OnePass, names: Sequence[str], batches: Iterator[Tensor], r
     """Return features (variants, m, dim) and artifact counts (variants, m) of the images of one shard."""
     features = np.empty((len(names), rows.stop - rows.start, dim), dtype=np.float32)
     counts = np.empty(features.shape[:2], dtype=np.int64)
-    waiting: list[tuple[int, Tensor, Tensor]] = []  # fetched only after the device has received the next batch
 
-    def fetch() -> None:
-        first, outputs, found = waiting.pop(0)
+    def run() -> Iterator[tuple[int, Tensor, Tensor]]:
+        first = rows.start
+        while first < rows.stop:
+            images = next(batches)
+            results = one_pass(images, first).values()
+            yield (first, torch.stack([output.float() for output, _ in results]),
+                   torch.stack([artifacts.sum(dim=-1) for _, artifacts in results]))
+            first += len(images)
+
+    for first, outputs, found in one_ahead(run()):  # the device works on the next batch while this one is fetched
         place = slice(first - rows.start, first - rows.start + outputs.shape[1])
         features[:, place], counts[:, place] = outputs.cpu().numpy(), found.cpu().numpy()
-        _check_finite(features[:, place], names, first)
+        for name, values in zip(names, features[:, place], strict=True):
+            if not np.isfinite(values).all():
+                raise ItaeError(f"features of {name!r} are not finite in the batch of images {first} to "
+                                f"{first + len(values) - 1}: try precision='fp32', or check these images and the "
+                                "weights")
         advance(outputs.shape[1])
-
-    first = rows.start
-    while first < rows.stop:
-        images = next(batches)
-        results = one_pass(images, first).values()
-        waiting.append((first, torch.stack([output.float() for output, _ in results]),
-                        torch.stack([artifacts.sum(dim=-1) for _, artifacts in results])))
-        first += len(images)
-        if len(waiting) > 1:
-            fetch()
-    fetch()
     return features, counts
-
-
-def _check_finite(features: np.ndarray, names: Sequence[str], first: int) -> None:
-    for name, values in zip(names, features, strict=True):
-        if not np.isfinite(values).all():
-            raise ItaeError(f"features of {name!r} are not finite in the batch of images {first} to "
-                            f"{first + len(values) - 1}: try precision='fp32', or check these images and the weights")

@@ -1,4 +1,4 @@
-"""Extraction on Dask workers, on several processes or machines: shards are the tasks, and all share the feature store.
+"""Extraction on Dask workers, in several processes or on several machines that share the feature store.
 
 A task computes some shards, stores them and returns a `TaskResult`; features are not sent back. If a worker is lost,
 its unfinished shards are recomputed elsewhere; its stored shards are reused.
@@ -57,7 +57,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class PickledBackbone:
-    """A backbone as bytes. Dask passes objects on from worker to worker, and a model at work has hooks on it."""
+    """A backbone as bytes: Dask copies objects from worker to worker, and a model in use has hooks."""
 
     key: str
     content: bytes = field(repr=False)
@@ -111,9 +111,8 @@ def _check_dask() -> None:
 def cluster_address(where: Client | str, store: str | Path | Store | None = "auto") -> Iterator[str]:
     """Yield the address of a cluster's scheduler, which other processes can pass as `client` to `extract_features`.
 
-    Args:
-        where: as for `connect`; a cluster that is started for "local:N" ends with the context.
-        store: the feature store that the extraction will use, as for `extract_features`.
+    `where` is as for `connect`; a cluster that is started for "local:N" ends with the context. `store` is the feature
+    store of the extraction.
 
     Raises:
         ItaeError: as `connect`; or the workers can't reach the store.
@@ -131,11 +130,9 @@ def _check_shared(store: Store | None) -> None:
 
 @contextmanager
 def local_cluster(where: str, threads: int | None = None) -> Iterator[LocalCluster]:
-    """Start a cluster of N processes on this machine; they share its GPUs in turn, and its cores.
+    """Start a cluster of N processes on this machine, where `where` is "local:N"; they take its GPUs in turn.
 
-    Args:
-        where: "local:N".
-        threads: number of threads per process; None shares the cores among the processes.
+    Each process has a number of `threads`; None shares the cores among the processes.
 
     Raises:
         ItaeError: N is not a number of processes, or Dask is not installed.
@@ -179,7 +176,7 @@ def on_workers(client: Client, backbone: Backbone) -> tuple[Backbone, str]:
 
 def _device_of(dask_worker: object) -> tuple[str, str]:
     """Return the type and the name of the device that a worker computes on; Dask passes the worker."""
-    device = _worker_device("cuda" if torch.cuda.is_available() else "cpu", dask_worker.name)
+    device = _worker_device("cuda", dask_worker.name)
     return device.type, device_name(device)
 
 
@@ -188,7 +185,7 @@ def compute_on(client: Client, job: Job, work: Work, advance: Callable[[int], No
     """Run `itae_utils.extraction.job.compute` on the workers of a cluster; each worker receives the model once.
 
     Raises:
-        ItaeError: the workers can't reach the store, or all of them were lost again and again; and as `compute`.
+        ItaeError: as `compute`; or the workers can't reach the store, or were all lost several times in a row.
     """
     store = next(iter(job.stored.values())).store
     _check_shared(store)
@@ -215,9 +212,9 @@ def compute_on(client: Client, job: Job, work: Work, advance: Callable[[int], No
 
 
 def _round(client: Client, job: Job, work: Work) -> Iterator[TaskResult]:
-    """Hand out the work until it is done: one shard per task at first, then as many as take `TASK_SECONDS`."""
+    """Submit the work until it is done: one shard per task at first, then as many as take `TASK_SECONDS`."""
     sent = client.scatter([PickledBackbone.of(job.backbone), job.dataset], broadcast=True, hash=False)
-    job = replace(job, backbone=None, dataset=None)  # they were sent
+    job = replace(job, backbone=None, dataset=None)  # each worker has received them
     waiting, per_task, running = list(work.items()), 1, as_completed()
     while waiting or running.count():
         workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
@@ -236,7 +233,7 @@ def _round(client: Client, job: Job, work: Work) -> Iterator[TaskResult]:
 def _task(pickled: PickledBackbone, dataset: Dataset, job: Job, work: Work) -> TaskResult | ItaeError:
     """Compute shards on a worker and store them, except those that another worker has stored since.
 
-    An error is returned: Dask would print the traceback of one that is raised.
+    Return an error instead of raising it, because Dask would print the traceback.
     """
     worker = get_worker()
     with _one_at_a_time:
@@ -245,10 +242,13 @@ def _task(pickled: PickledBackbone, dataset: Dataset, job: Job, work: Work) -> T
                 if (left := [name for name in names if name in missing.get(shard, ())])}
         backbone = pickled.load()
         device = _worker_device(backbone.device.type, worker.name)
+        expected, name = next(iter(job.stored.values())).entry["device"], device_name(device)
+        if name != expected:  # the worker joined the cluster later
+            return ItaeError(f"the Dask workers have different devices, {expected} and {name} ({worker.address}): use "
+                             "workers of one kind")
         if device.type == "cpu":
             torch.set_num_threads(max(1, worker.state.nthreads))
         try:
-            _check_device(device, worker.address, job)
             backbone = replace(backbone, device=device, model=backbone.model.to(device))  # only the first task moves it
             if work:
                 compute(replace(job, backbone=backbone, dataset=dataset), work)
@@ -257,17 +257,9 @@ def _task(pickled: PickledBackbone, dataset: Dataset, job: Job, work: Work) -> T
         return TaskResult(len(work), job.images(work), time.perf_counter() - start, worker.address)
 
 
-def _check_device(device: torch.device, worker: str, job: Job) -> None:
-    """Refuse a worker that joined later and has another device than the one that the features are stored for."""
-    expected = next(iter(job.stored.values())).entry["device"]
-    if (name := device_name(device)) != expected:
-        raise ItaeError(f"the Dask workers have different devices, {expected} and {name} ({worker}): use workers of "
-                        "one kind")
-
-
 def _worker_device(kind: str, name: object) -> torch.device:
     """Return a worker's device: its number chooses the GPU, unless CUDA_VISIBLE_DEVICES does."""
-    if kind != "cuda":
-        return torch.device(kind)
+    if kind != "cuda" or not torch.cuda.is_available():
+        return torch.device("cpu")
     numbered = isinstance(name, int) and not gpus_are_chosen()
     return torch.device("cuda", name % torch.cuda.device_count() if numbered else 0)

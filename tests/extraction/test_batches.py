@@ -150,7 +150,7 @@ class TestModelBatches:
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_each_item_is_yielded_after_the_next_one_is_made(count):
     made = []
-    for index, item in enumerate(module._one_ahead(made.append(number) or number for number in range(count))):
+    for index, item in enumerate(module.one_ahead(made.append(number) or number for number in range(count))):
         assert item == index
         assert made == list(range(min(index + 2, count)))
     assert len(made) == count

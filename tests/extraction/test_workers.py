@@ -224,6 +224,9 @@ def test_a_worker_with_another_device_that_joins_later_is_refused(client, tmp_pa
 
 
 def test_a_worker_s_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(workers._worker_device("cuda", 1)) == "cpu", "a worker that joined later and has no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [workers._worker_device("cuda", name).index for name in (0, 1, 4, "a")] == [0, 1, 1, 0]
