@@ -206,7 +206,7 @@ def check_clusters(step: Step) -> None:
         return
     clusters, images = step.parameters["clusters"], image_count(step.setting("dataset"), step.setting("limit"))
     if images < FEWEST_IMAGES:
-        raise ItaeError(f"{images:,} images are too few to cluster: use at least {FEWEST_IMAGES}, or leave out "
+        raise ItaeError(f"images: {images:,} is too few to cluster: use at least {FEWEST_IMAGES}, or leave out "
                         f"notebook {step.notebook.key}")
     if clusters and clusters > images:
         raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
