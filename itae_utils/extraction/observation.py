@@ -26,11 +26,11 @@ from itae_utils.models.backbones import Backbone
 from itae_utils.store.store import Store, open_store
 from itae_utils.store.variants import entry_key
 
-SAMPLE = 512                # images that θ is fitted on
+SAMPLE = 512  # images that θ is fitted on
 
 
 def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
-    """Draw `sample` numbers from range(size), in ascending order; return all of them if there are no more.
+    """Draw `sample` numbers from range(size), or all of them if the sample is larger; return them in ascending order.
 
     Raises:
         ItaeError: a sample of less than one.
@@ -45,8 +45,7 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = SAMPLE
                    store: str | Path | Store | None = "auto") -> Thresholds:
     """Fit θ for every block and source on a sample of images, without labels, on the unmodified model.
 
-    The norms are measured in one pass up to the last block's qkv projection. They are stored and reused. Each fit is
-    computed when it is first read.
+    The norms are measured in one pass, stored and reused. Each fit is computed when it is first read.
 
     Args:
         backbone: from `load_backbone`.
@@ -159,16 +158,10 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
                 batches.setdefault(name, []).append(values.cpu().numpy())
             done += len(images)
     measured = {name: np.concatenate(values) for name, values in batches.items()}
-    return Observation(
-        indices=indices,
-        patch_grid=backbone.patch_grid,
-        hidden_norms=measured["hidden"],
-        norms={source: measured[source] for source in SOURCES},
-        attention=measured["attention"],
-        attention_after=measured["attention_after"],
-        artifacts=measured["artifacts"],
-        truth=measured.get("truth"),
-    )
+    return Observation(indices=indices, patch_grid=backbone.patch_grid, hidden_norms=measured["hidden"],
+                       norms={source: measured[source] for source in SOURCES}, attention=measured["attention"],
+                       attention_after=measured["attention_after"], artifacts=measured["artifacts"],
+                       truth=measured.get("truth"))
 
 
 def _observe_batch(backbone: Backbone, images: Tensor, itae: ITAE | None,
