@@ -1,11 +1,19 @@
-"""An HTTP server on the loopback address."""
+"""HTTP servers on the loopback address."""
 
 import http.server
+import socket
 import threading
 
 
+def closed_url() -> str:
+    """Return an address at which no server listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{found.getsockname()[1]}"
+
+
 class Loopback:
-    """A server with the given request handler, which runs inside `with`; `url` is its address."""
+    """A server with the given request handler that runs inside `with`; `url` is its address."""
 
     def __init__(self, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -21,7 +21,7 @@ from itae_utils.data.datasets import load_dataset
 from itae_utils.data.download import within
 from itae_utils.errors import ItaeError
 from tests.data.test_datasets import picture, save, truncate
-from tests.loopback import Loopback
+from tests.loopback import Loopback, closed_url
 
 ZIP = "tiny-imagenet-200.zip"
 
@@ -65,12 +65,6 @@ class Server(Loopback):
 def direct(monkeypatch):
     """Bypass any proxy for the loopback address."""
     monkeypatch.setenv("no_proxy", "*")
-
-
-def closed_url():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{found.getsockname()[1]}"
 
 
 def tiny_zip(path):

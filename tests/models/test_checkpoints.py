@@ -18,12 +18,17 @@ OPTIONS = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
 TIMM = "vit_tiny_patch16_224"
 
 
+def same_weights(one, other):
+    weights = other.state_dict()
+    return all(torch.equal(tensor, weights[name]) for name, tensor in one.state_dict().items())
+
+
 def build(path, name=NAME, **options):
     return model_from_checkpoint(name, path, **{**TINY, **OPTIONS, **options}).eval()
 
 
 def tiny(name=NAME, **options):
-    """Random weights in timm's layout."""
+    """Return a small model with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         return timm.create_model(name, **{**TINY, **OPTIONS, "img_size": 56, **options}).eval()
@@ -35,7 +40,7 @@ def saved(folder, weights, name="weights.pth"):
 
 
 def in_meta_s_layout(weights):
-    """Meta's layout of a model without registers, from timm's."""
+    """Convert timm's layout of a model without registers to Meta's."""
     return {**weights, "mask_token": torch.zeros(1, 24)}
 
 
@@ -51,12 +56,11 @@ def refused(path, match, **options):
 def test_wrapped_and_bare_state_dicts(wrapper, tmp_path):
     model = tiny()
     weights = in_meta_s_layout(model.state_dict())
-    again = build(saved(tmp_path, weights if wrapper is None else {wrapper: weights, "epoch": 3}))
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert same_weights(model, build(saved(tmp_path, weights if wrapper is None else {wrapper: weights, "epoch": 3})))
 
 
 def test_the_model_gets_the_size_of_the_checkpoint_s_position_embedding(tmp_path):
-    """Not the usual 518: then timm would resize it while loading, by its own rule."""
+    """At the usual 518 pixels timm would resize the embedding while loading, by its own rule."""
     for name in (NAME, "vit_small_patch14_reg4_dinov2"):
         model = tiny(name, img_size=70)
         again = build(saved(tmp_path, model.state_dict()), name)
@@ -71,7 +75,7 @@ def test_a_classifier_is_left_out_but_nothing_else(tmp_path):
     assert torch.equal(model.norm.weight, with_head.norm.weight)
     weights = with_head.state_dict()
     del weights["norm.bias"]
-    refused(saved(tmp_path, weights), r"norm\.bias", name=TIMM)  # which timm alone would accept, as there is a head
+    refused(saved(tmp_path, weights), r"norm\.bias", name=TIMM)  # timm alone accepts gaps if the file has a head
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
@@ -102,7 +106,7 @@ def test_meta_s_register_checkpoint_is_refused_by_the_model_without(tmp_path):
     refused(path, "4 registers.* 0 registers")
     model = build(path, "vit_small_patch14_reg4_dinov2")
     torch.testing.assert_close(model.cls_token, weights["cls_token"] + weights["pos_embed"][:, :1])
-    del weights["mask_token"]  # which only training needs
+    del weights["mask_token"]  # only training needs it
     assert torch.equal(build(saved(tmp_path, weights), "vit_small_patch14_reg4_dinov2").pos_embed, model.pos_embed)
 
 
@@ -129,39 +133,28 @@ class TestTransformersFolders:
         weights = load_file(folder / "model.safetensors")
         save_file(change(weights), folder / "model.safetensors")
 
-    @staticmethod
-    def configure(folder, **values):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | values))
-
-    def test_a_model_with_a_classifier_on_top(self, folder):
-        plain = build(folder).state_dict()
+    def test_with_a_classifier_or_without_a_mask_token(self, folder):
+        plain = build(folder)
         self.edit(folder, lambda weights: {f"dinov2.{name}": tensor for name, tensor in weights.items()}
                   | {"classifier.weight": torch.zeros(5, 48), "classifier.bias": torch.zeros(5)})
-        again = build(folder).state_dict()
-        assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+        assert same_weights(plain, build(folder))
+        self.edit(folder, lambda weights: {n: tensor for n, tensor in weights.items() if "mask_token" not in n})
+        assert same_weights(plain, build(folder))
 
     def test_shards(self, folder):
-        plain = build(folder).state_dict()
+        plain = build(folder)
         weights = sorted(load_file(folder / "model.safetensors").items())
         (folder / "model.safetensors").unlink()
         save_file(dict(weights[:9]), folder / "model-00001-of-00002.safetensors")
         save_file(dict(weights[9:]), folder / "model-00002-of-00002.safetensors")
-        again = build(folder).state_dict()
-        assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+        assert same_weights(plain, build(folder))
         (folder / "model-00002-of-00002.safetensors").unlink()
         refused(folder, "width 24, 1 blocks")
 
     def test_half_a_projection(self, folder):
-        self.edit(folder, lambda weights: {n: tensor for n, tensor in weights.items() if "0.attention.attention.key"
-                                           not in n})
+        missing = "0.attention.attention.key"
+        self.edit(folder, lambda weights: {n: tensor for n, tensor in weights.items() if missing not in n})
         refused(folder, r"blocks\.0\.attn\.qkv\.weight.*blocks\.0\.attn\.query\.weight")
-
-    def test_without_a_mask_token(self, folder):
-        plain = build(folder).state_dict()
-        self.edit(folder, lambda weights: {n: tensor for n, tensor in weights.items() if "mask_token" not in n})
-        again = build(folder).state_dict()
-        assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
 
     @pytest.mark.parametrize(("values", "match"), [
         ({"num_attention_heads": 4}, "num_attention_heads=4.* 2$"),
@@ -170,7 +163,8 @@ class TestTransformersFolders:
         ({"model_type": "vit"}, "'vit'.* dinov2"),
     ])
     def test_the_config_must_agree_with_the_model(self, folder, values, match):
-        self.configure(folder, **values)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
         refused(folder, match)
 
     def test_incomplete_folders(self, folder):

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
@@ -19,19 +20,19 @@ torch_compile = torch.compile
 
 
 def use_backend(monkeypatch, backend):
-    """Let torch trace the code, and `backend` compile the graphs: no C++ compiler is needed."""
+    """Let torch trace the code and `backend` compile the graphs, which needs no C++ compiler."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch_compile, backend=backend))
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that torch has compiled; they run unchanged."""
-    compiled = []
+def graphs(monkeypatch, request):
+    """Collect the graphs that torch has traced; they run unchanged, unless a test names another backend."""
+    compiled, compile_graph = [], lookup_backend(getattr(request, "param", "eager"))
 
-    def backend(graph, _inputs):
+    def backend(graph, inputs):
         compiled.append(graph)
-        return graph.forward
+        return compile_graph(graph, inputs)
 
     use_backend(monkeypatch, backend)
     yield compiled
@@ -42,28 +43,6 @@ def compiled_vit(structure="registers"):
     model = tiny_vit(structure)
     compile_blocks(model)
     return model
-
-
-def test_hooks_act_on_a_compiled_model(graphs):
-    plain, compiled, batch = tiny_vit("registers"), compiled_vit(), images(2)
-    compiled(batch)  # code compiled now ignores later hooks
-    assert graphs
-    itae = ITAE("key", threshold_at(plain, batch, "key", 0.3))
-    with attenuate(plain, itae), attenuate(compiled, itae):
-        attenuated = plain(batch)
-        torch.testing.assert_close(compiled(batch), attenuated)
-    torch.testing.assert_close(compiled(batch), plain(batch))
-    assert (plain(batch) - attenuated).abs().max() > 1e-3
-    torch.testing.assert_close(token_norms(compiled, batch), token_norms(plain, batch))
-
-
-def test_an_extraction_runs_compiled(graphs):
-    plain, compiled = as_backbone(tiny_vit("registers")), as_backbone(compiled_vit())
-    variants = {"baseline": None, "itae": ITAE(threshold=threshold_at(plain.model, images(2), "key", 0.3))}
-    features, others = (extract_features(backbone, MadeDataset(3), variants) for backbone in (plain, compiled))
-    assert graphs
-    for name in variants:
-        np.testing.assert_allclose(features[name], others[name], atol=1e-5)
 
 
 def test_blocks_of_one_class_are_compiled_once(graphs):
@@ -107,28 +86,33 @@ def test_through_load_backbone(graphs):
     assert graphs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["dinov2", "dinov3"])
-def test_measurements_change_only_by_rounding(structure):
+@pytest.mark.parametrize("graphs", ["eager", pytest.param("inductor", marks=pytest.mark.slow)], indirect=True)
+def test_measurements_change_only_by_rounding(structure, graphs):
     plain, compiled = tiny_vit(structure), compiled_vit(structure)
     dataset, backbones = MadeDataset(7), [as_backbone(plain), as_backbone(compiled)]
     batch = dataset_tensor(backbones[0], dataset)
+    compiled(batch)  # code compiled now ignores later hooks
+    assert graphs
     key = threshold_at(plain, batch, "key", 0.3)
     both = [threshold_at(plain, batch, "key", 0.3, block) for block in (-2, -1)]
     variants = {"baseline": None, "min": ITAE("key", key), "mask": ITAE("key", key, "mask"),
                 "two blocks": ITAE("key", both, blocks=2), "all rows": ITAE("key", both, blocks=2, rows="all")}
     features, others = (extract_features(backbone, dataset, variants, batch_size=3) for backbone in backbones)
-    for name, itae in variants.items():
-        assert np.abs(features[name] - others[name]).max() < 1e-5, name
-        if itae is None:
-            continue
-        shown = [attention_map(model, batch, itae=itae) for model in (plain, compiled)]
-        assert (shown[0] - shown[1]).abs().max() < 1e-5
+    for name in variants:
+        np.testing.assert_allclose(features[name], others[name], rtol=0, atol=1e-5)
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    for itae in list(variants.values())[1:]:
+        close(attention_map(compiled, batch, itae=itae), attention_map(plain, batch, itae=itae))
         with attenuate(plain, itae), attenuate(compiled, itae):
-            assert (plain(batch) - compiled(batch)).abs().max() < 1e-5
-    assert (plain(batch) - compiled(batch)).abs().max() < 1e-5  # after the hooks are removed
-    assert (plain(batch[:1]) - compiled(batch[:1])).abs().max() < 1e-5
-    seen = [observe(backbone, dataset, variants["min"], batch_size=3) for backbone in backbones]
-    assert np.abs(seen[0].hidden_norms - seen[1].hidden_norms).max() < 1e-4
-    norms = [sampled_norms(backbone, dataset, sample=7, seed=0, batch_size=3) for backbone in backbones]
-    assert all(np.abs(norms[0][place] - norms[1][place]).max() < 1e-4 for place in norms[0])
+            attenuated = plain(batch)
+            close(compiled(batch), attenuated)
+        close(compiled(batch), plain(batch))  # the hooks are removed
+        assert (plain(batch) - attenuated).abs().max() > 1e-3
+    close(compiled(batch[:1]), plain(batch[:1]))
+    close(token_norms(compiled, batch), token_norms(plain, batch), atol=1e-4)
+    seen, others = (observe(backbone, dataset, variants["min"], batch_size=3) for backbone in backbones)
+    np.testing.assert_allclose(seen.hidden_norms, others.hidden_norms, rtol=0, atol=1e-4)
+    norms, others = (sampled_norms(backbone, dataset, sample=7, seed=0, batch_size=3) for backbone in backbones)
+    for place in norms:
+        np.testing.assert_allclose(norms[place], others[place], rtol=0, atol=1e-4)

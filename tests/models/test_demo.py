@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -94,16 +92,6 @@ def test_training_is_repeatable_and_seeded():
     assert any(not torch.equal(once[name], other[name]) for name in once)
 
 
-def test_brightness_of_patches():
-    model = demo.build_model()
-    images = torch.full((1, 3, 28, 28), -1.0)
-    images[0, :, 9, 14] = 0.5
-    brightness = plant._brightness(model, images)
-    assert brightness.argmax() == 2 * 7 + 3
-    assert brightness.max() == 0.75
-    assert (brightness > 0).sum() == 1
-
-
 @pytest.mark.slow
 def test_planting_reproduces_the_committed_weights():
     clean = demo.load_model(planted=False)
@@ -117,12 +105,8 @@ def test_planting_reproduces_the_committed_weights():
 def test_saved_checkpoints_equal_the_committed_ones(tmp_path):
     clean, planted = demo.load_model(False), demo.load_model(True)
     plant.save_checkpoints(tmp_path / "new", clean, planted, demo.truth())
-    for name in ("demo-clean.safetensors", "demo.safetensors"):
-        ours, committed = load_file(tmp_path / "new" / name), load_file(demo.FOLDER / name)
-        assert set(ours) == set(committed)
-        assert all(torch.equal(ours[key], committed[key]) for key in ours)
-    assert json.loads((tmp_path / "new" / "demo.json").read_text()) == json.loads(
-        (demo.FOLDER / "demo.json").read_text())
+    for name in ("demo-clean.safetensors", "demo.safetensors", "demo.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (demo.FOLDER / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -1,4 +1,3 @@
-import pickle
 from dataclasses import fields, replace
 
 import numpy as np
@@ -31,24 +30,19 @@ def as_image(values) -> Image.Image:
 
 
 def photo_like(height: int, width: int) -> Image.Image:
-    """Smooth shades with some grain, as a camera leaves them."""
+    """Return smooth shades with some grain, like a camera's."""
     rng, (y, x) = np.random.default_rng(height * width), np.mgrid[:height, :width]
     shades = [127 + 90 * np.sin(x / width * 5 + phase) * np.cos(y / height * 4 - phase) for phase in (0, 1, 2)]
     return as_image(np.clip(np.stack(shades, axis=-1) + rng.normal(0, 6, (height, width, 3)), 0, 255))
 
 
 def sharp(height: int, width: int) -> Image.Image:
-    """Black and white at random: where resizing both axes before clipping is furthest off."""
+    """Return random black and white pixels, for which resizing both axes before clipping is furthest off."""
     return as_image(np.random.default_rng(0).integers(0, 2, (height, width, 3)) * 255)
 
 
-def checkerboard(height: int, width: int) -> Image.Image:
-    y, x = np.mgrid[:height, :width]
-    return as_image(((y // 3 + x // 3) % 2 * 255)[..., None])
-
-
 def compose(image_size: int, preprocess: str, interpolation: str = "bicubic") -> v2.Compose:
-    """The preprocessing spelled out with torchvision's transforms."""
+    """Return the same preprocessing, composed of torchvision's transforms."""
     interpolation = v2.InterpolationMode(interpolation)
     if preprocess == "resize":
         shape = [v2.Resize((image_size, image_size), interpolation)]
@@ -61,16 +55,12 @@ def on_device(transform, images) -> torch.Tensor:
     return DevicePreprocessing(transform, CPU)(Pixels.joined([transform.decode(image) for image in images]))
 
 
-def in_levels(difference: torch.Tensor) -> torch.Tensor:
-    return difference.abs() * torch.tensor(STD).view(3, 1, 1) * 255
-
-
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize("preprocess", ["resize", "meta-eval"])
 @pytest.mark.parametrize("image_size", [28, 37])
 def test_equal_to_torchvision_to_the_bit(interpolation, preprocess, image_size):
-    transform, expected = make_transform(image_size, preprocess, config(interpolation)), compose(
-        image_size, preprocess, interpolation)
+    transform = make_transform(image_size, preprocess, config(interpolation))
+    expected = compose(image_size, preprocess, interpolation)
     for shape in [(20, 20), (50, 31), (31, 50), (150, 161), (1, 7), (10, 300), (333, 125), (28, 28), (32, 32)]:
         assert torch.equal(transform(sharp(*shape)), expected(sharp(*shape))), shape
 
@@ -82,13 +72,12 @@ def test_an_image_in_its_own_shape():
 
 
 def test_undo_gives_the_picture_back():
-    image = photo_like(28, 28)
-    picture = make_transform(28, "resize", config()).undo(make_transform(28, "resize", config())(image))
-    np.testing.assert_allclose(picture, np.asarray(image) / 255, atol=1e-6)
+    image, transform = photo_like(28, 28), make_transform(28, "resize", config())
+    np.testing.assert_allclose(transform.undo(transform(image)), np.asarray(image) / 255, atol=1e-6)
 
 
 def test_repr_shows_every_field():
-    """The feature store's key contains it: two preprocessings that differ may not share features."""
+    """The key of the feature store contains it, so different preprocessings must not share features."""
     transform = make_transform(28, "resize", config())
     other = {"image_size": 32, "short_side": 64, "interpolation": "bilinear", "mean": (0.0,) * 3, "std": (1.0,) * 3}
     assert set(other) == {field.name for field in fields(transform)}
@@ -110,25 +99,15 @@ def test_a_transform_of_the_user():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("preprocess", ["resize", "meta-eval"])
 @pytest.mark.parametrize("image_size", [28, 84])
-@pytest.mark.parametrize("draw", [photo_like, sharp, checkerboard])
+@pytest.mark.parametrize("draw", [photo_like, sharp])
 def test_within_two_levels_of_pil(interpolation, preprocess, image_size, draw):
     transform = make_transform(image_size, preprocess, config(interpolation))
     shapes = [(20, 20), (50, 31), (20, 20), (31, 50), (90, 70), (150, 160), (8, 9), (96, 96), (20, 21)]  # up and down
     images = [draw(*shape) for shape in shapes]
     expected = torch.stack([transform(image) for image in images])
-    levels = in_levels(on_device(transform, images) - expected)
+    levels = (on_device(transform, images) - expected).abs() * torch.tensor(STD).view(3, 1, 1) * 255
     assert levels.max() < 2.01
     assert levels.mean() < 0.05
-
-
-def test_both_axes_at_once_would_be_further_off():
-    """This is how torchvision resizes on CUDA, and why it is not used here."""
-    image = v2.functional.pil_to_tensor(sharp(32, 32))
-    expected = v2.functional.pil_to_tensor(v2.functional.resize(sharp(32, 32), [84, 84], v2.InterpolationMode.BICUBIC))
-    at_once = torch.nn.functional.interpolate(image[None].float(), (84, 84), mode="bicubic", antialias=True)
-    levels = lambda resized: (resized[0].int() - expected.int()).abs().max()  # noqa: E731
-    assert levels(at_once.clamp(0, 255).round()) > 10
-    assert levels(resize_like_pil(image[None], (84, 84), "bicubic")) <= 2
 
 
 def test_axes_are_resized_in_pil_s_order():
@@ -178,12 +157,6 @@ def test_pixels_hold_images_of_any_sizes():
     assert pixels.buffer.numel() == sum(image.numel() for image in images)
     for again in (pixels, pixels.to(CPU, non_blocking=True)):
         assert all(torch.equal(one, other) for one, other in zip(again.split(), images, strict=True))
-
-
-def test_preprocessing_can_be_sent_to_workers():
-    transform = make_transform(28, "meta-eval", config())
-    decode = pickle.loads(pickle.dumps(transform.decode))
-    assert torch.equal(decode(sharp(20, 20)), transform.decode(sharp(20, 20)))
 
 
 def test_where_to_resize():
