@@ -30,7 +30,7 @@ def ablation_grid(
     """Return every last-block setting that the ablation compares, one row per variant, indexed by its name.
 
     `fits` are from `fit_thresholds`; a source without θ has no "auto" setting. `percents` are θ as the share of patches
-    at or below it, distinct in their first six digits. `control` is the attenuation of the random control, with its seed
+    at or below it, distinct in their first six digits. `control` is the attenuation of the random control, which uses
     `seed`, and of the oracle, for which the true artifacts must be known. The other arguments are as for `ITAE`.
 
     Returns:

@@ -22,6 +22,7 @@ LARGEST_SIDE = 32  # pixels; larger images make k-means slower, not better
 CHANGE = "change"  # mean cosine distance of the features to the baseline's
 AGREEMENT = "agreement"  # mean ARI between runs of k-means
 NEIGHBOURS = 10
+UNCHANGED = "Nothing was attenuated, so ITAE equals the baseline"
 
 
 def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
@@ -168,9 +169,6 @@ def bench_table(bench: pd.DataFrame) -> pd.DataFrame:
     """Return `bench_targets` as text, in columns measured and verdict."""
     measured = ["–" if np.isnan(value) else BENCH_TARGETS[target](value) for target, value in bench.measured.items()]
     return pd.DataFrame({"measured": measured, "verdict": np.where(bench.met, "met", "not met")}, index=bench.index)
-
-
-UNCHANGED = "Nothing was attenuated, so ITAE equals the baseline"
 
 
 def describe_counts(counts: np.ndarray, patches: int) -> str:

@@ -24,6 +24,7 @@ SOURCE = (
 
 NOT_IN_SOURCES = "not in our sources"
 
+
 @dataclass(frozen=True)
 class PublishedRow:
     """One published ITAE result; `dataset` is `load_dataset`'s name, `backbone` is None if our sources list none."""
@@ -42,7 +43,6 @@ PUBLISHED = (
     PublishedRow("stl10", "STL-10", 0.8276, 0.8818, 0.7594, "DINOv2 ViT-B/14"),
     PublishedRow("tiny-imagenet", "Tiny-ImageNet", 0.6823, 0.8178, 0.5227, None),
 )
-
 BY_DATASET = {row.dataset: row for row in PUBLISHED}
 
 SCORES = "03"  # the notebook that measures the scores

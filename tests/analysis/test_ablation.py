@@ -29,6 +29,8 @@ def test_grid_holds_every_setting_and_the_controls(fits):
     table = grid(fits, control="mask", alpha=0.3, seed=5)
     assert table.index.is_unique
     assert table.kind.value_counts().to_dict() == {"itae": 2 * (2 + 3), "random": 2 + 3, "baseline": 1, "oracle": 1}
+    # A control must not be confused with its setting in the result rows.
+    assert (table[["source", "attenuation", "theta"]].notna().all(axis=1) == (table.kind == "itae")).all()
     assert table.setting["baseline"] is None
     assert table.setting["oracle"] == ITAE(attenuation="mask", select="oracle", alpha=0.3)
     assert table.setting["query scale 2.5 %"] == ITAE("query", fits[-1, "query"].quantile(0.025), "scale", 0.3)
@@ -36,36 +38,24 @@ def test_grid_holds_every_setting_and_the_controls(fits):
         "key", fits[-1, "key"].quantile(0.01), "mask", 0.3, select="random", seed=5)
 
 
-def test_auto_stands_where_there_is_a_theta(fits):
-    table = grid(fits)
+def test_auto_needs_a_theta_and_the_oracle_the_truth(fits):
+    table = grid(fits, oracle=False)
+    assert "oracle" not in table.index
     assert table.setting["key min auto"].threshold == fits[-1, "key"].threshold
     assert table.share["key min auto"] == pytest.approx(0.05)
+    row = table.loc["key min 2.5 %"]
+    assert np.mean(fits[-1, "key"].norms <= row.setting.threshold) == pytest.approx(row.share, abs=1e-3)
     assert not table.index.str.contains("query.*auto").any()
 
 
-def test_share_is_that_of_the_patches_at_or_below_theta(fits):
-    table = grid(fits)
-    row = table.loc["key min 2.5 %"]
-    assert np.mean(fits[-1, "key"].norms <= row.setting.threshold) == pytest.approx(row.share, abs=1e-3)
-
-
-def test_no_oracle_without_truth(fits):
-    assert "oracle" not in grid(fits, oracle=False).index
-
-
-@pytest.mark.parametrize("percent", [0, 100, -1])
-def test_percentages_outside_are_refused(fits, percent):
-    with pytest.raises(ItaeError, match=f"percents holds {percent}:"):
-        grid(fits, percents=[1, percent])
-
-
-@pytest.mark.parametrize(("name", "values", "repeated"), [
+@pytest.mark.parametrize(("name", "values", "named"), [
+    ("percents", [1, 0], "0:"), ("percents", [1, 100], "100:"), ("percents", [1, -1], "-1:"),
     ("sources", ["key", "query", "key"], "'key'"), ("attenuations", ("min", "min"), "'min'"),
     ("percents", [5, 1, 1.0], "'1 %'"), ("percents", [1 / 3, 0.33333333], "'0.333333 %'"),
 ])
-def test_settings_listed_twice_are_refused(fits, name, values, repeated):
-    """Their scores would enter every mean and standard deviation twice."""
-    with pytest.raises(ItaeError, match=f"{name} holds {repeated}"):
+def test_percentages_outside_and_values_listed_twice_are_refused(fits, name, values, named):
+    """Scores of a setting listed twice would enter every mean and standard deviation twice."""
+    with pytest.raises(ItaeError, match=f"{name} holds {named}"):
         grid(fits, **{name: values})
 
 
@@ -73,12 +63,6 @@ def test_small_percentages_are_named_without_an_exponent(fits):
     table = grid(fits, percents=[0.00001, 12.5], oracle=False)
     assert set(table.theta.dropna()) == {"0.00001 %", "12.5 %", "auto"}
     assert table.share["key min 0.00001 %"] == pytest.approx(1e-7)
-
-
-def test_only_the_settings_of_the_grid_have_source_attenuation_and_theta(fits):
-    """They identify a setting in the result rows, where its control must not be confused with it."""
-    table = grid(fits)
-    assert (table[["source", "attenuation", "theta"]].notna().all(axis=1) == (table.kind == "itae")).all()
 
 
 @pytest.mark.parametrize(("num_blocks", "count"), [(1, 1), (2, 3), (12, 5)])

@@ -50,10 +50,11 @@ def test_heat_maps_share_colours_and_name_the_best_setting():
     assert_nothing_is_clipped(figure)
 
 
-def test_heat_maps_of_changes_are_in_thousandths():
+def test_changes_are_in_thousandths_and_have_no_baseline():
     figure = figures.ablation_heatmaps(ablation(CHANGE), CHANGE)
     assert title(figure) == "Largest change of 10 settings: key, mask, 1 %: cosine distance to the baseline 0.710"
     assert "700.0" in [text.get_text() for text in heat_maps(figure)[1].texts]
+    assert "; baseline" not in title(figures.ablation_curves(ablation(CHANGE), CHANGE))
 
 
 def test_curves_compare_auto_with_control_and_baseline():
@@ -71,8 +72,7 @@ def test_curves_compare_auto_with_control_and_baseline():
 
 
 def test_curves_draw_the_spread_over_seeds():
-    figure = figures.ablation_curves(ablation(), "acc")
-    band = figure.axes[1].collections[0].get_paths()[0].vertices
+    band = figures.ablation_curves(ablation(), "acc").axes[1].collections[0].get_paths()[0].vertices
     assert np.ptp(band[:, 1]) == pytest.approx(2 * np.std([0, 0.02], ddof=1))
 
 
@@ -91,10 +91,6 @@ def test_curves_without_any_theta_say_so():
     assert "oracle" not in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_curves_of_changes_name_no_baseline():
-    assert "; baseline" not in title(figures.ablation_curves(ablation(CHANGE), CHANGE))
-
-
 def test_score_overview_draws_every_variant_against_the_baseline():
     figure = figures.score_overview(scores(raw_pixels=0.3, baseline=0.5, itae=0.7), "what came out")
     assert title(figure) == "what came out"
@@ -104,12 +100,8 @@ def test_score_overview_draws_every_variant_against_the_baseline():
     assert acc.get_xlabel() == "ACC (mean ± sd)"
     assert acc.lines[-1].get_xdata()[0] == pytest.approx(0.505)
     assert_nothing_is_clipped(figure)
-
-
-def test_score_overview_of_agreement_claims_no_spread():
-    table = pd.DataFrame({"variant": ["baseline", "itae"], AGREEMENT: [0.4, 0.5]})
-    figure = figures.score_overview(table, "x")
-    assert figure.axes[0].get_xlabel() == "ARI between runs"
+    unlabelled = figures.score_overview(pd.DataFrame({"variant": ["baseline", "itae"], AGREEMENT: [0.4, 0.5]}), "x")
+    assert unlabelled.axes[0].get_xlabel() == "ARI between runs", "one value has no spread"
 
 
 def test_embeddings_count_neighbours_of_the_same_class():
@@ -125,13 +117,8 @@ def test_embeddings_count_neighbours_of_the_same_class():
     assert "before 100 %" not in title(figure)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert_nothing_is_clipped(figure)
-
-
-def test_embeddings_of_many_classes_have_no_legend():
-    targets = np.arange(30) % 25
-    points = np.random.default_rng(0).normal(size=(30, 2))
-    figure = figures.embeddings({"x": points}, targets, list(map(str, range(25))))
-    assert not figure.legends
+    many = figures.embeddings({"x": mixed}, np.arange(60) % 25, list(map(str, range(25))))
+    assert not many.legends
 
 
 def test_confusions_share_colours_and_name_the_largest_confusion():
