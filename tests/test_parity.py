@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from itae_utils.extraction.features import extract_features
 from itae_utils.models.backbones import load_backbone
@@ -43,7 +44,7 @@ def with_meta_s_position(model, rows, columns):
 
 @torch.inference_mode()
 def difference(model, reference, batch) -> float:
-    """Return the largest difference between any two output values, which are of the size of 1."""
+    """Return the largest absolute difference between the two outputs, whose values are of order 1."""
     mine, expected = model.forward_features(batch), reference(batch).last_hidden_state
     assert mine.shape == expected.shape
     assert 0.3 < expected.std() < 3
@@ -75,8 +76,6 @@ def test_only_without_registers_do_timm_and_transformers_resize_differently_from
 
 @pytest.mark.parametrize(("size", "registers"), [("small", True), ("giant", False)])
 def test_a_file_in_timm_s_layout(size, registers, tmp_path):
-    from safetensors.torch import save_file
-
     reference = tiny_theirs(size, registers)
     model = ours(size, registers, save_as("meta", reference, tmp_path / "weights"))
     save_file(model.state_dict(), tmp_path / "timm.safetensors")

@@ -132,8 +132,8 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
     Args:
         backbone: from `load_backbone`.
         dataset: from `load_dataset`.
-        itae: a setting of the last block with a numeric threshold. None, in its place or as its threshold, edits
-            nothing.
+        itae: a setting of the last block with a numeric threshold. Without a setting or a threshold (None), no patch
+            is edited.
         sample: number of images, drawn with `seed`; None takes all.
         seed: seed for drawing them.
         batch_size: images per batch; "auto" as in `extract_features`.

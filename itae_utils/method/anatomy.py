@@ -148,5 +148,5 @@ def block_inputs(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> dic
 
 
 def tokens_entering(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-    """Return the tokens (B, T, C) that enter each of `blocks`, as `block_inputs`."""
+    """Return the tokens (B, T, C) that enter each of `blocks` in a forward pass, by block."""
     return {index: inputs.tokens for index, inputs in block_inputs(model, images, blocks).items()}

@@ -1,6 +1,6 @@
-"""Adapters for transformer blocks: where each class keeps q, k and v, and what it does after its attention.
+"""Adapters for transformer blocks: access to q, k and v, to the attention output, and to the steps after it.
 
-There is one adapter per block class of timm and `transformers`. The method uses only what they share, `BlockAdapter`.
+There is one adapter per block class of timm and `transformers`. The method uses only their base, `BlockAdapter`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BlockInput:
 class QKV:
     """Queries, keys and values of one block, (B, T, H · d) each.
 
-    They are the outputs of the projections, biases included, before any q/k norm or rotation. Norms are measured here.
+    They are the projections' outputs, biases included, before any q/k norm or rotation; norms are measured on them.
     """
 
     block: BlockAdapter
