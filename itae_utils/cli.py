@@ -277,8 +277,8 @@ def prune(store: str | None, older_than: float | None, max_size: str | None, dry
     if gone:
         _echo_table(*table(gone))
     verb = "would be removed from" if dry_run else "removed from"
-    click.echo(f"{format_size(sum(entry.size for entry in gone))} {verb} {place.place}, "
-               f"{format_size(sum(entry.size for entry in list_entries(place)))} {'are there' if dry_run else 'remain'}")
+    removed, rest = (format_size(sum(entry.size for entry in entries)) for entries in (gone, list_entries(place)))
+    click.echo(f"{removed} {verb} {place.place}, {rest} {'are there' if dry_run else 'remain'}")
 
 
 @main.command()

@@ -152,8 +152,9 @@ class _RowEditor:
         q, k, v = (qkv.heads(source) for source in SOURCES)
         edited, has_artifacts = x.clone(), artifacts.any(dim=-1)[:, None, None]
         for rows in self._row_chunks(k):
-            attn = attenuated_logits(scaled_logits(q[:, :, rows], k), artifacts, self.itae).softmax(dim=-1)
-            new = (attn.to(v.dtype) @ v).transpose(1, 2).flatten(2).to(x.dtype)
+            logits = attenuated_logits(scaled_logits(q[:, :, rows], k), artifacts, self.itae)
+            new = (logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2).to(x.dtype)
+            del logits  # or two chunks would be in memory while the next one is computed
             edited[:, rows] = torch.where(has_artifacts, new, x[:, rows])
         return edited
 

@@ -115,7 +115,7 @@ class TestClusters:
         dataset = image_folder(tmp_path / "few", 4)
         self.plan(folder, dataset=dataset)
         for given in ({"dataset": dataset, "limit": 3}, {"limit": 1}):
-            with pytest.raises(ItaeError, match=f"{given['limit']} images"):
+            with pytest.raises(ItaeError, match=f"images: {given['limit']} "):
                 self.plan(folder, **given)
         make_plan(folder, "demo", ["01"], {"limit": 1})
 
