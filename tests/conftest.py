@@ -1,4 +1,4 @@
-"""Tiny random ViTs and made images that the tests share."""
+"""Tiny random ViTs and images that the tests share."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,14 @@ from PIL import Image
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from itae_utils.data.datasets import ImageDataset
+from itae_utils.method.artifacts import qkv_norms
+from itae_utils.models.backbones import Backbone, weights_sha256
+from itae_utils.models.preprocessing import make_transform
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-# Every part of timm's ViT that can change what the last block computes …
+# Every option of timm's ViT that can change the last block's computation.
 VIT_STRUCTURES = {
     "plain": {},
     "registers": {"reg_tokens": 4, "no_embed_class": True},
@@ -21,7 +26,7 @@ VIT_STRUCTURES = {
     "one_block": {"depth": 1},
     "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.5, "class_token": True},
 }
-# … and of its Eva: fused or split, with and without biases, all kinds of rotation.
+# The same for its Eva: fused or split projections, with and without biases, all kinds of rotation.
 _DINOV3 = {"num_reg_tokens": 4, "use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3",
            "rope_rotate_half": True, "init_values": 0.5, "use_fc_norm": False}
 EVA_STRUCTURES = {
@@ -39,7 +44,7 @@ STRUCTURES = VIT_STRUCTURES | EVA_STRUCTURES
 
 
 def tiny_vit(structure: str = "plain", **options) -> VisionTransformer | Eva:
-    """A random ViT of three blocks whose attention is far from even, so that edits show."""
+    """Return a random ViT of three blocks whose attention is far from uniform, so that edits change its output."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0,
@@ -60,16 +65,14 @@ def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
 
 
 def threshold_at(model, batch: torch.Tensor, source: str, share: float, block: int = -1) -> float:
-    """A threshold in the middle of a gap between norms, so that rounding can't move a patch across it."""
-    from itae_utils.method.artifacts import qkv_norms
-
+    """Return a threshold in the middle of a gap between norms, so that rounding can't move a patch across it."""
     norms = np.sort(qkv_norms(model, batch, block)[source].flatten().double().numpy())
     place = max(1, round(share * len(norms)))
     return float((norms[place - 1] + norms[place]) / 2)
 
 
 class MadeDataset(torch.utils.data.Dataset):
-    """Random pictures, in memory, labelled in turn."""
+    """Random pictures in memory, with the classes in turn."""
 
     name, split, source = "made", "all", "made by the tests"
 
@@ -87,22 +90,16 @@ class MadeDataset(torch.utils.data.Dataset):
 
 
 def array_dataset(count: int, seed: int = 0):
-    """Random pictures as an array, which has a fingerprint, labelled in turn."""
-    from itae_utils.data.datasets import ImageDataset
-
+    """Return random pictures as an array, which has a fingerprint, with three classes in turn."""
     images = np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
     return ImageDataset("made", "all", "made by the tests", images, np.arange(count) % 3, list("abc"))
 
 
-def as_backbone(model, image_size: int = 32, truth=None, precision: str = "fp32"):
-    """A tiny ViT as `load_backbone` would give it."""
-    from itae_utils.models.backbones import Backbone, weights_sha256
-    from itae_utils.models.preprocessing import make_transform
-
+def as_backbone(model, image_size: int = 32, precision: str = "fp32") -> Backbone:
+    """Return a tiny ViT in the form that `load_backbone` returns."""
     config = {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return Backbone("tiny", model, make_transform(image_size, "resize", config), image_size, "resize",
-                    torch.device("cpu"), precision, "random weights", "random", truth,
-                    weights_sha256(model))
+                    torch.device("cpu"), precision, "random weights", "random", None, weights_sha256(model))
 
 
 def dataset_tensor(backbone, dataset) -> torch.Tensor:
@@ -110,14 +107,14 @@ def dataset_tensor(backbone, dataset) -> torch.Tensor:
 
 
 def setup(structure: str = "registers", count: int = 5, **options):
-    """A tiny ViT as a backbone, made pictures, and these as one batch."""
+    """Return a tiny ViT as a backbone, random pictures, and the pictures as one batch."""
     backbone, dataset = as_backbone(tiny_vit(structure)), MadeDataset(count, **options)
     return backbone, dataset, dataset_tensor(backbone, dataset)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Hashes of files are kept where they vanish again, in kernels too; features are kept where a test says so."""
+    """Store the hashes of files in a temporary folder, also in kernels; store features only if a test asks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ITAE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("ITAE_STORE", "none")

@@ -11,11 +11,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(Loopback):
-    """Serves `files`, bytes by (repository, name); `asked` holds (method, status) in order.
+    """A server for files that records (method, status) of every request in `asked`.
 
-    Attributes:
-        sends: bytes that differ from those announced, by the same keys.
-        cut_after: bytes after which each answer breaks off.
+    Args:
+        files: their bytes by (repository, name).
+        sends: bytes to send instead of those announced, by the same keys.
+        cut_after: number of bytes after which each answer stops.
         delay: seconds before each answer.
     """
 

@@ -1,4 +1,4 @@
-"""The paper profile from end to end: weights and four small data sets, downloaded from loopback servers."""
+"""The paper profile from end to end, with weights and four small data sets from loopback servers."""
 
 import hashlib
 import io

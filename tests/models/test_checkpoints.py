@@ -12,7 +12,7 @@ from itae_utils.models.backbones import load_backbone
 from itae_utils.models.checkpoints import model_from_checkpoint, read_checkpoint, tensors_named
 from tests.conftest import images
 
-NAME = "vit_small_patch14_dinov2"
+NAME, REGISTERS = "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 OPTIONS = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
 TIMM = "vit_tiny_patch16_224"
@@ -39,11 +39,6 @@ def saved(folder, weights, name="weights.pth"):
     return folder / name
 
 
-def in_meta_s_layout(weights):
-    """Convert timm's layout of a model without registers to Meta's."""
-    return {**weights, "mask_token": torch.zeros(1, 24)}
-
-
 def refused(path, match, **options):
     with pytest.raises(ItaeError, match=match) as error:
         build(path, **options)
@@ -52,16 +47,9 @@ def refused(path, match, **options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "teacher"])
-def test_wrapped_and_bare_state_dicts(wrapper, tmp_path):
-    model = tiny()
-    weights = in_meta_s_layout(model.state_dict())
-    assert same_weights(model, build(saved(tmp_path, weights if wrapper is None else {wrapper: weights, "epoch": 3})))
-
-
 def test_the_model_gets_the_size_of_the_checkpoint_s_position_embedding(tmp_path):
     """At the usual 518 pixels timm would resize the embedding while loading, by its own rule."""
-    for name in (NAME, "vit_small_patch14_reg4_dinov2"):
+    for name in (NAME, REGISTERS):
         model = tiny(name, img_size=70)
         again = build(saved(tmp_path, model.state_dict()), name)
         assert again.patch_embed.grid_size == (5, 5)
@@ -92,22 +80,20 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
     ({"embed_dim": 48}, "width 48, 2 blocks, patch 14, 0 registers"),
     ({"depth": 3}, "width 24, 3 blocks, patch 14, 0 registers"),
     ({"patch_size": 7}, "width 24, 2 blocks, patch 7, 0 registers"),
-    ({"name": "vit_small_patch14_reg4_dinov2"}, "width 24, 2 blocks, patch 14, 4 registers"),
+    ({"name": REGISTERS}, "width 24, 2 blocks, patch 14, 4 registers"),
 ])
 def test_another_architecture_is_described(options, words, tmp_path):
-    path = saved(tmp_path, tiny(**options).state_dict())
-    refused(path, f"{words}.* width 24, 2 blocks, patch 14, 0 registers")
+    refused(saved(tmp_path, tiny(**options).state_dict()), f"{words}.* width 24, 2 blocks, patch 14, 0 registers")
 
 
 def test_meta_s_register_checkpoint_is_refused_by_the_model_without(tmp_path):
-    weights = in_meta_s_layout(tiny().state_dict())
-    weights["register_tokens"] = torch.zeros(1, 4, 24)
+    weights = tiny().state_dict() | {"mask_token": torch.zeros(1, 24), "register_tokens": torch.zeros(1, 4, 24)}
     path = saved(tmp_path, weights)
     refused(path, "4 registers.* 0 registers")
-    model = build(path, "vit_small_patch14_reg4_dinov2")
+    model = build(path, REGISTERS)
     torch.testing.assert_close(model.cls_token, weights["cls_token"] + weights["pos_embed"][:, :1])
     del weights["mask_token"]  # only training needs it
-    assert torch.equal(build(saved(tmp_path, weights), "vit_small_patch14_reg4_dinov2").pos_embed, model.pos_embed)
+    assert torch.equal(build(saved(tmp_path, weights), REGISTERS).pos_embed, model.pos_embed)
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "teacher.backbone."])
@@ -184,11 +170,13 @@ class TestTransformersFolders:
         assert (backbone.pos_embed, backbone.dim) == ("meta", 24)
 
 
-def test_reading(tmp_path):
+def test_reading_wrapped_and_bare_state_dicts(tmp_path):
     weights = {"a": torch.arange(3.0)}
     save_file(weights, tmp_path / "w.safetensors")
-    parallel = {f"module.{name}": tensor for name, tensor in weights.items()}
-    for path in (tmp_path / "w.safetensors", saved(tmp_path, weights), saved(tmp_path, parallel, "parallel.pth")):
+    contents = [weights, {"module.a": weights["a"]},
+                *({wrapper: weights, "epoch": 3} for wrapper in ("model", "state_dict", "teacher"))]
+    paths = [saved(tmp_path, content, f"{number}.pth") for number, content in enumerate(contents)]
+    for path in (tmp_path / "w.safetensors", *paths):
         read = read_checkpoint(path)
         assert list(read) == ["a"]
         assert torch.equal(read["a"], weights["a"])

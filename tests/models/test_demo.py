@@ -57,7 +57,7 @@ def test_artifacts_are_large_hidden_tokens_with_short_keys_and_much_attention(di
 
 def test_clean_and_planted_agree_on_normal_tokens(digits):
     """Normal tokens change little before the last block, so planting lowers the scores through the artifacts."""
-    planted, clean = load_backbone("demo"), load_backbone("demo-clean")
+    planted, clean = (load_backbone(name, device="cpu") for name in ("demo", "demo-clean"))
     batch = torch.stack([planted.transform(digits[index][0]) for index in range(200)])
     with planted.truth.capture(planted.model) as captured:
         inner = [backbone.model.forward_intermediates(batch, indices=[4], output_fmt="NLC", intermediates_only=True)[0]
