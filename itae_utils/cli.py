@@ -82,12 +82,20 @@ def _validated(_context: click.Context, option: click.Parameter, text: str | Non
     return value
 
 
+def _cluster(_context: click.Context, option: click.Parameter, where: str | None) -> str | None:
+    """Refuse a badly written `local:N` before anything is computed."""
+    from itae_utils.report.rules import check_values
+
+    check_values({option.name: where})
+    return where
+
+
 store_option = click.option(
     "--store", metavar="PLACE",
     help="Where features are stored: a folder, an fsspec URL such as s3://bucket/name, or none.  "
          "[default: ITAE_STORE, else a folder in the user's cache]")
 dask_option = click.option(
-    "--dask", metavar="WHERE",
+    "--dask", metavar="WHERE", callback=_cluster,
     help="Extract on Dask workers: tcp://… is a cluster's address, local:N starts N processes.  [default: ITAE_DASK]")
 backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
 source_option = click.option(

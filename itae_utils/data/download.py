@@ -70,8 +70,9 @@ def fetch(archive: Archive, folder: Path) -> Path:
     try:
         _download(archive, part)
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        remedy = "allow more seconds with ITAE_TIMEOUT" if isinstance(reason, TimeoutError) else "try again"
+        reason, remedy = getattr(error, "reason", error), "try again"
+        if isinstance(reason, TimeoutError):
+            reason, remedy = f"no answer within {network_timeout():g} s", "allow more seconds with ITAE_TIMEOUT"
         raise ItaeError(f"can't download {archive.url} ({reason}): {remedy}, or {by_hand}") from error
     if (found := _md5(part)) != archive.md5:
         part.unlink()
