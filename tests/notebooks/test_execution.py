@@ -1,14 +1,15 @@
-"""Every notebook runs to its end and says the right things: with artifacts or none, with labels or none."""
+"""Every notebook runs to its end and shows what was found: with artifacts or none, with labels or none."""
 
-import json
-from importlib import resources
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import jsonschema
 import nbformat
 import pytest
 
+from itae_utils.analysis.clustering import RECOVERED
 from itae_utils.data.datasets import load_dataset
 from itae_utils.report.report import run_report
+from itae_utils.results import read_results
 
 pytestmark = pytest.mark.slow
 
@@ -16,9 +17,34 @@ SMALL = {"limit": 200, "seeds": 2, "n_init": 1, "examples": 3, "percents": [1.0,
 NAMES = ["01_artifact_discovery", "02_itae_ablation", "03_clustering"]
 
 
+@dataclass
+class Case:
+    """A backbone and a data set, and after the run the outputs and results of each notebook by its name."""
+
+    backbone: str
+    images: str
+    outputs: dict[str, list] = field(default_factory=dict)
+    results: dict[str, dict] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def planted(self) -> bool:
+        return self.backbone == "demo"
+
+    @property
+    def labelled(self) -> bool:
+        return self.images == "digits"
+
+    def text(self, name: str, end: int | None = None) -> str:
+        """Return the text that a notebook shows, in order."""
+        data = [output.get("data", {}) for output in self.outputs[name][:end]]
+        kinds = ("text/markdown", "text/html", "text/plain")
+        return "\n".join(next((each[kind] for kind in kinds if each.get(kind)), "") for each in data)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A flat folder of 60 digits, and one of 20: too few patches to fit θ."""
+    """Write a flat folder of 60 digits, and one of 20, which has too few patches to fit θ."""
     root, digits = tmp_path_factory.mktemp("pictures"), load_dataset("digits")
     for name, count in [("many", 60), ("few", 20)]:
         (root / name).mkdir()
@@ -27,125 +53,77 @@ def pictures(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=["planted", "nothing found", "no labels", "no labels, nothing found"])
-def run(request, tmp_path_factory, pictures):
-    """The case, the output folder, and what each notebook showed, by its name."""
-    backbone, dataset = {
-        "planted": ("demo", "digits"),
-        "nothing found": ("demo-clean", "digits"),
-        "no labels": ("demo", f"imagefolder:{pictures / 'many'}"),
-        "no labels, nothing found": ("demo-clean", f"imagefolder:{pictures / 'few'}"),
-    }[request.param]
-    output = tmp_path_factory.mktemp("report")
-    report = run_report(backbone=backbone, dataset=dataset, only=["01", "02", "03"], parameters=SMALL, output=output,
-                        say=lambda line: None)
+@pytest.fixture(scope="module", ids=" on ".join, params=[
+    ("demo", "digits"), ("demo-clean", "digits"), ("demo", "many"), ("demo-clean", "few")])
+def case(request, tmp_path_factory, pictures):
+    case = Case(*request.param, folder=tmp_path_factory.mktemp("report"))
+    dataset = case.images if case.labelled else f"imagefolder:{pictures / case.images}"
+    report = run_report(backbone=case.backbone, dataset=dataset, only=["01", "02", "03"], parameters=SMALL,
+                        output=case.folder, say=lambda line: None)
     assert [run.error for run in report.runs] == [None] * 3
-    return request.param, output, {name: outputs(output / name / f"{name}.ipynb") for name in NAMES}
-
-
-def outputs(path):
-    notebook = nbformat.read(path, as_version=4)
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-
-
-def words(shown):
-    """All text of the outputs, in order."""
-    data = [output.get("data", {}) for output in shown]
-    return "\n".join(each.get("text/markdown") or each.get("text/html") or each.get("text/plain", "") for each in data)
-
-
-def results(output, name):
-    return json.loads((output / name / "results.json").read_text(encoding="utf-8"))
+    for name in NAMES:
+        notebook = nbformat.read(case.folder / name / f"{name}.ipynb", as_version=4)
+        case.outputs[name] = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        case.results[name] = read_results(case.folder / name / "results.json")
+    return case
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_results_fit_the_schema_and_their_figures_are_there(run, name):
-    _, output, _ = run
-    schema = json.loads(resources.files("itae_utils").joinpath("results.schema.json").read_text(encoding="utf-8"))
-    found = results(output, name)
-    jsonschema.validate(found, schema)
-    assert found["notebook"] == name
-    assert found["rows"]
-    assert found["headline"]
-    saved = {path.name for path in (output / name / "figures").iterdir()}
-    assert saved == {f"{figure}.{suffix}" for figure in found["figures"] for suffix in ("png", "pdf")}
+def test_results_figures_and_description(case, name):
+    results = case.results[name]
+    assert results["notebook"] == name
+    assert results["rows"]
+    assert results["headline"]
+    saved = {path.name for path in (case.folder / name / "figures").iterdir()}
+    assert saved == {f"{figure}.{suffix}" for figure in results["figures"] for suffix in ("png", "pdf")}
+    shown = [each for each in case.outputs[name] if "image/png" in each.get("data", {})]
+    assert len(shown) == len(results["figures"])
+    assert not [each for each in case.outputs[name] if each.output_type in ("stream", "error")]
+    assert ("were planted" in case.text(name)) == case.planted
+    assert ("10 classes" in case.text(name, 1)) == case.labelled
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_printed_and_every_figure_is_shown(run, name):
-    _, output, shown = run
-    assert not [each for each in shown[name] if each.output_type in ("stream", "error")]
-    pictures = [each for each in shown[name] if "image/png" in each.get("data", {})]
-    assert len(pictures) == len(results(output, name)["figures"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_first_output_says_whether_artifacts_were_planted_and_labels_are_missing(run, name):
-    case, _, shown = run
-    text = words(shown[name])
-    assert ("artifacts of this backbone were planted" in text) == (case in ("planted", "no labels"))
-    assert ("images, without labels" in words(shown[name][:1])) == ("no labels" in case)
-
-
-def test_discovery_says_what_was_found(run):
-    case, output, shown = run
-    text, found = words(shown["01_artifact_discovery"]), results(output, "01_artifact_discovery")
-    planted = case in ("planted", "no labels")
-    assert ("No artifacts were found" in text) == (case == "nothing found")
-    assert ("Too few patches to look for artifacts" in text) == (case == "no labels, nothing found")
-    assert ("attention_shares" in found["figures"]) == planted
-    assert (found["thresholds"]["‖key‖, last block"] is not None) == planted
-    assert ({"precision", "recall"} <= {row["metric"] for row in found["rows"]}) == planted
-    assert ("true artifacts of this backbone are unknown" in text) == (not planted)
-    if planted:
-        rows = {(row["variant"], row["metric"]): row["value"] for row in found["rows"]}
+def test_discovery_shows_what_was_found(case):
+    text, results = case.text(NAMES[0]), case.results[NAMES[0]]
+    assert ("No artifacts were found" in text) == (not case.planted and case.labelled)
+    assert ("Too few patches" in text) == (case.images == "few")
+    assert ("artifacts of this backbone are unknown" in text) == (not case.planted)
+    assert ("attention_shares" in results["figures"]) == case.planted
+    assert (results["thresholds"]["‖key‖, last block"] is not None) == case.planted
+    assert ({"precision", "recall"} <= {row["metric"] for row in results["rows"]}) == case.planted
+    if case.planted:
+        rows = {(row["variant"], row["metric"]): row["value"] for row in results["rows"]}
         assert rows["key", "precision"] >= 0.99
         assert rows["key", "recall"] >= 0.98
         assert rows["baseline", "attention_on_artifacts"] > 0.5 > 10 * rows["itae", "attention_on_artifacts"]
 
 
-def test_ablation_measures_what_can_be_measured(run):
-    case, output, shown = run
-    found = results(output, "02_itae_ablation")
-    assert {row["metric"] for row in found["rows"]} == ({"change"} if "no labels" in case else {"acc", "nmi", "ari"})
-    variants = {row["variant"] for row in found["rows"]}
+def test_ablation_measures_all_variants(case):
+    rows = case.results[NAMES[1]]["rows"]
+    assert {row["metric"] for row in rows} == ({"acc", "nmi", "ari"} if case.labelled else {"change"})
+    variants = {row["variant"] for row in rows}
     assert {"baseline", "key min 1 %", "value scale 10 %", "random like query 1 %", "3 blocks, all rows"} <= variants
-    assert ("key min auto" in variants) == ("oracle" in variants) == ("nothing found" not in case)
+    assert ("key min auto" in variants) == ("oracle" in variants) == case.planted
     in_pass = len([name for name in variants if "rows" not in name])
-    assert f"**{in_pass} variants ran in one pass**" in words(shown["02_itae_ablation"])
+    assert f"**{in_pass} variants" in case.text(NAMES[1])
 
 
-def test_clustering_compares_all_kinds_of_features(run):
-    case, output, _ = run
-    found = results(output, "03_clustering")
-    kinds = {(row["variant"], row["backbone"]) for row in found["rows"]}
-    name = "demo-clean" if "nothing found" in case else "demo"
-    of_the_model = ("untrained", "baseline", "random control", "itae")
-    expected = {("raw pixels", "no model"), *((kind, name) for kind in of_the_model)}
-    if name == "demo":
+def test_clustering_compares_all_kinds_of_features(case):
+    rows = case.results[NAMES[2]]["rows"]
+    expected = {("raw pixels", "no model"), *((kind, case.backbone) for kind in (
+        "untrained", "baseline", "random control", "itae"))}
+    if case.planted:
         expected |= {("oracle", "demo"), ("baseline", "demo-clean")}
-    assert kinds == expected
-    if "nothing found" in case:
-        baseline, itae = ([row["value"] for row in found["rows"]
-                           if row["variant"] == kind and "difference" not in row["metric"]]
-                          for kind in ("baseline", "itae"))
-        assert itae == baseline
+    assert {(row["variant"], row["backbone"]) for row in rows} == expected
+    baseline, itae = ([row["value"] for row in rows if row["variant"] == kind and "difference" not in row["metric"]
+                       and row["backbone"] == case.backbone] for kind in ("baseline", "itae"))
+    assert (itae == baseline) == (not case.planted)
 
 
-def test_clustering_checks_the_bench_only_where_it_is_one(run):
-    case, _, shown = run
-    text = words(shown["03_clustering"])
-    assert ("ITAE recovers at least 80 % of that cost" in text) == (case == "planted")
-    assert ("Only `demo` on `digits` has expected results" in text) == (case != "planted")
-
-
-def test_clustering_without_labels_shows_the_clusters(run):
-    case, output, _ = run
-    figures = results(output, "03_clustering")["figures"]
-    expected = {
-        "planted": ["scores", "tsne", "confusion", "class_gains"],
-        "nothing found": ["scores", "tsne", "confusion"],
-        "no labels": ["scores", "clusters_baseline", "clusters_itae"],
-        "no labels, nothing found": ["scores", "clusters_baseline"],
-    }
-    assert figures == expected[case]
+def test_clustering_shows_clusters_if_there_are_no_labels_and_expected_results_for_the_demo_on_digits(case):
+    text, expected = case.text(NAMES[2]), case.planted and case.labelled
+    assert (RECOVERED in text, "has expected results" in text) == (expected, not expected)
+    figures = ["scores", "tsne", "confusion"] if case.labelled else ["scores", "clusters_baseline"]
+    if case.planted:
+        figures.append("class_gains" if case.labelled else "clusters_itae")
+    assert case.results[NAMES[2]]["figures"] == figures

@@ -1,19 +1,19 @@
-"""What every notebook keeps to, so that papermill, the report and readers can rely on it."""
+"""The form that every notebook has, so that papermill, the report and readers can rely on it."""
 
 import ast
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 
-from itae_utils.report.parameters import find_notebooks
+from itae_utils.report.parameters import notebooks_folder, read_notebook
 from itae_utils.report.rules import RULES
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
-PATHS = sorted(FOLDER.glob("*.ipynb"))
+PATHS = sorted(notebooks_folder().glob("*.ipynb"))
 MOST_LINES = 15
 MOST_PARAMETERS = 10
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+USED_BY_RUN = {"backbone", "dataset", "limit", "seed", "output_dir", "options"}
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
@@ -31,91 +31,79 @@ def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def is_parameters(cell):
-    return "parameters" in cell.metadata.get("tags", [])
+@pytest.fixture
+def text(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
 
 
-def test_valid_with_cell_ids_and_the_python3_kernel(notebook):
+@pytest.fixture
+def place(code):
+    """The index of the parameters cell among the code cells."""
+    place, = (number for number, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", []))
+    return place
+
+
+def names(source: str, context: type = ast.expr_context) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+
+
+def test_the_file_is_valid_and_has_no_outputs(notebook, code):
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
-    ids = [cell.id for cell in notebook.cells]
-    assert len(set(ids)) == len(ids)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     assert notebook.metadata.kernelspec.name == "python3"
-
-
-def test_no_outputs_are_stored(code):
     assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
-def test_opens_with_a_title_and_what_one_will_see(notebook):
-    first = notebook.cells[0]
-    title, blank, lead = first.source.split("\n", 2)
-    assert first.cell_type == "markdown"
-    assert re.match(r"# \w", title)
-    assert not blank
-    assert len(lead) > 100
+def test_it_opens_with_title_and_lead_and_numbers_its_sections(notebook, text):
+    assert notebook.cells[0].cell_type == "markdown"
+    assert re.match(r"# \w.*\n\n.{100}", text[0])
+    headings = [line for source in text for line in re.findall(r"^## .*", source, re.MULTILINE)]
+    assert [heading.split(".")[0] for heading in headings] == [f"## {number + 1}" for number in range(len(headings))]
 
 
-def test_sections_are_numbered(notebook):
-    headings = [line for cell in notebook.cells if cell.cell_type == "markdown"
-                for line in re.findall(r"^## .*", cell.source, re.MULTILINE)]
-    assert [heading.split(".")[0] for heading in headings] == [f"## {place}" for place in range(1, len(headings) + 1)]
+def test_formulas_need_no_script(text):
+    assert not [source for source in text if "$" in source]
 
 
-def test_one_cell_of_plain_parameters_with_words(path, code):
-    cell, = filter(is_parameters, code)
-    for line in cell.source.splitlines():
+def test_parameters_are_literals_with_comments(path, code, place):
+    for line in code[place].source.splitlines():
         assignment, comment = line.split("  # ")
         statement, = ast.parse(assignment).body
         assert isinstance(statement, ast.Assign)
         ast.literal_eval(statement.value)
         assert comment
-    found = {each.path: each for each in find_notebooks(FOLDER)}[path]
+    found = read_notebook(path)
     assert found.defaults["output_dir"] == f"../reports/interactive/{path.stem}"
     assert found.collects or {"backbone", "dataset", "limit", "seed"} <= set(found.defaults)
 
 
-def test_values_are_derived_after_the_parameters(code):
-    """Papermill injects its cell after the tagged one: what is derived before stays stale."""
-    names = {line.split(" = ")[0] for cell in code if is_parameters(cell) for line in cell.source.splitlines()}
-    for cell in code[:[is_parameters(cell) for cell in code].index(True)]:
-        assert not {node.id for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)} & names
+def test_no_parameter_is_used_above_its_cell(path, code, place):
+    """Papermill inserts the given values below that cell."""
+    for cell in code[:place]:
+        assert not names(cell.source) & set(read_notebook(path).defaults)
 
 
-def test_every_parameter_is_used(code):
-    """`run` has the loading options, the seed and the output folder; the others must be read by name."""
-    cell, = filter(is_parameters, code)
-    names = {line.split(" = ")[0] for line in cell.source.splitlines()}
-    rest = ast.parse("\n".join(each.source for each in code if each is not cell))
-    read = {node.id for node in ast.walk(rest) if isinstance(node, ast.Name)}
-    loaded = {"backbone", "dataset", "limit", "seed", "output_dir", "options"}
-    assert names - loaded <= read
-    own = ast.literal_eval(next((line.split(" = ")[1].split("  #")[0] for line in cell.source.splitlines()
-                                 if line.startswith("options = ")), "{}"))
-    text = "\n".join(each.source for each in code)
-    assert all(f'run.options["{name}"]' in text for name in own)
+def test_every_parameter_is_used(path, code, place):
+    found = read_notebook(path)
+    rest = "\n".join(cell.source for cell in code[place + 1:])
+    assert set(found.defaults) - USED_BY_RUN <= names(rest, ast.Load)
+    assert all(f'run.options["{name}"]' in rest for name in found.defaults.get("options", {}))
 
 
-def test_no_cell_takes_the_name_of_a_parameter(code):
-    """Run again in JupyterLab, `start` would read it as a parameter."""
-    for cell in code:
-        if not is_parameters(cell):
-            stored = {node.id for node in ast.walk(ast.parse(cell.source))
-                      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-            assert not stored & set(RULES), cell.source
+def test_no_other_cell_assigns_a_name_of_a_parameter(code, place):
+    """If it did, `start` would take its value for a parameter when the notebook runs again in JupyterLab."""
+    for cell in code[:place] + code[place + 1:]:
+        assert not names(cell.source, ast.Store) & set(RULES), cell.source
 
 
-def test_cells_are_short_and_define_no_functions(code):
-    for cell in code:
-        assert len(cell.source.splitlines()) <= (MOST_PARAMETERS if is_parameters(cell) else MOST_LINES), cell.source
-        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source)))
+def test_cells_are_short_and_define_nothing(code, place):
+    for number, cell in enumerate(code):
+        assert len(cell.source.splitlines()) <= (MOST_PARAMETERS if number == place else MOST_LINES), cell.source
+        assert not any(isinstance(node, DEFINITIONS) for node in ast.walk(ast.parse(cell.source))), cell.source
 
 
-def test_no_formula_needs_a_script(notebook):
-    assert not any("$" in cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-
-
-def test_starts_by_its_own_name_and_ends_by_writing_results(path, code):
+def test_it_starts_by_its_own_name_and_ends_by_writing_results(path, code):
     assert sum(f'notebook.start("{path.stem}", globals())' in cell.source for cell in code) == 1
     assert code[-1].source.startswith("run.write(")
