@@ -33,7 +33,7 @@ def available_memory() -> int | None:
 
 
 def _limits(controller: str, *names: str) -> Iterator[list[int]]:
-    """Yield the numbers in the files `names` of this process's cgroup and of each one above it, where there are any.
+    """Yield the numbers in the files `names`, for this process's cgroup and for each parent that has these files.
 
     Args:
         controller: of version 1; "" stands for version 2, which has a single hierarchy.

@@ -1,6 +1,5 @@
 """`itae store`, and the option `--store` of other commands."""
 
-import os
 import re
 
 import numpy as np
@@ -73,12 +72,6 @@ def test_bad_input_is_one_line(filled, arguments, words):
     assert result.stderr.count("\n") == 1
 
 
-def test_the_environment_is_left_alone(tmp_path):
-    before = dict(os.environ)
-    run("store", "list", "--store", tmp_path / "other")
-    assert dict(os.environ) == before
-
-
 @pytest.mark.parametrize("command", [("report",), ("extract", "--output", "x.npz")])
 def test_an_unknown_kind_of_url_is_refused_before_anything_runs(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -86,13 +79,3 @@ def test_an_unknown_kind_of_url_is_refused_before_anything_runs(command, tmp_pat
     assert (result.exit_code, result.stdout) == (2, "")
     assert "'nonsense://x'" in result.stderr
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_extract_finds_what_an_earlier_run_stored(tmp_path):
-    for name in ("a", "b"):
-        output = tmp_path / f"{name}.npz"
-        assert run("extract", "--limit", 60, "--store", tmp_path / "s", "--output", output).exit_code == 0
-    first, second = (np.load(tmp_path / f"{name}.npz") for name in "ab")
-    assert all(np.array_equal(first[name], second[name]) for name in ("baseline", "itae"))
-    assert "demo" in run("store", "list", "--store", tmp_path / "s").output

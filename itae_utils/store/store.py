@@ -3,7 +3,7 @@
     features/<entry>/<variant>/…   features and artifact counts, see `itae_utils.store.variants`
     remembered/<kind>/<key>        small results computed from them: cluster labels, t-SNE, norms
 
-Every chunk has a checksum. It reveals what a killed process, a full disk or a flipped bit has left, and the chunk is
+Every chunk has a checksum, which reveals damage by a killed process, a full disk or a flipped bit. A damaged chunk is
 computed again. Complete chunks never change, and two processes that write the same chunk write the same bytes.
 """
 

@@ -1,6 +1,7 @@
 import dataclasses
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,16 +11,16 @@ from itae_utils.extraction import batches
 from itae_utils.extraction.batches import (
     chosen_batch_size,
     fitting_batch_size,
-    is_out_of_memory,
     memory_errors,
     resolve_batch_size,
 )
+from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.observation import fit_thresholds, observe
 from tests.conftest import array_dataset, as_backbone, tiny_vit
 
 CPU = torch.device("cpu")
 ERRORS = {
-    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB"),
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
                         "tried to allocate 140737488355328 bytes. Error code 12 (Cannot allocate memory)"),
@@ -29,7 +30,7 @@ ERRORS = {
 
 
 class Device:
-    """Runs batches of up to `capacity` images; records the sizes that were tried."""
+    """Runs batches of up to `capacity` images, and records the sizes that were tried."""
 
     def __init__(self, capacity: int, error: Exception = ERRORS["cuda"]) -> None:
         self.capacity, self.error, self.tried = capacity, error, []
@@ -62,11 +63,13 @@ def test_not_even_one_image():
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ItaeError("bad"),
                                    KeyError("out of memory")])
 def test_other_errors_are_raised_as_they_are(error):
-    assert not is_out_of_memory(error)
     device = Device(0, error)
     with pytest.raises(type(error)):
         fitting_batch_size(device, CPU, start=8)
     assert device.tried == [8]
+    with pytest.raises(type(error)) as caught, memory_errors(2, CPU):
+        raise error
+    assert caught.value is error
 
 
 def test_the_cache_is_emptied_when_nothing_holds_the_failed_batch(monkeypatch):
@@ -89,9 +92,8 @@ def test_the_cache_is_emptied_when_nothing_holds_the_failed_batch(monkeypatch):
     assert alive == [0, 0]
 
 
-def test_automatic_is_64_on_a_cpu_and_numbers_stay():
+def test_a_batch_size_is_a_whole_number_from_1():
     backbone = as_backbone(tiny_vit())
-    assert resolve_batch_size("auto", backbone) == 64
     assert resolve_batch_size(7, backbone) == 7
     for bad in (0, -1, 2.0, True, "many"):
         with pytest.raises(ItaeError, match=f"batch_size={bad!r}"):
@@ -123,7 +125,7 @@ def test_the_largest_automatic_batch_size(monkeypatch, device, largest):
 
 
 def test_an_automatic_batch_size_is_chosen_once(tmp_path, monkeypatch):
-    """Features, thresholds and observations need one size, and what fits on a GPU changes in the meantime."""
+    """Features, thresholds and observations need one size, but the free memory of a GPU changes."""
     backbone, dataset = as_backbone(tiny_vit()), array_dataset(5)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {device}")
     on_gpu, on_another = (dataclasses.replace(backbone, device=torch.device("cuda", index)) for index in (0, 1))
@@ -143,16 +145,13 @@ def test_a_batch_that_does_not_fit_names_a_remedy_that_does(error, size, remedy)
     with pytest.raises(ItaeError, match=remedy) as caught, memory_errors(size, CPU):
         raise error
     assert "auto" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("function", [fit_thresholds, observe])
-def test_measuring_norms_names_the_remedy_too(function):
+@pytest.mark.parametrize("function", [fit_thresholds, observe, partial(extract_features, variants={"it": None})])
+@pytest.mark.parametrize(("size", "remedy"), [(4, "batch_size=2"), ("auto", "batch_size=32")])
+def test_every_pass_over_a_data_set_names_the_remedy(function, size, remedy):
     backbone = as_backbone(tiny_vit())
     backbone.model.patch_embed.register_forward_hook(lambda *_: (_ for _ in ()).throw(ERRORS["cuda"]))
-    with pytest.raises(ItaeError, match="batch_size=2"):
-        function(backbone, array_dataset(5), batch_size=4, store=None)
-
-
-def test_only_memory_errors_are_turned_into_that_one():
-    with pytest.raises(ZeroDivisionError), memory_errors(2, CPU):
-        _ = 1 / 0
+    with pytest.raises(ItaeError, match=remedy):
+        function(backbone, array_dataset(5), batch_size=size, store=None)

@@ -1,7 +1,6 @@
-"""Extraction with a store computes nothing twice, uses nothing stale and loses nothing."""
+"""Extraction with a store computes nothing twice, never uses stale features and loses nothing."""
 
 import gc
-import pickle
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -19,6 +18,7 @@ from itae_utils.method.setting import ITAE
 from itae_utils.store.housekeeping import list_entries
 from itae_utils.store.store import open_store
 from tests.conftest import MadeDataset, array_dataset, as_backbone, tiny_vit
+from tests.data.test_datasets import picture, save
 
 BATCH = 2
 
@@ -43,16 +43,11 @@ def grid(count: int) -> dict[str, ITAE | None]:
     return {"baseline": None} | {f"v{number}": ITAE("key", 8 + number / 20) for number in range(1, count)}
 
 
-class Counter:
-    """Counts the images that pass through the model, batch by batch."""
-
-    def __init__(self, model):
-        self.batches = []
-        model.patch_embed.register_forward_hook(lambda _module, args, _out: self.batches.append(len(args[0])))
-
-    @property
-    def images(self) -> int:
-        return sum(self.batches)
+def batches_of(backbone) -> list[int]:
+    """Return a list that grows by the number of images of each batch that the model runs on."""
+    batches = []
+    backbone.model.patch_embed.register_forward_hook(lambda _module, args, _out: batches.append(len(args[0])))
+    return batches
 
 
 @pytest.mark.parametrize("place", ["folder", "memory"])
@@ -60,9 +55,9 @@ def test_a_warm_store_gives_the_same_bytes_without_a_pass(backbone, dataset, tmp
     store = tmp_path if place == "folder" else f"memory://{tmp_path.name}"
     in_memory = extract_features(backbone, dataset, grid(10), batch_size=BATCH, store=None)
     cold = extract_features(backbone, dataset, grid(10), batch_size=BATCH, store=store)
-    counter = Counter(backbone.model)
+    batches = batches_of(backbone)
     warm = extract_features(backbone, dataset, grid(10), batch_size=BATCH, store=store)
-    assert counter.images == 0
+    assert not batches
     for features in (cold, warm):
         for name in grid(10):
             assert np.array_equal(features[name], in_memory[name]), name
@@ -76,9 +71,9 @@ def test_a_warm_store_gives_the_same_bytes_without_a_pass(backbone, dataset, tmp
 
 def test_only_what_is_missing_is_computed_and_in_one_pass(backbone, dataset, tmp_path):
     extract_features(backbone, dataset, grid(30), batch_size=BATCH, store=tmp_path)
-    counter = Counter(backbone.model)
+    batches = batches_of(backbone)
     features = extract_features(backbone, dataset, grid(40), batch_size=BATCH, store=tmp_path)
-    assert counter.images == 11
+    assert sum(batches) == 11
     assert [name for name, count in features.computed.items() if count] == [f"v{number}" for number in range(30, 40)]
     assert np.array_equal(features["v35"], extract_features(backbone, dataset, {"v": grid(40)["v35"]}, store=None,
                                                             batch_size=BATCH)["v"])
@@ -98,25 +93,23 @@ def test_equal_settings_are_stored_and_computed_once(backbone, dataset, tmp_path
 def test_features_in_memory_are_private_to_a_call_and_freed_with_them(backbone, dataset):
     first, second = (extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=None) for _ in range(2))
     assert first.computed == second.computed == dict.fromkeys(grid(3), 11)
-    pickled = pickle.loads(pickle.dumps(first))
     content = weakref.ref(first.stored["v1"].store.zarr)
-    del first
+    del first, second
     gc.collect()
     assert content() is None
-    assert np.array_equal(pickled["v1"], second["v1"])
 
 
 def test_a_stopped_run_resumes_after_its_last_whole_shard(backbone, dataset, tmp_path):
     whole = extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=None)
-    counter = Counter(backbone.model)
+    batches = batches_of(backbone)
     stop = backbone.model.blocks[0].register_forward_hook(
-        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if counter.images > 6 else None)
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if sum(batches) > 6 else None)
     with pytest.raises(KeyboardInterrupt):
         extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
     stop.remove()
-    counter.batches.clear()
+    batches.clear()
     features = extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
-    assert counter.images == 11 - 4
+    assert sum(batches) == 11 - 4
     assert set(features.computed.values()) == {7}
     for name in whole:
         assert np.array_equal(features[name], whole[name])
@@ -128,42 +121,33 @@ def test_shards_that_lack_different_variants_share_a_pass(backbone, dataset, tmp
               extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path).stored.items()}
     (chunks["v1"] / "features/c/0/0").write_bytes(b"")
     (chunks["v2"] / "features/c/2/0").unlink()
-    counter = Counter(backbone.model)
+    batches = batches_of(backbone)
     features = extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
     assert features.computed == {"baseline": 0, "v1": 4, "v2": 3}
-    assert counter.batches == [2, 2, 2, 1]
+    assert batches == [2, 2, 2, 1]
     assert np.array_equal(features["v1"], extract_features(backbone, dataset, grid(3), batch_size=BATCH,
                                                            store=None)["v1"])
 
 
-def write(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
-
-
-@pytest.mark.parametrize("change", ["added", "removed", "edited", "renamed", "moved to another class"])
+@pytest.mark.parametrize("change", ["edited", "renamed"])
 def test_a_folder_that_changed_between_runs_is_computed_again(backbone, tmp_path, change):
     folder = tmp_path / "pictures"
-    for number in range(6):
-        write(folder / "ab"[number % 2] / f"{number}.png", number)
+    for number in range(4):
+        save(folder / "ab"[number % 2] / f"{number}.png", picture(number))
 
     def run(store):
         images = load_dataset(f"imagefolder:{folder}")
         return extract_features(backbone, images, grid(2), batch_size=BATCH, store=store)
 
-    before = run(tmp_path / "store")
-    {
-        "added": lambda: write(folder / "a" / "1.png", 9),
-        "removed": lambda: (folder / "a" / "0.png").unlink(),
-        "edited": lambda: write(folder / "a" / "0.png", 9),
-        "renamed": lambda: (folder / "a" / "0.png").rename(folder / "a" / "7.png"),
-        "moved to another class": lambda: (folder / "a" / "0.png").rename(folder / "b" / "0.png"),
-    }[change]()
+    run(tmp_path / "store")
+    if change == "edited":
+        save(folder / "a" / "0.png", picture(9))
+    else:
+        (folder / "a" / "0.png").rename(folder / "a" / "7.png")
     after, fresh = run(tmp_path / "store"), run(None)
-    assert set(after.computed.values()) == {len(fresh["baseline"])}
+    assert set(after.computed.values()) == {4}
     for name in fresh:
         assert np.array_equal(after[name], fresh[name])
-    assert not np.array_equal(before["baseline"], after["baseline"])
 
 
 def test_features_are_read_on_access(backbone, dataset, tmp_path):
@@ -201,11 +185,6 @@ def test_a_default_store_that_fails_is_replaced_by_memory(backbone, dataset, tmp
         extract_features(backbone, dataset, {"it": None})
 
 
-def test_the_environment_names_the_store(backbone, dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("ITAE_STORE", str(tmp_path / "here"))
-    assert extract_features(backbone, dataset, {"it": None}).settings["store"] == str(tmp_path / "here")
-
-
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_memory_is_bounded_by_a_shard(backbone, tmp_path, in_memory, monkeypatch):
     """NumPy holds one shard beside the data set, and the features themselves without a store."""
@@ -221,13 +200,13 @@ def test_memory_is_bounded_by_a_shard(backbone, tmp_path, in_memory, monkeypatch
         assert len(features) == 9
         return found
 
-    peak(50)  # loads what is loaded once
+    peak(50)  # imports and caches are loaded once
     few, many = peak(200), peak(1000)
     further = 800 * 9 * (backbone.dim + 1) * 4
     assert many - few < further * in_memory + further / 4
 
 
-def test_a_torch_data_set_of_one_s_own_can_be_stored(backbone, tmp_path):
+def test_a_torch_data_set_of_one_s_own_can_be_stored(backbone, tmp_path, monkeypatch):
     class Own(torch.utils.data.Dataset):
         images = array_dataset(5).images
 
@@ -237,20 +216,9 @@ def test_a_torch_data_set_of_one_s_own_can_be_stored(backbone, tmp_path):
         def __getitem__(self, index):
             return Image.fromarray(self.images[index]), 0
 
-    dataset = Own()
-    first, again = (extract_features(backbone, dataset, grid(2), batch_size=BATCH, store=tmp_path) for _ in range(2))
+    monkeypatch.setenv("ITAE_STORE", str(tmp_path))
+    first, again = (extract_features(backbone, Own(), grid(2), batch_size=BATCH) for _ in range(2))
+    assert first.settings["store"] == str(tmp_path)
     assert first.computed == {"baseline": 5, "v1": 5}
     assert again.computed == {"baseline": 0, "v1": 0}
     assert first.targets is None
-
-
-def test_an_unknown_kind_of_url_is_refused_and_not_logged_as_damage(backbone, dataset, caplog):
-    with pytest.raises(ItaeError, match="nonsense://x"):
-        extract_features(backbone, dataset, grid(2), batch_size=BATCH, store="nonsense://x")
-    assert not caplog.records
-
-
-def test_a_file_as_a_store_is_refused(backbone, dataset, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ItaeError, match=str(tmp_path / "file")):
-        extract_features(backbone, dataset, grid(2), batch_size=BATCH, store=tmp_path / "file")
