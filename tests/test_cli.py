@@ -42,35 +42,6 @@ def test_version_help_and_lists():
         assert expected <= {line.split("  ")[0] for line in run(command).output.splitlines()}
 
 
-@pytest.mark.parametrize("arguments", [
-    ("report", "-p", "seed", "1.5"),
-    ("report", "-p", "seed", "[1"),
-    ("report", "-p", "seed", "1", "-p", "seed", "2"),
-    ("report", "--backbone", "demo", "-p", "backbone", "demo"),
-    ("report", "--only", ""),
-    ("report", "--output", ""),
-    ("report", "--output", "file/out"),
-    ("report", "--dry-run", "--dataset", "digit"),
-    ("extract", "--output", "features.csv"),
-    ("extract", "--output", "folder.npz"),
-    ("extract", "--dataset", "digit", "--output", "new/features.npz"),
-    ("extract", "--threshold=much", "--output", "new/features.npz"),
-    ("inspect", "file", "--output", "look.txt"),
-    ("inspect", "file", "--output", "folder.png"),
-    ("inspect", "file", "--output", "file/look.png"),
-])
-def test_bad_input_is_one_line_and_status_2(execute, tmp_path, arguments):
-    (tmp_path / "file").touch()
-    for name in ("folder.npz", "folder.png"):
-        (tmp_path / name).mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 class TestReport:
     def record(self, tmp_path, output: str) -> dict:
         return json.loads((tmp_path / output / "report.json").read_text(encoding="utf-8"))
@@ -95,20 +66,6 @@ class TestReport:
         before, after = (self.record(tmp_path, name)["notebooks"][0]["parameters"] for name in ("o", "o-repeated"))
         assert before == after
         assert after["seed"] == 4
-
-    @pytest.mark.parametrize("more", [
-        ("--profile", "demo"), ("--backbone", "demo"), ("--dataset", "digits"), ("--only", "01"), ("-p", "seed", "1"),
-        ("--dry-run",), ("--force",)])
-    def test_a_repeated_report_takes_nothing_else(self, more):
-        result = run("report", "--from", "reports/x", *more)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert "--from" in result.stderr
-
-    def test_a_report_without_record_is_refused(self, tmp_path):
-        result = run("report", "--from", tmp_path)
-        assert result.exit_code == 2
-        assert str(tmp_path / "report.json") in result.stderr
-        assert result.stderr.count("\n") == 1
 
     def test_progress_and_the_index_are_printed(self, execute, tmp_path):
         report_03 = ("report", "--only", "03", "--output", "out")

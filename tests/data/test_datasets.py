@@ -186,57 +186,25 @@ class TestImageFolder:
         assert {image.size for image, _ in dataset} == {(32, 32)}
 
 
-class TestLinks:
-    def link(self, path, target):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(target)
-
-    def test_a_link_to_a_folder_elsewhere_is_followed(self, tmp_path):
-        save(tmp_path / "elsewhere/deep/1.png")
-        save(tmp_path / "data/dog/1.png")
-        self.link(tmp_path / "data/cat", tmp_path / "elsewhere")
-        self.link(tmp_path / "link", tmp_path / "data")
-        assert labelled_paths(tmp_path / "data") == {"cat/deep/1.png": "cat", "dog/1.png": "dog"}
-        assert labelled_paths(tmp_path / "link") == labelled_paths(tmp_path / "data")
-
-    @pytest.mark.parametrize("links", [["a/up"], ["a/up", "b/up"], ["a/deep/up", "up"]])
-    def test_links_to_a_parent_folder_add_nothing(self, tmp_path, links):
-        """Two such links alone span 2 ** 40 paths before the system refuses to follow them."""
-        save(tmp_path / "a/1.png")
-        save(tmp_path / "b/1.png")
-        for link in links:
-            self.link(tmp_path / link, tmp_path)
-        assert labelled_paths(tmp_path) == {"a/1.png": "a", "b/1.png": "b"}
-
-    @pytest.mark.parametrize("link", ["a", "c", "b/a", "a/deep/c"])
-    def test_an_image_belongs_to_its_own_folder_and_not_to_a_link_to_that(self, tmp_path, link):
-        save(tmp_path / "b/1.png")
-        save(tmp_path / "d/1.png")
-        self.link(tmp_path / link, tmp_path / "b")
-        assert labelled_paths(tmp_path) == {"b/1.png": "b", "d/1.png": "d"}
-
-    def test_of_two_links_to_one_folder_the_first_counts(self, tmp_path):
-        save(tmp_path / "pool/1.png")
-        save(tmp_path / "data/z/1.png")
-        for name in "ba":
-            self.link(tmp_path / "data" / name, tmp_path / "pool")
-        assert labelled_paths(tmp_path / "data") == {"a/1.png": "a", "z/1.png": "z"}
-
-    def test_links_to_files_count_as_files(self, tmp_path):
-        save(tmp_path / "pool.png")
-        for name in ("a/1.png", "a/2.png", "b/1.png"):
-            self.link(tmp_path / "data" / name, tmp_path / "pool.png")
-        assert labelled_paths(tmp_path / "data") == {"a/1.png": "a", "a/2.png": "a", "b/1.png": "b"}
-
-    def test_a_broken_link_is_a_damaged_file_if_it_is_called_an_image(self, tmp_path):
-        save(tmp_path / "1.png")
-        self.link(tmp_path / "gone", tmp_path / "nowhere")
-        self.link(tmp_path / "loop", tmp_path / "loop")
-        assert labelled_paths(tmp_path) == {"1.png": None}
-        self.link(tmp_path / "2.png", tmp_path / "nowhere.png")
-        with pytest.raises(ItaeError, match=r"2\.png"):
-            load(tmp_path)
-        assert load(tmp_path, on_error="skip").skipped == [tmp_path / "2.png"]
+@pytest.mark.parametrize(("links", "added"), [
+    ({"data/c": "elsewhere"}, {"c/deep/1.png": "c"}),
+    ({"data/d": "elsewhere", "data/c": "elsewhere"}, {"c/deep/1.png": "c"}),  # the first link counts
+    ({"data/a/2.png": "pool.png", "data/c/3.png": "pool.png"}, {"a/2.png": "a", "c/3.png": "c"}),  # links to files
+    ({"data/a/up": "data"}, {}),
+    ({"data/a/up": "data", "data/b/up": "data"}, {}),  # these span 2 ** 40 paths
+    ({"data/a/deep/up": "data", "data/up": "data"}, {}),
+    *(({f"data/{link}": "data/b"}, {}) for link in ("0", "c", "a/b", "a/deep/c")),  # an image belongs to its own folder
+    ({"data/gone": "nowhere", "data/loop": "data/loop"}, {}),
+])
+def test_links_are_followed_but_no_folder_is_read_twice(tmp_path, links, added):
+    for name in ("data/a/1.png", "data/b/1.png", "elsewhere/deep/1.png", "pool.png"):
+        save(tmp_path / name)
+    for link, target in links.items():
+        (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for folder in ("data", "link"):
+        assert labelled_paths(tmp_path / folder) == {"a/1.png": "a", "b/1.png": "b"} | added
 
 
 class TestDamagedFiles:
@@ -268,6 +236,12 @@ class TestDamagedFiles:
         assert dataset.targets.tolist() == [label for _, label in dataset] == [0, 1]
         assert dataset.skipped == [folder / "cat/0.png", folder / "cat/2.jpg"]
         assert dataset.split == "all (2 of 4 files, the others unreadable)"
+
+    def test_a_broken_link_is_a_damaged_file_if_it_is_called_an_image(self, folder):
+        (folder / "cat/2.png").symlink_to("nowhere.png")
+        with pytest.raises(ItaeError, match=r"cat/2\.png"):
+            load(folder)
+        assert load(folder, on_error="skip").skipped == [folder / "cat/2.png"]
 
     def test_a_limit_counts_readable_images(self, tmp_path):
         for number in range(6):

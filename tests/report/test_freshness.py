@@ -75,26 +75,14 @@ def test_the_contents_of_run_json(execute):
     assert set(mark["files"]) == {"01_first.ipynb", "results.json", "figures/cover.png", "figures/cover.pdf"}
 
 
-def edit_cell(notebook):
-    notebook.cells[-1].source += "\n"
-
-
-def edit_default(notebook):
-    notebook.cells[1].source += "new = 1\n"
-
-
-def edit_tag(notebook):
-    notebook.cells[-1].metadata["tags"] = ["hide"]
-
-
-def edit_other_metadata(notebook):
-    notebook.metadata["language_info"] = {"name": "python", "version": "3"}
-    notebook.cells[-1].metadata["scrolled"] = True
-    notebook.cells[-1].execution_count = 7
-
-
 @pytest.mark.parametrize(("edit", "expected"), [
-    (edit_cell, FIRST), (edit_default, FIRST), (edit_tag, FIRST), (edit_other_metadata, [])])
+    (lambda notebook: notebook.cells[-1].update(source="x = 1"), FIRST),
+    (lambda notebook: notebook.cells[1].update(source=PARAMETERS + "new = 1\n"), FIRST),
+    (lambda notebook: notebook.cells[-1].metadata.update(tags=["hide"]), FIRST),
+    (lambda notebook: notebook.cells[-1].metadata.update(scrolled=True), []),
+    (lambda notebook: notebook.cells[-1].update(execution_count=7), []),
+    (lambda notebook: notebook.metadata.update(language_info={"name": "python"}), []),
+], ids=["code", "default", "tag", "cell metadata", "count", "notebook metadata"])
 def test_an_edited_notebook_runs_again_alone(execute, tmp_path, edit, expected):
     assert ran(execute) == BOTH
     path = tmp_path / "nb" / "01_first.ipynb"

@@ -16,28 +16,14 @@ def defaults_of(folder: Path, cell: str) -> dict:
 
 def test_literals_of_all_kinds_are_read(tmp_path):
     """Papermill's own inspection fails on most of these."""
-    cell = '''\
-# a comment
-colour = "#fff"  # a sign in a string
-text = 'k=v'
-minus = -1.5e-3
-big = 1_000
-several = [
-    1,
-    2,
-]
-pair = (1, "two")
-table = {"a": {"b": None}}
-nothing = None
-sure = True
-typed: float | None = None
-joined = "a" "b"
-empty = ""
-'''
-    assert defaults_of(tmp_path, cell) == {
-        "colour": "#fff", "text": "k=v", "minus": -0.0015, "big": 1000, "several": [1, 2], "pair": (1, "two"),
-        "table": {"a": {"b": None}}, "nothing": None, "sure": True, "typed": None, "joined": "ab", "empty": "",
+    literals = {
+        "colour": ('"#fff"  # a sign in a string', "#fff"), "text": ("'k=v'", "k=v"), "minus": ("-1.5e-3", -0.0015),
+        "big": ("1_000", 1000), "several": ("[\n    1,\n    2,\n]", [1, 2]), "pair": ('(1, "two")', (1, "two")),
+        "table": ('{"a": {"b": None}}', {"a": {"b": None}}), "sure": ("True", True), "joined": ('"a" "b"', "ab"),
+        "typed: float | None": ("None", None), "empty": ('""', ""),
     }
+    cell = "# a comment\n" + "".join(f"{name} = {text}\n" for name, (text, _) in literals.items())
+    assert defaults_of(tmp_path, cell) == {name.partition(":")[0]: value for name, (_, value) in literals.items()}
 
 
 @pytest.mark.parametrize("cell", [

@@ -174,17 +174,6 @@ def test_a_dead_kernel_is_a_failure(notebooks):
     assert "the kernel died" in made.index.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"only": ["07"]}, "'07'"), ({"profile": "papier"}, "'papier'"), ({"parameters": {"seed": -1}}, "seed=-1"),
-    ({"output": "x\udcff"}, r"output='.*x\\udcff'"), ({"dataset": "imagefolder:nowhere"}, "nowhere"),
-])
-def test_bad_input_is_refused_before_anything_is_written(execute, tmp_path, options, message):
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ItaeError, match=message):
-        run(**options)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     """Write a report over a grid of two pairings, repeat it from its record, and collect the lines printed."""

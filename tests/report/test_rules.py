@@ -10,6 +10,19 @@ WHOLE = ("limit", "clusters", "image_size", "batch_size", "sample", "seeds", "n_
          "examples", "subset_seed")
 CHOICES = ("source", "attenuation", "preprocess", "precision", "pos_embed", "on_error", "device")
 
+INVALID = [
+    *((name, value) for name in WHOLE for value in (-1, 2**31, True, 2.5, "all", [1], {})),
+    ("limit", 0), ("clusters", 1), ("seed", None), ("examples", 25), ("batch_size", 0), ("seeds", None),
+    *((name, value) for name in CHOICES for value in ("nonsense", None, 3, ["key"])), ("device", "cuda:x"),
+    ("alpha", 2), ("alpha", 0), ("alpha", float("nan")), ("alpha", True),
+    ("threshold", -1.0), ("threshold", "much"), ("threshold", None), ("threshold", float("inf")),
+    ("percents", [1, 0]), ("percents", ["1"]), ("percents", [1, 1.0]), ("percents", 5), ("percents", [[1]]),
+    ("sources", []), ("sources", [["key"]]), ("sources", ["key", "key"]), ("sources", "key"),
+    ("attenuations", ["min", "max"]), ("backbones", [1]), ("backbones", ["a", "a"]), ("normalize", 1),
+    ("options", []), ("options", {1: 2}), ("checkpoint", 3), ("store", 1),
+    ("dask", 2), ("dask", "local:0"), ("dask", "local:many"), ("dask", ""), ("backbone", None),
+]
+
 
 @pytest.mark.parametrize("parameters", [
     {"unknown": "thing"},
@@ -30,18 +43,7 @@ def test_every_parameter_of_the_notebooks_has_a_rule_that_its_default_meets():
         check_options(step.notebook.defaults.get("options", {}), RULES)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    *((name, value) for name in WHOLE for value in (-1, 2**31, True, 2.5, "all", [1], {})),
-    ("limit", 0), ("clusters", 1), ("seed", None), ("examples", 25), ("batch_size", 0), ("seeds", None),
-    *((name, value) for name in CHOICES for value in ("nonsense", None, 3, ["key"])), ("device", "cuda:x"),
-    ("alpha", 2), ("alpha", 0), ("alpha", float("nan")), ("alpha", True),
-    ("threshold", -1.0), ("threshold", "much"), ("threshold", None), ("threshold", float("inf")),
-    ("percents", [1, 0]), ("percents", ["1"]), ("percents", [1, 1.0]), ("percents", 5), ("percents", [[1]]),
-    ("sources", []), ("sources", [["key"]]), ("sources", ["key", "key"]), ("sources", "key"),
-    ("attenuations", ["min", "max"]), ("backbones", [1]), ("backbones", ["a", "a"]), ("normalize", 1),
-    ("options", []), ("options", {1: 2}), ("checkpoint", 3), ("store", 1),
-    ("dask", 2), ("dask", "local:0"), ("dask", "local:many"), ("dask", ""), ("backbone", None),
-])
+@pytest.mark.parametrize(("name", "value"), INVALID)
 def test_invalid_values_are_refused_by_name_as_parameter_and_as_option(name, value):
     for parameters in [{name: value}, {"options": {name: value}}][:1 if name == "options" else 2]:
         with pytest.raises(ItaeError, match=re.escape(f"{name}={value!r}")) as refused:
