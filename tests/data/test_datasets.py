@@ -152,7 +152,7 @@ class TestImageFolder:
         assert [path.name for path in dataset.images] == ["a.png", "b.png"]
         assert [label for _, label in dataset] == [-1, -1]
 
-    def test_the_class_is_the_top_folder_and_other_files_hidden_files_and_empty_folders_do_not_count(self, tmp_path):
+    def test_images_belong_to_the_top_folder_and_other_files_are_ignored(self, tmp_path):
         images = {"cat/siam/young/1.png": "cat", "cat/2.png": "cat", "dog/poodle/3.png": "dog"}
         for name in (*images, ".thumbnails/2.png", "cat/._1.png"):
             save(tmp_path / name)
@@ -161,7 +161,7 @@ class TestImageFolder:
         assert labelled_paths(tmp_path) == images
 
     @pytest.mark.parametrize("folder", ["data", "~/data"])
-    def test_relative_paths_start_at_the_working_directory_and_home_is_expanded(self, tmp_path, monkeypatch, folder):
+    def test_paths_may_be_relative_or_below_home(self, tmp_path, monkeypatch, folder):
         save(tmp_path / "data/1.png")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -120,7 +120,7 @@ def test_clustering_compares_all_kinds_of_features(case):
     assert (itae == baseline) == (not case.planted)
 
 
-def test_clustering_shows_clusters_if_there_are_no_labels_and_expected_results_for_the_demo_on_digits(case):
+def test_clustering_shows_the_figures_and_expected_results_of_the_case(case):
     text, expected = case.text(NAMES[2]), case.planted and case.labelled
     assert (RECOVERED in text, "has expected results" in text) == (expected, not expected)
     figures = ["scores", "tsne", "confusion"] if case.labelled else ["scores", "clusters_baseline"]

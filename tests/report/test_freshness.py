@@ -100,7 +100,7 @@ def test_another_parameter_runs_the_notebooks_that_take_it(execute, tmp_path):
     assert ran(execute) == BOTH, "only the last run is stored"
 
 
-def test_store_workers_and_processes_do_not_decide_but_other_options_do(execute, tmp_path):
+def test_store_and_workers_do_not_decide_but_other_options_do(execute, tmp_path):
     for notebook in ("01_first", "03_scores"):
         write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "options = {}\n")
     assert ran(execute) == BOTH
@@ -166,7 +166,7 @@ def test_a_downloaded_data_set_is_identified_by_its_files(execute, tmp_path):
     assert ran(execute, dataset="cifar10") == BOTH
 
 
-def test_inputs_that_change_during_a_run_leave_it_unfinished(execute, tmp_path):
+def test_a_run_whose_inputs_change_is_repeated(execute, tmp_path):
     write_images(tmp_path / "pictures", "1.png", "2.png")
     count = iter(range(3, 9))
     execute.during = lambda parameters: write_images(tmp_path / "pictures", f"{next(count)}.png")
