@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from pyarrow import parquet
 
 import itae_utils
 from itae_utils import cli
@@ -154,47 +155,44 @@ def picture(tmp_path):
     return tmp_path / "a.png"
 
 
-def arrays_of(path):
-    with np.load(path) as arrays:
-        return {name: arrays[name] for name in arrays}
+def read_features(path):
+    """Return the arrays of a feature file by name, and its settings."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            arrays = dict(file)
+        return arrays, json.loads(str(arrays.pop("about")))
+    columns = pd.read_parquet(path)
+    arrays = {name: np.stack(columns[name]) for name in columns}
+    return arrays, json.loads(parquet.read_schema(path).metadata[b"about"])
 
 
 class TestExtract:
-    def test_npz(self, tmp_path):
-        path = tmp_path / "new" / "features.npz"
-        result = run("extract", "--limit", 60, "--batch-size", 7, "--threshold", "2.5", "--source", "query",
+    @pytest.mark.parametrize(("suffix", "source", "threshold"), [
+        ("npz", "key", "auto"), ("parquet", "key", "auto"), ("npz", "value", 9)])
+    def test_the_file_holds_features_labels_and_settings(self, tmp_path, suffix, source, threshold):
+        path = tmp_path / "new" / f"features.{suffix}"
+        result = run("extract", "--limit", 60, "--batch-size", 7, "--threshold", threshold, "--source", source,
                      "--output", path)
         assert result.exit_code == 0, result.output
-        assert [each.name for each in path.parent.iterdir()] == ["features.npz"]
+        assert list(path.parent.iterdir()) == [path]
         backbone, dataset = load_backbone("demo"), load_dataset("digits", limit=60)
-        variants = {"baseline": None, "itae": ITAE(source="query", threshold=2.5)}
-        expected, found = extract_features(backbone, dataset, variants, batch_size=7, store=None), arrays_of(path)
-        assert set(found) == {"about", "baseline", "itae", "targets"}
+        variants = {"baseline": None, "itae": ITAE(source=source, threshold=threshold)}
+        expected = extract_features(backbone, dataset, variants, batch_size=7, store=None)
+        found, about = read_features(path)
+        assert set(found) == {*variants, "targets"}
         for name in variants:
-            np.testing.assert_array_equal(found[name], expected[name])
+            np.testing.assert_array_equal(found[name], expected[name], strict=True)
         np.testing.assert_array_equal(found["targets"], dataset.targets)
-        about = json.loads(str(found["about"]))
-        assert about["thresholds"] == {"baseline": [], "itae": [2.5]}
+        assert np.abs(found["baseline"] - found["itae"]).max() > 0.01
+        assert about["thresholds"] == {name: list(expected.thresholds[name]) for name in variants}
         assert about["weights_sha256"] == backbone.weights_sha256
         assert (about["classes"], about["split"], about["batch_size"]) == (dataset.classes, dataset.split, 7)
-
-    def test_parquet_with_a_fitted_threshold(self, tmp_path):
-        for name in ("features.parquet", "features.npz"):
-            assert run("extract", "--limit", 60, "--output", tmp_path / name).exit_code == 0
-        table, arrays = pd.read_parquet(tmp_path / "features.parquet"), arrays_of(tmp_path / "features.npz")
-        for name in ("baseline", "itae"):
-            np.testing.assert_array_equal(np.stack(table[name]), arrays[name])
-            assert np.stack(table[name]).dtype == np.float32
-        assert list(table["targets"]) == arrays["targets"].tolist()
-        (threshold,) = json.loads(str(arrays["about"]))["thresholds"]["itae"]
-        assert threshold > 0
-        assert np.abs(arrays["baseline"] - arrays["itae"]).max() > 0.01
 
     def test_without_labels(self, picture):
         output = picture.with_name("features.npz")
         result = run("extract", "--dataset", f"imagefolder:{picture.parent}", "--threshold", 1, "--output", output)
         assert result.exit_code == 0, result.output
-        assert set(arrays_of(output)) == {"about", "baseline", "itae"}
+        assert set(read_features(output)[0]) == {"baseline", "itae"}
 
     def test_a_full_disk_leaves_no_file(self, tmp_path, monkeypatch):
         def savez(file, **_arrays):
