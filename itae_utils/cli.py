@@ -42,7 +42,7 @@ def errors_in_one_line() -> Iterator[None]:
         if error.errno == errno.EPIPE:  # the reader has gone; click handles it
             raise
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
-        raise Failure(" ".join(message.split()), 1) from error
+        raise Failure(" ".join(message.split()), 2 if error.errno == errno.ENAMETOOLONG else 1) from error
     except KeyboardInterrupt as interrupt:
         raise Failure("interrupted", 130) from interrupt
 

@@ -77,7 +77,10 @@ def read_results(path: str | Path) -> dict:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ItaeError(f"{path} can't be read as results ({type(error).__name__}): run its notebook again") from error
-    check_results(results)
+    try:
+        check_results(results)
+    except ItaeError as error:
+        raise ItaeError(f"{path}: {error}") from error
     return results
 
 

@@ -93,7 +93,7 @@ def bad_commands(folder: Path) -> Iterator[list[str]]:
         yield from (["report", option, word] for option in ("--profile", "--backbone", "--dataset", "--only"))
         yield from (["report", "-p", word, "3"], ["report", f"--{word}"], [*EXTRACT, "--dataset", word],
                     ["report", "--dataset", f"imagefolder:{word}"])
-    yield from (["inspect", word] for word in words)
+    yield from (["inspect", word] for word in [*words, "z" * 5000])
     yield from (["report", *options] for options in (*NAMES, *REPORT))
     yield from ([*EXTRACT, *options] for options in (*NAMES, *EXTRACTIONS))
     yield from (["inspect", *options] for options in INSPECTIONS)

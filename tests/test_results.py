@@ -87,7 +87,7 @@ def test_unreadable_and_missing_files_are_refused(tmp_path, text):
     path = tmp_path / "results.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    with pytest.raises(ItaeError):
+    with pytest.raises(ItaeError, match=re.escape(str(path))):
         results.read_results(path)
 
 
