@@ -26,7 +26,7 @@ UNCHANGED = "Nothing was attenuated, so ITAE equals the baseline"
 
 
 def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
-    """Return every image, resized to a square of `size` pixels per side, at most 32, as a row of intensities in [0, 1].
+    """Return one row of pixel values in [0, 1] per image, resized to side × side pixels, side = min(size, 32).
 
     The array is float32, (n, side · side · 3); (n, side · side) if all images are grey, which gives the same clusters.
 
@@ -63,10 +63,11 @@ def score_variants(
     features: Mapping[str, np.ndarray], targets: np.ndarray | None, *, seeds: Sequence[int], n_init: int = 1,
     normalize: bool = True, store: str | Path | Store | None = "auto",
 ) -> pd.DataFrame:
-    """Return k-means scores of every variant, or, without targets, the distance of its features to the baseline's.
+    """Return the k-means scores of each variant. Without targets, return its mean cosine distance to the baseline.
 
-    The columns are variant, seed, acc, nmi, ari; or variant, seed (0), change. `features` are (n, dim) by variant, with
-    "baseline" among them if there are no targets. The other arguments are as for `remembered.clusters`.
+    The columns are variant, seed, acc, nmi and ari. Without targets they are variant, seed (always 0) and
+    change. `features` are (n, dim) by variant, with "baseline" among them if there are no targets. The other
+    arguments are as for `remembered.clusters`.
     """
     if targets is None:
         return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
@@ -119,7 +120,7 @@ def difference_table(
 
 
 def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Return the share of each class in its matched cluster, from clusters (seeds, n); 0 for classes without a match.
+    """Return the share of each class that is in its matched cluster (seeds, n); a class without a match has 0.
 
     The table has one row per seed and one column per class.
     """
@@ -132,25 +133,25 @@ def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 
 
 def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int = NEIGHBOURS) -> float:
-    """Return the share of the nearest neighbours of each point (n, d) that are of its class."""
+    """Return the share of nearest neighbours with the same class as the point, averaged over all points (n, d)."""
     neighbours = min(neighbours, len(points) - 1)
     nearest = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors(return_distance=False)
     return float((targets[nearest] == targets[:, None]).mean())
 
 
-RECOVERED = "ITAE recovers at least 80 % of that cost"
+RECOVERED = "ITAE recovers at least 80 % of the ACC lost by planting"
 BENCH_TARGETS: dict[str, Callable[[float], str]] = {  # with the format of the measured value
     "demo-clean beats raw pixels by at least 0.08 ACC": "{:+.3f}".format,
     "planting the artifacts costs at least 0.08 ACC": "{:+.3f}".format,
     "the precision of the detection is at least 0.99": "{:.4f}".format,
     "the recall of the detection is at least 0.99": "{:.4f}".format,
     RECOVERED: percent,
-    "the random control recovers less than 20 %": percent,
+    "the random control recovers less than 20 % of it": percent,
 }
 
 
 def bench_targets(acc: Mapping[str, float], found: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
-    """Return the results that are expected of demo on digits with the measured values; `bench_table` formats them.
+    """Compare measured with expected results for the backbone `demo` on digits; `bench_table` formats the table.
 
     `acc` is the mean ACC of "raw pixels", "baseline" (demo), "demo-clean", "itae" and "random control"; `found` and
     `truth` are the detected and the planted artifacts (bool, of one shape). The columns are measured (NaN if that is

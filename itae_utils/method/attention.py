@@ -40,8 +40,8 @@ def attenuated_logits(logits: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
 
     Args:
         logits: (B, H, Q, T), scaled, after any q/k norm. The last N of the T tokens are the patches.
-        artifacts: (B, N) bool, the same for all rows, or (B, Q, N), one set per row. A single row of logits is repeated
-            for each set.
+        artifacts: bool; (B, N) is one set for all rows, (B, S, N) one set per row. If Q is 1, the single row is used
+            with each of the S sets, and the result has S rows.
         itae: the setting; only `attenuation` and `alpha` are read.
     """
     num_prefix_tokens = logits.shape[-1] - artifacts.shape[-1]
@@ -72,7 +72,8 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
               first_image: int = 0) -> Iterator[nn.Module]:
     """Apply the method to every forward pass of a stock model until the context is left.
 
-    In each edited block, the rows of the concatenated heads are replaced before the output projection. The model's own
+    In each edited block, the attention output of the `[CLS]` query (with rows="all", of every query) is recomputed with
+    the edited logits and replaced before the output projection. The model's own
     attention stays fused, and its weights and code are not changed. Images without artifacts keep the model's result
     to the bit. Gradients are recorded as usual. Contexts can be nested: only the innermost acts.
 
@@ -82,14 +83,15 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
         itae: the setting, with numeric thresholds.
         truth: needed by select="oracle": the rule of a planted backbone, or the true artifacts (B, N) of the next
             batch.
-        first_image: number of the next image in its data set. The random control depends on it and counts on from
-            there.
+        first_image: index, in the data set, of the first image of the next batch; later images are numbered
+            consecutively. The random control depends on these indices.
 
     Yields:
         The model.
 
     Raises:
-        ItaeError: unsupported model, threshold "auto", more blocks than the model has, or "oracle" without `truth`.
+        ItaeError: an unsupported model, `itae` is not a setting, threshold "auto", more blocks than the model has, or
+            an oracle without `truth` or before the artifacts appear.
     """
     vit = adapt(model)
     if not isinstance(itae, ITAE):
@@ -137,7 +139,7 @@ class _RowEditor:
     block: int                     # its index
     num_prefix_tokens: int
     truth: CapturedTruth
-    next_image: int                # number of the next image in its data set
+    next_image: int                # index of the next image in the data set
     is_active: Callable[[], bool]  # whether this editor's context is the innermost
 
     def __call__(self, qkv: QKV, x: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class _RowEditor:
         for rows in self._row_chunks(k):
             logits = attenuated_logits(scaled_logits(q[:, :, rows], k), artifacts, self.itae)
             new = (logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2).to(x.dtype)
-            del logits  # or two chunks would be in memory while the next one is computed
+            del logits  # free this chunk before the next one is computed
             edited[:, rows] = torch.where(has_artifacts, new, x[:, rows])
         return edited
 
@@ -186,7 +188,7 @@ def attention_map(model: nn.Module, images: Tensor, block: int = -1, *, itae: IT
         (B, rows, columns) for "mean", (B, H, rows, columns) for "each"; float32.
 
     Raises:
-        ItaeError: as `attenuate`, an unknown block or value of `heads`, or images of a wrong size.
+        ItaeError: the errors of `attenuate`, a block that does not exist, an unknown `heads`, or a wrong image size.
     """
     if heads not in ("mean", "each"):
         raise ItaeError(f"heads={heads!r} is not known: use 'mean' or 'each'")

@@ -12,7 +12,7 @@ from itae_utils.errors import ItaeError
 from itae_utils.method.setting import ATTENUATIONS, SOURCES
 from itae_utils.models.registry import POS_EMBEDS, PRECISIONS, PREPROCESSING
 
-LARGEST = 2**31 - 1  # no seed and no number of anything is larger
+LARGEST = 2**31 - 1  # upper limit of every seed and count
 MOST_EXAMPLES = 24   # more pictures in a row are too small to see
 
 
@@ -77,7 +77,7 @@ RULES: dict[str, Rule] = {
     "attenuations": _some_of(ATTENUATIONS),
     "alpha": Rule(lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1, both excluded"),
     "percents": Rule(lambda value: _is_list(value) and all(_is_number(each) and 0 < each < 100 for each in value)
-                     and len(set(value)) == len(value), "a list of different numbers between 0 and 100"),
+                     and len(set(value)) == len(value), "a list of different numbers between 0 and 100, both excluded"),
     "sample": _whole(1),
     "examples": _whole(1, highest=MOST_EXAMPLES),
     "clusters": _whole(2, None),
@@ -109,12 +109,12 @@ RULES: dict[str, Rule] = {
     "kmeans_seed": SEED_OR_NULL,
 }
 
-# Options of every notebook that loads images, with their defaults. A seed of None is the notebook's `seed`.
+# Options of every notebook that loads images, with their defaults. A seed that is None is the parameter `seed`.
 OPTIONS: dict[str, object] = {
     "checkpoint": None,       # local weights instead of a download
     "image_size": None,       # pixels per side; None is the backbone's default
     "preprocess": "resize",   # or "meta-eval": short side to 8/7 of the size, centre crop
-    "pos_embed": "auto",      # whose rule resizes the position embedding: "meta", "timm", or by the checkpoint
+    "pos_embed": "auto",      # how the position embedding is resized: "meta" or "timm"; auto by the model
     "precision": "auto",      # "fp32" or "bf16"
     "device": "auto",         # "cpu", "cuda" or "cuda:1"
     "on_error": "raise",      # "skip" leaves out unreadable files of a folder
@@ -122,9 +122,9 @@ OPTIONS: dict[str, object] = {
     "num_workers": "auto",    # processes that load images
     "store": "auto",          # where features are stored: a folder, a URL, or "none"
     "dask": "auto",           # a scheduler's address, or "local:N" for N processes
-    "subset_seed": None,      # of the images that `limit` draws
-    "threshold_seed": None,   # of the images that θ is fitted on
-    "control_seed": None,     # of the random control
+    "subset_seed": None,      # seed of the subset that `limit` selects
+    "threshold_seed": None,   # seed of the sample that θ is fitted on
+    "control_seed": None,     # seed of the random control
     "kmeans_seed": None,      # the first seed of k-means
 }
 # These change where and how fast things are computed, not the results: they are not recorded.
@@ -132,14 +132,14 @@ UNRECORDED = ("store", "dask", "num_workers")
 
 
 def check_values(parameters: Mapping[str, object], origin: str = "") -> None:
-    """Validate the values of parameters and of `options` among them; names without a rule are accepted.
+    """Validate parameters and the options in `parameters["options"]`; names without a rule take any value.
 
     Args:
         parameters: values by name.
         origin: where they come from, such as "profile paper"; put before the message.
 
     Raises:
-        ItaeError: names the parameter, its value and the valid ones.
+        ItaeError: a value is not valid; the message names the parameter, the value and the valid values.
     """
     prefix = f"{origin}: " if origin else ""
     for name, value in {**parameters, **_options(parameters)}.items():
@@ -152,7 +152,7 @@ def check_options(options: Mapping[str, object], known: Mapping[str, object], or
     """Refuse options that do not exist.
 
     Raises:
-        ItaeError: names the closest ones.
+        ItaeError: an option does not exist; the message suggests similar names.
     """
     for name in options:
         if name not in known:
@@ -161,11 +161,11 @@ def check_options(options: Mapping[str, object], known: Mapping[str, object], or
 
 
 def check_encoding(name: str, value: object) -> None:
-    """Refuse text that is not UTF-8, as the names of files may be: no notebook can hold it."""
+    """Refuse text that can't be encoded as UTF-8, such as some file names: a notebook can't store it."""
     try:
         str(value).encode()
     except UnicodeEncodeError as error:
-        raise ItaeError(f"{name}={value!r} is not UTF-8: give such a file or folder another name") from error
+        raise ItaeError(f"{name}={value!r} can't be encoded as UTF-8: rename the file or folder") from error
 
 
 def recorded(parameters: Mapping[str, object]) -> dict[str, object]:

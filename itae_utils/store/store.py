@@ -71,7 +71,7 @@ class ArrayKind:
 
 @dataclass(frozen=True)
 class Store:
-    """A store by its place; nothing is read or created before it is used.
+    """A feature store at `place`, which is opened when it is first used.
 
     Attributes:
         place: a folder, an fsspec URL, or None for memory that belongs to this object and is freed with it.
@@ -94,7 +94,7 @@ class Store:
 
     @cached_property
     def zarr(self) -> zarr.abc.store.Store:
-        """The store as zarr opens it.
+        """The zarr store object.
 
         Raises:
             ItaeError: the place is a file, or a URL of a kind that doesn't exist or isn't installed.
@@ -158,7 +158,7 @@ class Store:
 
     def remembered(self, kind: str, key: Mapping[str, object],
                    compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return the arrays that `compute` returns, by name; they are stored, and read from the store the next time.
+        """Return the arrays of `compute` by name. The first call stores them; later calls read them from the store.
 
         `key` holds everything that decides a result of this kind, in JSON's types. A damaged result is computed again.
         A result that can't be stored is returned nevertheless.
@@ -173,7 +173,7 @@ class Store:
             pass
         except ItaeError:
             raise
-        except Exception as error:  # also an error of the system: the result can be computed without the store
+        except Exception as error:  # OSError too: the result can be computed without the store
             self._log_damage(path, error)
         arrays = {name: np.asarray(array) for name, array in compute().items()}
         buffer = io.BytesIO()
@@ -200,10 +200,10 @@ class Store:
 
     @contextmanager
     def logging_damage(self, name: str) -> Iterator[None]:
-        """Log the errors of damaged files, of which zarr and its codecs raise many kinds, and end the block there."""
+        """Log and suppress every error but OSError and ItaeError: zarr raises many kinds for damaged files."""
         try:
             yield
-        except (OSError, ItaeError):  # the system's errors are no damage
+        except (OSError, ItaeError):  # an OSError does not mean that the file is damaged
             raise
         except Exception as error:
             self._log_damage(name, error)
@@ -213,11 +213,11 @@ class Store:
                     in_one_line(error))
 
     def reading(self) -> AbstractContextManager[None]:
-        """Turn the system's errors, such as a missing permission, into an `ItaeError`."""
+        """Turn an OSError, such as a missing permission, into an `ItaeError`."""
         return self._access("read")
 
     def writing(self) -> AbstractContextManager[None]:
-        """Turn the system's errors, such as a full disk, into an `ItaeError`."""
+        """Turn an OSError, such as a full disk, into an `ItaeError`."""
         return self._access("written")
 
     @contextmanager
