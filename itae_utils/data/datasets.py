@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from itae_utils.data.download import Archive, fetch, one_at_a_time, unpack
-from itae_utils.data.folders import Contents, image_folder, open_image, read_folder, readable
+from itae_utils.data.folders import Contents, image_folder, read_folder, readable
+from itae_utils.data.images import open_image
 from itae_utils.environment import data_folder
 from itae_utils.errors import ItaeError, unknown_name
 

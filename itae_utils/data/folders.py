@@ -1,4 +1,4 @@
-"""Image folders: find the files, check and open them."""
+"""Image folders: find the files, and check that they can be read."""
 
 from __future__ import annotations
 
@@ -8,47 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from itae_utils.data.images import check_header, image_suffixes, open_image
 from itae_utils.errors import ItaeError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
-
 Contents = tuple[Sequence, np.ndarray | None, list[str] | None]  # images (arrays or paths), targets, classes
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open an image file as RGB: upright by its EXIF data, without transparency, 16-bit grey scaled to 8 bits.
-
-    Raises:
-        ItaeError: the file cannot be decoded; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow would clip these at 255, to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise ValueError(f"mode {image.mode} has no known range, save it with 8 bits")
-            # via RGBA, because Pillow warns about palettes with transparency
-            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many types
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ItaeError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ItaeError(f"can't read the image {path} ({reason}): repair or remove it, or leave out unreadable files with "
-                     "on_error='skip' (in a report: -p on_error skip)")
-
-
-def check_header(path: Path) -> None:
-    """Raise an `ItaeError` that names the file if its header shows that it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except Exception as error:  # as in open_image
-        raise _unreadable(path, error) from error
 
 
 def readable(
@@ -96,9 +60,10 @@ def read_folder(folder: Path) -> Contents:
     if not folder.is_dir():
         raise ItaeError(f"the image folder {folder} {'is a file' if folder.exists() else 'does not exist'}: "
                         "give a folder of class folders, or of images")
-    paths = [path for path in _files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    suffixes = image_suffixes()
+    paths = [path for path in _files_below(folder) if path.suffix.lower() in suffixes]
     if not paths:
-        raise ItaeError(f"the image folder {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ItaeError(f"the image folder {folder} holds no image ({', '.join(sorted(suffixes))})")
     paths.sort(key=lambda path: path.relative_to(folder).parts)
     loose = [path for path in paths if path.parent == folder]
     if len(loose) == len(paths):
