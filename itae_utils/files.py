@@ -13,16 +13,19 @@ from pathlib import Path
 from itae_utils.errors import ItaeError
 
 PACKAGE = Path(str(resources.files("itae_utils")))  # an ordinary folder: the package does not run from a zip
+OUTPUT_MARK = ".itae-output"  # an empty file in a folder that a report writes to: image folders leave such folders out
 
 
-def make_folder(folder: str | Path) -> Path:
-    """Make `folder` and its parents if they are missing.
+def make_folder(folder: str | Path, *, mark: bool = False) -> Path:
+    """Make `folder` and its parents if they are missing; with `mark`, also an empty file `OUTPUT_MARK` in it.
 
     Raises:
-        ItaeError: the folder can't be made.
+        ItaeError: the folder can't be made or written.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if mark:
+            (Path(folder) / OUTPUT_MARK).touch()
     except OSError as error:
         raise ItaeError(f"output folder {str(folder)!r} can't be made ({error.strerror}): choose another") from error
     return Path(folder)

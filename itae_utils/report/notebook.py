@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.data.datasets import load_dataset
 from itae_utils.figures.style import save
+from itae_utils.files import make_folder
 from itae_utils.models.backbones import Backbone, load_backbone
 from itae_utils.report.parameters import notebooks_folder, read_notebook
 from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, recorded
@@ -33,6 +34,7 @@ def start(name: str, namespace: Mapping[str, object]) -> NotebookRun:
     file = notebooks_folder() / f"{name}.ipynb"
     known = read_notebook(file).options if file.is_file() else OPTIONS | options
     check_options(options, known)
+    make_folder(Path(str(parameters["output_dir"])) / "figures", mark=True)  # before images beside it are listed
     return NotebookRun(name, parameters, known | options)
 
 
