@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from IPython.display import Markdown, display
@@ -10,12 +11,16 @@ from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
 from itae_utils.data.datasets import load_dataset
+from itae_utils.errors import ItaeError
 from itae_utils.figures.style import save
 from itae_utils.files import make_folder
 from itae_utils.models.backbones import Backbone, load_backbone
-from itae_utils.report.parameters import notebooks_folder, read_notebook
-from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, recorded
+from itae_utils.report.parameters import notebooks_folder, read_code, read_notebook
+from itae_utils.report.rules import (
+    DATASET_OPTIONS, MODEL_OPTIONS, OPTIONS, RULES, check_options, check_values, closest, recorded)
 from itae_utils.results import provenance, write_results
+
+USED_BY_RUN = ("backbone", "dataset", "limit", "seed", "options", "output_dir")  # parameters that no cell has to read
 
 
 def start(name: str, namespace: Mapping[str, object]) -> NotebookRun:
@@ -26,7 +31,7 @@ def start(name: str, namespace: Mapping[str, object]) -> NotebookRun:
         namespace: `globals()` after the parameters cell.
 
     Raises:
-        ItaeError: names the first parameter that is not valid, or an option that does not exist.
+        ItaeError: names the first parameter that is not valid, or a parameter or option that does not exist.
     """
     parameters = {name: namespace[name] for name in RULES if name in namespace}
     check_values(parameters)
@@ -34,8 +39,53 @@ def start(name: str, namespace: Mapping[str, object]) -> NotebookRun:
     file = notebooks_folder() / f"{name}.ipynb"
     known = read_notebook(file).options if file.is_file() else OPTIONS | options
     check_options(options, known)
+    if file.is_file():
+        check_assigned(namespace.get("In", ())[:-1], file, known)
     make_folder(Path(str(parameters["output_dir"])) / "figures", mark=True)  # before images beside it are listed
     return NotebookRun(name, parameters, known | options)
+
+
+def check_assigned(cells: Sequence[str], file: Path, options: Iterable[str]) -> None:
+    """Refuse a name that the parameters cell assigns and the notebook does not use, such as a misspelt parameter.
+
+    Args:
+        cells: the code that was run before, in order; parameters are assigned in the last cells that only assign.
+        file: of the notebook.
+        options: that it takes.
+
+    Raises:
+        ItaeError: names it, and the closest parameters, or the option of that name.
+    """
+    assigned: set[str] = set()
+    for code in reversed(cells):
+        if names := _only_assigned(code):
+            assigned |= names
+        elif assigned:
+            break
+    read, written = set(), set()
+    for node in (node for code in read_code(file) for node in ast.walk(_parsed(code)) if isinstance(node, ast.Name)):
+        (read if isinstance(node.ctx, ast.Load) else written).add(node.id)
+    parameters = set(USED_BY_RUN) | (read - written)
+    for name in sorted(assigned - parameters):
+        if name in options:
+            raise ItaeError(f"{name!r} is an option: write options = {{{name!r}: …}}")
+        known = parameters & set(RULES)
+        close = closest(name, {*known, *options}, otherwise=known)
+        raise ItaeError(f"the notebook has no parameter {name!r}: did you mean {close}?")
+
+
+def _only_assigned(code: str) -> set[str]:
+    """Return the names that a cell assigns; none if it does anything else."""
+    targets = [target for line in _parsed(code).body for target in (
+        line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else [line])]
+    return {target.id for target in targets} if all(isinstance(target, ast.Name) for target in targets) else set()
+
+
+def _parsed(code: str) -> ast.Module:
+    try:
+        return ast.parse(code)
+    except SyntaxError:  # such as a magic command
+        return ast.Module([], [])
 
 
 class NotebookRun:
@@ -60,14 +110,14 @@ class NotebookRun:
         """Load the backbone and the data set that the parameters name."""
         parameters, options = self.parameters, self.options
         self.backbone = self.load_backbone(str(parameters["backbone"]), checkpoint=options["checkpoint"])
-        self.dataset = load_dataset(str(parameters["dataset"]), limit=parameters["limit"],
-                                    seed=self.seed("subset"), on_error=options["on_error"])
+        chosen = {name: options[name] for name in DATASET_OPTIONS if options[name] is not None}
+        self.dataset = load_dataset(str(parameters["dataset"]), limit=parameters["limit"], seed=self.seed("subset"),
+                                    **chosen)
         return self.backbone, self.dataset
 
     def load_backbone(self, name: str, **options: object) -> Backbone:
         """Load another backbone with the same image size, preprocessing, precision and device."""
-        same = {key: self.options[key] for key in ("image_size", "preprocess", "pos_embed", "precision", "device")}
-        return load_backbone(name, **same, **options)
+        return load_backbone(name, **{key: self.options[key] for key in MODEL_OPTIONS}, **options)
 
     def seed(self, of: str) -> int:
         """Return the seed of "subset", "threshold", "control" or "kmeans": its option, else the parameter `seed`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import yaml
 
 from itae_utils.errors import ItaeError
 from itae_utils.files import PACKAGE
-from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values
+from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, closest
 
 FREE_DEFAULTS = (None, "auto")  # defaults that mean "chosen for you" and have no type
 AXES = ("backbone", "dataset")  # the parameters that a profile's grid may list
@@ -135,6 +134,13 @@ def read_notebook(path: Path) -> Notebook:
     )
 
 
+def read_code(path: Path) -> list[str]:
+    """Return the code of a notebook's cells, except that of its parameters."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells
+            if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])]
+
+
 def _read_defaults(name: str, cells: list[dict]) -> dict[str, object]:
     tagged = [cell for cell in cells
               if cell["cell_type"] == "code" and "parameters" in cell["metadata"].get("tags", [])]
@@ -236,8 +242,7 @@ def _check(values: Mapping[str, object], notebooks: list[Notebook], origin: str)
             raise ItaeError(f"{origin}: output_dir is set by the report itself: use --output")
         if name not in known:
             where = ", ".join(notebook.key for notebook in notebooks)
-            hint = " or ".join(difflib.get_close_matches(str(name), known, n=3)) or ", ".join(sorted(known))
-            raise ItaeError(f"{origin}: no parameter {name!r} in notebook {where}: did you mean {hint}?")
+            raise ItaeError(f"{origin}: no parameter {name!r} in notebook {where}: did you mean {closest(name, known)}?")
     check_values(values, origin)
     for notebook in notebooks:
         placed = notebook.place(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from itae_utils.errors import ItaeError
@@ -57,8 +57,8 @@ def _some_of(choices: Sequence[str]) -> Rule:
                 f"a list of different values out of {', '.join(choices)}")
 
 
-TEXT = Rule(lambda value: isinstance(value, str), "text")
-TEXT_OR_NULL = Rule(lambda value: value is None or isinstance(value, str), "text, or null")
+TEXT = Rule(lambda value: isinstance(value, str) and value.strip() != "", "text that is not empty")
+TEXT_OR_NULL = Rule(lambda value: value is None or TEXT.allows(value), f"{TEXT.words}, or null")
 TEXTS = Rule(lambda value: _is_list(value) and all(isinstance(each, str) for each in value), "a list of names")
 FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
 SEED_OR_NULL = _whole(0, None)
@@ -98,6 +98,9 @@ RULES: dict[str, Rule] = {
     "device": Rule(lambda value: isinstance(value, str) and DEVICE.fullmatch(value) is not None,
                    "auto, cpu, cuda, cuda:1 or the like, or mps"),
     "on_error": _one_of(("raise", "skip")),
+    "split": TEXT_OR_NULL,
+    "image_column": TEXT_OR_NULL,
+    "label_column": TEXT_OR_NULL,
     "batch_size": _whole(1, "auto"),
     "num_workers": _whole(0, "auto"),
     "store": TEXT_OR_NULL,
@@ -113,11 +116,14 @@ RULES: dict[str, Rule] = {
 OPTIONS: dict[str, object] = {
     "checkpoint": None,       # local weights instead of a download
     "image_size": None,       # pixels per side; None is the backbone's default
-    "preprocess": "resize",   # or "meta-eval": short side to 8/7 of the size, centre crop
+    "preprocess": "resize",   # "meta-eval": short side to 8/7 of the size, centre crop; "pad": whole image, padded
     "pos_embed": "auto",      # how the position embedding is resized: "meta" or "timm"; auto by the model
     "precision": "auto",      # "fp32" or "bf16"
     "device": "auto",         # "cpu", "cuda" or "cuda:1"
     "on_error": "raise",      # "skip" leaves out unreadable files of a folder
+    "split": None,            # part of the data set; None is the test part, or all
+    "image_column": None,     # of a Hugging Face data set; None is found by its type
+    "label_column": None,
     "batch_size": "auto",     # images per batch
     "num_workers": "auto",    # processes that load images
     "store": "auto",          # where features are stored: a folder, a URL, or "none"
@@ -127,6 +133,8 @@ OPTIONS: dict[str, object] = {
     "control_seed": None,     # seed of the random control
     "kmeans_seed": None,      # the first seed of k-means
 }
+MODEL_OPTIONS = ("image_size", "preprocess", "pos_embed", "precision", "device")  # of `load_backbone`
+DATASET_OPTIONS = ("on_error", "split", "image_column", "label_column")  # of `load_dataset`
 # These change where and how fast things are computed, not the results: they are not recorded.
 UNRECORDED = ("store", "dask", "num_workers")
 
@@ -156,8 +164,14 @@ def check_options(options: Mapping[str, object], known: Mapping[str, object], or
     """
     for name in options:
         if name not in known:
-            close = " or ".join(difflib.get_close_matches(str(name), known, n=3)) or ", ".join(sorted(known))
-            raise ItaeError(f"{origin}: there is no option {name!r}: did you mean {close}?")
+            raise ItaeError(f"{origin}: there is no option {name!r}: did you mean {closest(name, known)}?")
+
+
+def closest(name: object, known: Iterable[str], otherwise: Iterable[str] | None = None) -> str:
+    """Return the known names that are similar to `name`, or else `otherwise`, by default all, as text for a question."""
+    known = list(known)
+    return (" or ".join(difflib.get_close_matches(str(name), known, n=3))
+            or ", ".join(sorted(known if otherwise is None else otherwise)))
 
 
 def check_encoding(name: str, value: object) -> None:

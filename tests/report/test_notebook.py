@@ -3,6 +3,7 @@ import pytest
 
 from itae_utils.errors import ItaeError
 from itae_utils.figures.style import ReportFigure
+from itae_utils.files import OUTPUT_MARK
 from itae_utils.report import notebook
 from itae_utils.report.parameters import find_notebooks, notebooks_folder
 from itae_utils.results import read_results
@@ -25,6 +26,37 @@ def test_parameters_are_validated_as_on_the_command_line(tmp_path, values, messa
     with pytest.raises(ItaeError, match=message) as refused:
         start(tmp_path, **values)
     assert "\n" not in str(refused.value)
+
+
+def run_cells(tmp_path, *cells, name="03_clustering"):
+    """Start a notebook after these cells, the last ones that were run, as IPython lists them."""
+    source = "".join(f"{key} = {value!r}\n" for key, value in (DEFAULTS[name] | {"output_dir": str(tmp_path)}).items())
+    before = ["", "import numpy as np", *(cell.replace("PARAMETERS", source) for cell in cells)]
+    namespace = {}
+    for cell in before:
+        exec(cell, namespace)
+    return notebook.start(name, namespace | {"In": [*before, "run = notebook.start()"]})
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_notebooks_own_parameters_are_known(tmp_path, name):
+    (tmp_path / "reports").mkdir()
+    run_cells(tmp_path, "PARAMETERS", "# Parameters\nseed: int = 3", name=name)
+
+
+@pytest.mark.parametrize(("cells", "message"), [
+    (["PARAMETERS\nlimt = 60"], "'limt'.* limit"), (["PARAMETERS", "# Parameters\nlimt = 60"], "'limt'.* limit"),
+    (["PARAMETERS\ndatset = 'stl10'", "print()"], "'datset'.* dataset"), (["PARAMETERS\nk = 5"], "'k'.* clusters"),
+    (["PARAMETERS\nbatch_size = 8"], r"'batch_size'.* options = \{'batch_size'"), (["PARAMETERS\nsample = 9"], "'sample'"),
+])
+def test_a_parameter_that_does_not_exist_is_refused_before_anything_is_written(tmp_path, cells, message):
+    with pytest.raises(ItaeError, match=message):
+        run_cells(tmp_path, *cells)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_an_earlier_run_of_the_cell_does_not_count(tmp_path):
+    run_cells(tmp_path, "PARAMETERS\nlimt = 60", "print()", "PARAMETERS")
 
 
 def test_options_have_defaults(tmp_path):
@@ -58,7 +90,7 @@ def test_results_hold_parameters_options_figures_and_provenance(tmp_path):
     found = read_results(tmp_path / "results.json")
     assert (found["notebook"], found["figures"]) == ("03_clustering", ["second", "first"])
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("first", "second") for kind in ("png", "pdf")}
+        OUTPUT_MARK, *(f"{name}.{kind}" for name in ("first", "second") for kind in ("png", "pdf"))}
     options, about = found["parameters"]["options"], found["provenance"]
     assert (found["parameters"]["limit"], options["device"]) == (20, "cpu")
     assert not {"store", "dask", "num_workers"} & set(options)
