@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,24 +15,27 @@ import numpy as np
 from PIL import Image
 
 from itae_utils.data.download import Archive, fetch, one_at_a_time, unpack
-from itae_utils.data.folders import Contents, image_folder, read_folder, readable
-from itae_utils.data.images import open_image
+from itae_utils.data.folders import Contents, image_folder, read_folder, readable, split_kind, take
+from itae_utils.data.huggingface import PREFIX, place_and_split, read_rows
+from itae_utils.data.images import open_image, shown
 from itae_utils.environment import data_folder
 from itae_utils.errors import ItaeError, unknown_name
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
     """A map-style data set of (PIL RGB image, int label) for torch's `DataLoader`; the label is -1 without labels.
 
     Attributes:
-        name: the name given to `load_dataset`.
+        name: the name of the data set, as `dataset_name` writes it.
         split: a description of the part of the data used, with its size.
         source: a description of where the images come from.
-        images: uint8 arrays (H, W) or (H, W, 3), or paths of files.
+        images: uint8 arrays (H, W) or (H, W, 3), paths of files, or contents of files.
         targets: (n,) int64, or None without labels.
         classes: the name of each label, or None without labels.
         skipped: unreadable files that were left out.
+        notes: sentences on what was chosen and what was left out.
+        names: the path of each file below the data set's folder, or None for images that are not files.
     """
 
     name: str
@@ -39,64 +44,150 @@ class ImageDataset:
     images: Sequence
     targets: np.ndarray | None
     classes: list[str] | None
-    skipped: list[Path] = field(default_factory=list)
+    skipped: list[Path | str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    names: list[str] | None = None
+
+    def __repr__(self) -> str:
+        labels = "no labels" if self.classes is None else f"{len(self.classes):,} classes"
+        return f"<ImageDataset {self.name}: {len(self):,} images, {labels}>"
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image = self.images[index]
-        image = open_image(image) if isinstance(image, Path) else Image.fromarray(image).convert("RGB")
+        image = open_image(image) if isinstance(image, (Path, bytes)) else Image.fromarray(image).convert("RGB")
         return image, -1 if self.targets is None else int(self.targets[index])
 
 
 def load_dataset(
-    name: str,
+    name: str | Path,
     *,
+    split: str | None = None,
     root: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> ImageDataset:
-    """Load the test split of one of `DATASETS`, downloading it on first use.
+    """Load one of `DATASETS`, a folder of images or a Hugging Face data set; downloads are made on first use.
 
     Args:
-        name: a key of `DATASETS`. `imagefolder:PATH` is a folder of class folders, or a flat folder of images; a flat
-            folder or a single class folder gives no labels.
+        name: a key of `DATASETS`; capitals, dashes and underscores do not matter. The path of a folder, or
+            `imagefolder:PATH`, reads class folders, or images without labels. `hf:NAME` or `hf:FOLDER` reads a data set
+            of the package `datasets`.
+        split: a split of a folder or a Hugging Face data set. By default the test split, else the validation split,
+            else the only one. The other data sets have one split.
         root: the folder for downloads, by default ITAE_DATA or ~/.cache/itae/data.
         limit: the largest number of images. The subset keeps the images' order and each class's share, to within one
             image.
         seed: seed of the random choice that `limit` makes.
         on_error: "skip" decodes every file first and leaves out unreadable ones, see `.skipped`. "raise" checks the
             headers first; a file that is damaged further on raises when it is decoded.
+        image_column: the column of images of a Hugging Face data set, needed if it has several.
+        label_column: the column of labels, likewise.
 
     Raises:
-        ItaeError: the name, limit or on_error is not valid; the folder is missing, holds no image, or holds images
-            beside class folders; an image is unreadable; a download fails.
+        ItaeError: an argument is not valid; the folder is missing, holds no image, or holds images beside class
+            folders; there is no such split or column; an image is unreadable; a download fails.
     """
     if on_error not in ("raise", "skip"):
         raise ItaeError(f"on_error={on_error!r} is not valid: use 'raise' or 'skip'")
     if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
         raise ItaeError(f"limit={limit!r} is not a number of images: use a whole number from 1, or None for all")
-    if name == "imagefolder:":
-        raise ItaeError(f"{name!r} lacks a folder: write imagefolder:PATH")
-    folder = image_folder(name)
-    if folder is None and name not in DATASETS:
-        raise unknown_name("data set", name, DATASETS, see="itae datasets")
-    info = DATASETS[name if folder is None else "imagefolder:PATH"]
-    images, targets, classes = info.read(folder or (data_folder() if root is None else Path(root).expanduser()))
-    skipped = []
-    if isinstance(images[0], Path):
-        images, targets, skipped = readable(images, targets, on_error)
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+        raise ItaeError(f"seed={seed!r} is not valid: use a whole number from 0")
+    for option, value in (("split", split), ("image_column", image_column), ("label_column", label_column)):
+        if not isinstance(value, str | None):
+            raise ItaeError(f"{option}={value!r} is not a name: give text")
+    if not isinstance(root, str | Path | None):
+        raise ItaeError(f"root={root!r} is not a folder: give a path")
+    name = dataset_name(name)
+    contents = _read(name, split, root, image_column, label_column)
+    images, targets, skipped, notes = contents.images, contents.targets, [], contents.notes
+    if isinstance(images[0], (Path, bytes)):
+        images, targets, unreadable, more = readable(images, targets, on_error)
+        skipped = [image if isinstance(image, Path) else image.name for image in unreadable]
+        notes += more
     left_out = f" of {len(images) + len(skipped):,} files, the others unreadable" if skipped else ""
-    split = f"{info.split} ({len(images):,}{left_out})"
+    info = _info(name)
+    split = f"{contents.split or info.split} ({len(images):,}{left_out})"
     if limit is not None and limit < len(images):
         chosen = _choose(len(images), targets, limit, seed)
-        images = images[chosen] if isinstance(images, np.ndarray) else [images[index] for index in chosen]
+        images = take(images, chosen)
         targets = None if targets is None else targets[chosen]
         split = f"{limit:,} of {split}, drawn with seed {seed}"
-    source = info.origin if folder is None else f"the folder {name.partition(':')[2]}"
-    return ImageDataset(name, split, source, images, targets, classes, skipped)
+    kind, _, place = name.partition(":")
+    source = {"imagefolder": f"the folder {place}", "hf": f"the Hugging Face data set {place}"}.get(kind, info.origin)
+    names = contents.folder and [shown(path.relative_to(contents.folder).as_posix()) for path in images]
+    return ImageDataset(name, split, source, images, targets, contents.classes, skipped, notes, names)
+
+
+def dataset_name(text: str | Path) -> str:
+    """Return the name of a data set in its one spelling: "cifar10" for "CIFAR-10", "imagefolder:PATH" for a folder.
+
+    Raises:
+        ItaeError: there is no such data set or folder, or both.
+    """
+    if not isinstance(text, str | Path) or not str(text):
+        raise ItaeError(f"{str(text)[:80]!r} ({type(text).__name__}) does not name a data set: give a name of `itae "
+                        "datasets`, or the path of a folder")
+    is_folder = os.path.isdir(os.path.expanduser(text))
+    if isinstance(text, Path):
+        return f"imagefolder:{image_folder(f'imagefolder:{text}')}"
+    kind, _, place = text.partition(":")
+    if kind.casefold() == "imagefolder":
+        if not place:
+            raise ItaeError(f"{text!r} lacks a folder: write imagefolder:PATH")
+        return f"imagefolder:{image_folder(f'imagefolder:{place}')}"
+    if kind.casefold() == "hf" and place:
+        place, split = place_and_split(f"{PREFIX}{place}")
+        place = os.path.abspath(place) if os.path.isdir(place) else place
+        return f"{PREFIX}{place}:{split}" if split else f"{PREFIX}{place}"
+    same = next((name for name in DATASETS if _plain(name) == _plain(text)), None)
+    if same and is_folder and text != same:
+        raise ItaeError(f"{text!r} is a folder and another spelling of {same}: write imagefolder:{text} or {same}")
+    if same and ":" not in same:
+        return same
+    if is_folder:
+        return f"imagefolder:{image_folder(f'imagefolder:{text}')}"
+    if os.path.exists(text) or text.startswith(("/", "~", ".")):
+        raise ItaeError(f"{text!r} is not a folder: give the path of a folder of images, or a name of `itae datasets`")
+    raise unknown_name("data set", text, DATASETS, see="itae datasets")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_\s]", "", name).casefold()
+
+
+def _info(name: str) -> DatasetInfo:
+    kind = name.partition(":")[0]
+    return next(info for key, info in DATASETS.items() if key.partition(":")[0] == kind)
+
+
+def _read(
+    name: str, split: str | None, root: str | Path | None = None, image_column: str | None = None,
+    label_column: str | None = None,
+) -> Contents:
+    """Return what the data set holds; `name` is from `dataset_name`."""
+    if name.startswith(PREFIX):
+        return read_rows(name, split, image_column, label_column)
+    _check_part(name, split, image_column=image_column, label_column=label_column)
+    if folder := image_folder(name):
+        return read_folder(folder, split)
+    return DATASETS[name].read(data_folder() if root is None else Path(root).expanduser())
+
+
+def _check_part(name: str, split: str | None, **columns: str | None) -> None:
+    """Refuse columns of a data set that has none, and a split that a data set of `DATASETS` does not have."""
+    for option, value in columns.items():
+        if value is not None:
+            raise ItaeError(f"{option}={value!r} is for Hugging Face data sets, not for {name}: leave it out")
+    info = DATASETS.get(name)
+    if info and split is not None and (split_kind(split) or split) != (split_kind(info.split) or info.split):
+        raise ItaeError(f"split={split!r} is not available for {name}: use {info.split!r}, or leave it out")
 
 
 def _choose(total: int, targets: np.ndarray | None, limit: int, seed: int) -> np.ndarray:
@@ -119,7 +210,7 @@ def _read_digits(_root: Path) -> Contents:
     digits = load_digits()
     # do not change this conversion: the demo backbone was trained on its output
     images = np.stack([np.round(image * (255 / 16)).astype(np.uint8) for image in digits.images])
-    return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+    return Contents(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])
 
 
 def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
@@ -138,7 +229,7 @@ def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
                 data = reader(root, **split, download=True)
     targets = data.labels if class_name == "STL10" else data.targets
     images = data.data.transpose(0, 2, 3, 1) if class_name == "STL10" else data.data
-    return images, np.asarray(targets, dtype=np.int64), list(data.classes)
+    return Contents(images, np.asarray(targets, dtype=np.int64), list(data.classes))
 
 
 def _read_tiny_imagenet(root: Path) -> Contents:
@@ -156,7 +247,8 @@ def _read_tiny_imagenet(root: Path) -> Contents:
     words = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
     ids, targets = np.unique([row[1] for row in rows], return_inverse=True)
     paths = [folder / "val/images" / row[0] for row in rows]
-    return paths, targets.astype(np.int64), [words[wordnet_id].split(",")[0] for wordnet_id in ids]
+    classes = [words[wordnet_id].split(",")[0] for wordnet_id in ids]
+    return Contents(paths, targets.astype(np.int64), classes, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -169,7 +261,7 @@ class DatasetInfo:
         split: the part of the data used.
         megabytes: size of the download; 0 if there is none.
         origin: a description of the source.
-        read: takes the download folder, or the user's; returns images, targets and class names.
+        read: takes the download folder, or the user's.
         unpacked: name of the unpacked folder below the download folder.
     """
 
@@ -178,7 +270,7 @@ class DatasetInfo:
     split: str
     megabytes: int
     origin: str
-    read: Callable[[Path], Contents]
+    read: Callable[..., Contents]
     unpacked: str | None = None
 
 
@@ -199,6 +291,8 @@ DATASETS: dict[str, DatasetInfo] = {
         "tiny-imagenet-200"),
     "imagefolder:PATH": DatasetInfo(
         None, None, "all", 0, "a folder of yours: class folders, or images without labels", read_folder),
+    "hf:NAME": DatasetInfo(
+        None, None, "test", 0, "of the Hugging Face hub, or hf:FOLDER; needs the package datasets", read_rows),
 }
 
 
@@ -213,8 +307,28 @@ def unpacked_folder(name: str) -> Path | None:
     return None if unpacked is None else data_folder() / unpacked
 
 
-def image_count(name: str, limit: int | None = None) -> int:
-    """Return the number of images in a data set, at most `limit`; the images are not loaded."""
-    folder = image_folder(name)
-    images = len(read_folder(folder)[0]) if folder else DATASETS[name].images
+def image_count(name: str, limit: int | None = None, split: str | None = None, **columns: str | None) -> int | None:
+    """Return the number of images in a data set, at most `limit`; None if only the hub knows. They are not decoded."""
+    name = dataset_name(name)
+    if _is_on_hub(name):
+        return None
+    if name in DATASETS:
+        _check_part(name, split, **columns)
+    images = DATASETS[name].images if name in DATASETS else len(_read(name, split, **columns).images)
     return min(images, limit or images)
+
+
+def download(name: str, split: str | None = None, **columns: str | None) -> None:
+    """Download a data set into `data_folder()`, or into the cache of `datasets`, unless it is there.
+
+    Raises:
+        ItaeError: the download fails.
+    """
+    name = dataset_name(name)
+    folder = unpacked_folder(name)
+    if _is_on_hub(name) or (folder and not folder.is_dir()):
+        _read(name, split, **columns)
+
+
+def _is_on_hub(name: str) -> bool:
+    return name.startswith(PREFIX) and not os.path.isdir(place_and_split(name)[0])

@@ -6,30 +6,32 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from itae_utils.data.folders import image_folder
 from itae_utils.environment import cache_folder
 from itae_utils.errors import ItaeError
 from itae_utils.files import replacing
 
 RACY = 2e9  # nanoseconds: a file changed this recently may change again within the resolution of its time stamp
 
-FileHash = tuple[int, int, int, str]  # size, modification time (ns), inode, SHA-256
+FileHash = tuple[int, int, int, int, str]  # size, times of modification and of change (ns), inode, SHA-256
 
 
 def fingerprint(dataset: Dataset) -> str | None:
     """Return the SHA-256 over the name, label and content of every image, in the data set's order.
 
-    Files are named by their path below the data set's folder, images in memory by index, shape and type. File hashes
-    are cached, see `files_digest`. Return None if the data set has no `images`.
+    Files are named by their path below the data set's folder, arrays by index, shape and type, contents of files by
+    index. File hashes are cached, see `files_digest`. Return None if the data set has no `images`.
 
     Raises:
-        ItaeError: `images` are neither paths nor arrays, or their number differs from that of `targets`.
+        ItaeError: `images` are not paths, arrays or bytes; their number differs from that of `targets`; or a file can't
+            be read.
     """
     images, labels = getattr(dataset, "images", None), getattr(dataset, "targets", None)
     if images is None or not len(images):
@@ -41,17 +43,16 @@ def fingerprint(dataset: Dataset) -> str | None:
     if isinstance(images[0], (str, Path)):
         paths = [Path(os.path.abspath(path)) for path in images]
         hashes = _hash_files(paths, _root(getattr(dataset, "name", ""), paths))
-    elif all(isinstance(image, np.ndarray) for image in images):
-        hashes = _hash_arrays(images)
     else:
-        raise ItaeError(f"a data set's .images must be paths or arrays, not {type(images[0]).__name__}")
-    return _digest(f"{name}\t{int(label)}\t{sha256}\n" for (name, sha256), label in zip(hashes, labels, strict=True))
+        hashes = map(_hash_in_memory, range(len(images)), images)
+    return _digest(f"{name}\t{label}\t{sha256}\n" for (name, sha256), label in zip(hashes, labels, strict=True))
 
 
 def files_digest(paths: Iterable[str | Path], folder: str | Path) -> str | None:
     """Return the SHA-256 over the names below `folder` and the contents of files, in any order; None for no files.
 
-    File hashes are cached in `cache_folder()` with size, modification time and inode: an unchanged file is read once.
+    File hashes are cached in `cache_folder()` with size, times and inode: an unchanged file is read once. The time of
+    change (ctime) shows that a file was rewritten in place, even if its modification time was set back.
     """
     hashes = _hash_files([Path(os.path.abspath(path)) for path in paths], Path(os.path.abspath(folder)))
     return _digest(f"{name}\t{sha256}\n" for name, sha256 in sorted(hashes)) if hashes else None
@@ -69,15 +70,18 @@ def _digest(lines: Iterable[str]) -> str:
 
 def _root(name: str, paths: Sequence[Path]) -> Path:
     """Return the folder of a data set: PATH of `imagefolder:PATH`, else the common one of its files."""
-    kind, _, folder = name.partition(":")
-    if kind == "imagefolder":
-        return Path(os.path.abspath(Path(folder).expanduser()))
+    folder = image_folder(name)
+    if folder and all(path.is_relative_to(folder) for path in paths):
+        return folder
     return Path(os.path.commonpath([path.parent for path in paths]))
 
 
-def _hash_arrays(images: Iterable[np.ndarray]) -> Iterator[tuple[str, str]]:
-    for index, image in enumerate(images):
-        yield f"{index} {image.shape} {image.dtype}", hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+def _hash_in_memory(index: int, image: np.ndarray | bytes) -> tuple[str, str]:
+    if isinstance(image, bytes):
+        return str(index), hashlib.sha256(image).hexdigest()
+    if isinstance(image, np.ndarray):
+        return f"{index} {image.shape} {image.dtype}", hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+    raise ItaeError(f"a data set's .images must be paths, arrays or bytes, not {type(image).__name__}")
 
 
 def _hash_files(paths: Sequence[Path], root: Path) -> list[tuple[str, str]]:
@@ -87,20 +91,23 @@ def _hash_files(paths: Sequence[Path], root: Path) -> list[tuple[str, str]]:
     names = [path.relative_to(root).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
         found = dict(zip(names, pool.map(_hash_file, paths, map(cached.get, names)), strict=True))
-    settled = {name: entry for name, entry in found.items() if time.time_ns() - entry[1] > RACY}
+    settled = {name: entry for name, entry in found.items() if time.time_ns() - max(entry[1:3]) > RACY}
     if any(cached.get(name) != entry for name, entry in settled.items()):
         _write_cache(cache, cached | settled)
     return [(name, found[name][-1]) for name in names]
 
 
 def _hash_file(path: Path, cached: FileHash | None) -> FileHash:
-    """Hash a file, unless its size, modification time and inode are the cached ones."""
-    status = path.stat()
-    state = (status.st_size, status.st_mtime_ns, status.st_ino)
-    if cached and cached[:3] == state:
-        return cached
-    with path.open("rb") as file:
-        return *state, hashlib.file_digest(file, "sha256").hexdigest()
+    """Hash a file, unless its size, times and inode are the cached ones."""
+    try:
+        status = path.stat()
+        state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        if cached and cached[:-1] == state:
+            return cached
+        with path.open("rb") as file:
+            return *state, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ItaeError(f"can't read the file {path} ({error.strerror}): restore it, or load the data again") from error
 
 
 def _read_cache(cache: Path) -> dict[str, FileHash]:

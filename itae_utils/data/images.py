@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +24,13 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 # EPS runs another program. The others hold videos, or numbers that Pillow can't draw, or share their ending with files
 # that are no images (.pcd: point clouds).
 NOT_READ = frozenset({"BUFR", "EPS", "FLI", "GBR", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "PDF", "WMF"})
-ISO_MEDIA = b"ftyp"  # bytes 4 to 8 of HEIC and AVIF files
+NO_IMAGES = {  # the start of a file that Pillow can't identify: what it is, and the remedy
+    re.compile(rb"\Z"): ("it is empty", "copy or download it again"),
+    re.compile(rb"....ftyp(?:hei|hev|mif|msf)", re.DOTALL): ("it is in HEIC format", "install pillow-heif"),
+    re.compile(rb"version https://git-lfs"): ("it is a Git LFS pointer", "run `git lfs pull`"),
+    re.compile(rb"\s*<(?:!doctype html|html)", re.IGNORECASE): ("it is a web page", "download it again"),
+}
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def formats() -> list[str]:
@@ -37,44 +45,69 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in names)
 
 
-def open_image(path: Path) -> Image.Image:
+class EncodedImage(bytes):
+    """The content of an image file, with a name for messages."""
+
+    name = "without a name"
+
+
+ImageSource = Path | EncodedImage
+
+
+def open_image(source: ImageSource) -> Image.Image:
     """Open an image file as RGB, upright by its EXIF data; see `to_rgb` for the modes.
 
     Raises:
         ItaeError: the file cannot be decoded; the message names it.
     """
     try:
-        with Image.open(path, formats=formats()) as image:
+        with _opened(source) as image:
             image.load()
             with suppress(Exception):  # EXIF data that can't be parsed says nothing of the pixels
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise errors of many types
-        raise _unreadable(path, error) from error
+        raise _unreadable(source, error) from error
 
 
-def check_header(path: Path) -> None:
-    """Raise an `ItaeError` that names the file if its header shows that it cannot be read."""
+def check_header(source: ImageSource) -> bool:
+    """Return whether an image has an alpha channel, or something like it.
+
+    Raises:
+        ItaeError: the header shows that the image cannot be read; the message names the file.
+    """
     try:
-        with Image.open(path, formats=formats()) as image:
+        with _opened(source) as image:
+            has_alpha = image.has_transparency_data
             image.verify()
+            return has_alpha
     except Exception as error:  # as in open_image
-        raise _unreadable(path, error) from error
+        raise _unreadable(source, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> ItaeError:
+def _opened(source: ImageSource) -> Image.Image:
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats())
+
+
+def _unreadable(source: ImageSource, error: Exception) -> ItaeError:
     reason, remedy = in_one_line(error), "repair or remove it"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        reason, remedy = "it has too many pixels", "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS in Python"
-    elif isinstance(error, Image.UnidentifiedImageError) and _starts_as_heic(path):
-        reason, remedy = "its content is HEIC", "install pillow-heif"
-    return ItaeError(f"can't read the image {path} ({reason}): {remedy}, or leave out unreadable files with "
+        remedy = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS in Python"
+    elif isinstance(error, Image.UnidentifiedImageError):
+        start = source[:64] if isinstance(source, bytes) else source.open("rb").read(64)
+        reason, remedy = next((words for pattern, words in NO_IMAGES.items() if pattern.match(start)), (reason, remedy))
+    return ItaeError(f"can't read the image {name_of(source)} ({reason}): {remedy}, or leave out unreadable files with "
                      "on_error='skip' (in a report: -p on_error skip)")
 
 
-def _starts_as_heic(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(8)[4:] == ISO_MEDIA
+def name_of(source: ImageSource) -> str:
+    """Return the path or name of an image, for messages."""
+    return shown(source if isinstance(source, Path) else source.name)
+
+
+def shown(name: str | Path) -> str:
+    """Return a file name as it is, but for characters that can't be printed on a line, which are escaped."""
+    return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], str(name))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -166,8 +166,7 @@ def _cells(notebook: Notebook) -> list[object]:
 def _images(dataset: str) -> str | None:
     """Return the hash of a data set's files; those of embedded data sets belong to a package's version."""
     if folder := image_folder(dataset):
-        paths, _, _ = read_folder(folder)
-        return files_digest(paths, folder)
+        return files_digest(read_folder(folder).images, folder)
     if not DATASETS[dataset].megabytes:
         return "embedded"
     place = unpacked_folder(dataset)

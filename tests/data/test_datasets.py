@@ -66,7 +66,7 @@ def test_digits():
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
-    ("cifar-10", {}, r"'cifar-10'.* cifar10 .*itae datasets"),
+    ("cifar11", {}, r"'cifar11'.* cifar10 .*itae datasets"),
     ("imagefolder", {}, "imagefolder:PATH"), ("imagefolder:", {}, "imagefolder:PATH"),
     ("digits", {"on_error": "ignore"}, "on_error='ignore'.*'raise'.*'skip'"),
     *(("digits", {"limit": limit}, re.escape(f"limit={limit!r}")) for limit in (0, -3, 1.5, "10", True)),

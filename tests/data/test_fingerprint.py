@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from itae_utils.data import fingerprint as fingerprints
 from itae_utils.data.fingerprint import file_sha256, files_digest, fingerprint
 from itae_utils.errors import ItaeError
 
@@ -84,19 +86,61 @@ class TestFiles:
         assert [file_sha256(path) for path in paths] == [sha256(bytes([number]) * 10) for number in range(3)]
 
 
+    def test_relative_paths_and_files_elsewhere(self, paths, tmp_path, monkeypatch):
+        expected = fingerprint(dataset(paths))
+        monkeypatch.chdir(tmp_path)
+        assert fingerprint(dataset([f"pictures/{name}" for name in NAMES])) == expected
+        assert fingerprint(dataset(paths, name="imagefolder:pictures")) == expected
+        assert fingerprint(dataset(paths, name="imagefolder:another")) == expected
+
+    def test_a_file_that_is_gone_is_named(self, paths):
+        paths[2].unlink()
+        with pytest.raises(ItaeError, match=re.escape(str(paths[2]))):
+            fingerprint(dataset(paths))
+
+
 class TestCache:
-    def test_an_unchanged_file_is_read_once(self, paths, tmp_path):
+    @pytest.fixture
+    def opened(self, paths, monkeypatch):
+        """Return the names of files that are read; clocks are as fine as in practice, so that entries are kept."""
+        found, read = [], hashlib.file_digest
+        monkeypatch.setattr(fingerprints, "RACY", 0)
+        monkeypatch.setattr(hashlib, "file_digest", lambda file, *kind: found.append(Path(file.name).name)
+                            or read(file, *kind))
+        time.sleep(0.02)  # longer than a tick of the file system's clock
+        return found
+
+    def test_an_unchanged_file_is_read_once(self, paths, opened, tmp_path):
         before = fingerprint(dataset(paths))
-        overwrite(paths[0], b"unnoticed.")
-        assert fingerprint(dataset(paths)) == before, "size, time and inode are the same: not read again"
-        unchanged = old_files(tmp_path / "copy")
-        assert files_digest(paths, tmp_path / "pictures") == files_digest(unchanged, tmp_path / "copy")
-        other = paths[0].with_name("other")  # same size and time, another inode
-        other.touch()
-        os.utime(other, ns=(paths[0].stat().st_atime_ns, paths[0].stat().st_mtime_ns))
-        overwrite(other, b"x" * 10)
-        other.replace(paths[0])
+        assert sorted(opened) == ["1.png", "1.png", "2.png"]
+        assert fingerprint(dataset(paths)) == fingerprint(dataset(paths)) == before
+        assert files_digest(paths, tmp_path / "pictures")
+        assert len(opened) == 3
+
+    @pytest.mark.parametrize("change", ["in place", "another inode", "a link"])
+    def test_a_change_is_seen_though_size_and_modification_time_are_kept(self, paths, opened, change):
+        before, path = fingerprint(dataset(paths)), paths[1]
+        if change == "in place":
+            overwrite(path, b"other byte")
+        else:
+            other = path.with_name("other")
+            other.write_bytes(b"other byte")
+            os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+            if change == "a link":
+                path.unlink()
+                path.symlink_to(other)
+            else:
+                other.replace(path)
         assert fingerprint(dataset(paths)) != before
+        assert opened[3:] == ["2.png"]
+
+    def test_an_entry_without_the_time_of_change_is_read_again(self, paths, opened, cache):
+        before = fingerprint(dataset(paths))
+        (file,) = (cache / "fingerprints").iterdir()
+        entries = {name: [size, modified, inode, "0" * 64] for name, (size, modified, _, inode, _) in
+                   json.loads(file.read_text(encoding="utf-8")).items()}
+        file.write_text(json.dumps(entries), encoding="utf-8")
+        assert fingerprint(dataset(paths)) == before
 
     def test_a_file_changed_just_now_is_read_again(self, paths):
         paths[0].write_bytes(b"first.....")
@@ -105,6 +149,7 @@ class TestCache:
         assert fingerprint(dataset(paths)) != before
 
     @pytest.mark.parametrize("text", ["", "[1]", '{"a/1.png": 3}', "{"])
+    @pytest.mark.usefixtures("opened")
     def test_a_damaged_cache_is_replaced(self, paths, cache, text):
         before = fingerprint(dataset(paths))
         (file,) = (cache / "fingerprints").iterdir()
@@ -132,7 +177,14 @@ class TestArrays:
         assert fingerprint(SimpleNamespace(name="x", targets=None)) is None
         assert fingerprint(dataset([])) is None
 
+    def test_contents_of_files_are_identified_by_content_order_and_label(self):
+        whole = fingerprint(dataset([b"one", b"two"], [0, 1]))
+        assert whole == fingerprint(dataset([b"one", b"two"], np.array([0, 1])))
+        others = [dataset([b"two", b"one"], [0, 1]), dataset([b"one", b"two"], [1, 0]), dataset([b"one", b"2"], [0, 1])]
+        assert len({whole, *map(fingerprint, others)}) == 4
+
     @pytest.mark.parametrize(("images", "targets", "message"), [
+        ([b"one", "two"], None, "str"),
         ([[1, 2]], None, r"\.images.* list"), (np.zeros((2, 4, 4)), [0, 1, 0], r"2 \.images.* 3 \.targets")])
     def test_images_of_another_type_or_number_are_refused(self, images, targets, message):
         with pytest.raises(ItaeError, match=message):
