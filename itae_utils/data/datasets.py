@@ -112,15 +112,17 @@ def load_dataset(
         skipped = [image if isinstance(image, Path) else image.name for image in unreadable]
         notes += more
     left_out = f" of {len(images) + len(skipped):,} files, the others unreadable" if skipped else ""
-    info = _info(name)
-    split = f"{contents.split or info.split} ({len(images):,}{left_out})"
+    info = DATASETS.get(name)
+    split = f"{contents.split or (info.split if info else 'all')} ({len(images):,}{left_out})"
     if limit is not None and limit < len(images):
         chosen = _choose(len(images), targets, limit, seed)
         images = take(images, chosen)
         targets = None if targets is None else targets[chosen]
         split = f"{limit:,} of {split}, drawn with seed {seed}"
-    kind, _, place = name.partition(":")
-    source = {"imagefolder": f"the folder {place}", "hf": f"the Hugging Face data set {place}"}.get(kind, info.origin)
+    if name.startswith(PREFIX):
+        source = f"the Hugging Face data set {shown(place_and_split(name)[0])}"
+    else:
+        source = info.origin if info else f"the folder {shown(contents.folder)}"
     names = contents.folder and [shown(path.relative_to(contents.folder).as_posix()) for path in images]
     return ImageDataset(name, split, source, images, targets, contents.classes, skipped, notes, names)
 
@@ -131,40 +133,36 @@ def dataset_name(text: str | Path) -> str:
     Raises:
         ItaeError: there is no such data set or folder, or both.
     """
-    if not isinstance(text, str | Path) or not str(text):
+    if not isinstance(text, str | os.PathLike) or not os.fspath(text):
         raise ItaeError(f"{str(text)[:80]!r} ({type(text).__name__}) does not name a data set: give a name of `itae "
                         "datasets`, or the path of a folder")
-    is_folder = os.path.isdir(os.path.expanduser(text))
-    if isinstance(text, Path):
-        return f"imagefolder:{image_folder(f'imagefolder:{text}')}"
-    kind, _, place = text.partition(":")
-    if kind.casefold() == "imagefolder":
-        if not place:
-            raise ItaeError(f"{text!r} lacks a folder: write imagefolder:PATH")
+    is_path, text = isinstance(text, os.PathLike), os.fspath(text)
+    path, (kind, _, place) = os.path.abspath(os.path.expanduser(text)), text.partition(":")
+    same = None if is_path or place else next((name for name in DATASETS if _plain(name) == _plain(text)), None)
+    if text == same:
+        return text
+    if kind.casefold() == "imagefolder" and place:
         return f"imagefolder:{image_folder(f'imagefolder:{place}')}"
     if kind.casefold() == "hf" and place:
         place, split = place_and_split(f"{PREFIX}{place}")
         place = os.path.abspath(place) if os.path.isdir(place) else place
         return f"{PREFIX}{place}:{split}" if split else f"{PREFIX}{place}"
-    same = next((name for name in DATASETS if _plain(name) == _plain(text)), None)
-    if same and is_folder and text != same:
-        raise ItaeError(f"{text!r} is a folder and another spelling of {same}: write imagefolder:{text} or {same}")
-    if same and ":" not in same:
+    if os.path.isdir(path):
+        if same:
+            raise ItaeError(f"{text!r} is a folder here and a spelling of {same}: write imagefolder:{text} or {same}")
+        return f"imagefolder:{path}"
+    if same:
         return same
-    if is_folder:
-        return f"imagefolder:{image_folder(f'imagefolder:{text}')}"
-    if os.path.exists(text) or text.startswith(("/", "~", ".")):
-        raise ItaeError(f"{text!r} is not a folder: give the path of a folder of images, or a name of `itae datasets`")
+    if os.path.exists(path):
+        raise ItaeError(f"{text!r} is a file: give the folder of the images, or a name of `itae datasets`")
+    if is_path or os.sep in text:
+        raise ItaeError(f"there is no folder {text!r}: check the path, or write hf:NAME for a data set of the Hugging "
+                        "Face hub")
     raise unknown_name("data set", text, DATASETS, see="itae datasets")
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_\s]", "", name).casefold()
-
-
-def _info(name: str) -> DatasetInfo:
-    kind = name.partition(":")[0]
-    return next(info for key, info in DATASETS.items() if key.partition(":")[0] == kind)
 
 
 def _read(
@@ -177,7 +175,7 @@ def _read(
     _check_part(name, split, image_column=image_column, label_column=label_column)
     if folder := image_folder(name):
         return read_folder(folder, split)
-    return DATASETS[name].read(data_folder() if root is None else Path(root).expanduser())
+    return DATASETS[name].read(data_folder() if root is None else Path(os.path.expanduser(root)))
 
 
 def _check_part(name: str, split: str | None, **columns: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -116,8 +116,7 @@ def read_folder(folder: Path, split: str | None = None) -> Contents:
         chosen = choose_split([name for name in names if split_kind(name)], split, f"the image folder {shown(folder)}")
         files = [(parts[:level] + parts[level + 1:], path) for parts, path in files
                  if len(parts) <= level + 1 or parts[level] == chosen]
-        notes.append(f"Of the folders {shown(', '.join(names))}, {shown(chosen)} is read." if len(names) > 1 else
-                     f"The folder {shown(chosen)} is taken for a split.")
+        notes.append(split_note(chosen, set(names) - {chosen}))
     elif split not in (None, "all"):
         raise ItaeError(f"split={split!r} is not available: the image folder {shown(folder)} has no folders such as "
                         "train, val and test")
@@ -187,6 +186,12 @@ def choose_split(names: Sequence[str], asked: str | None, owner: str) -> str:
         return found[0]
     wanted = f"no split {asked!r}" if not found else "several splits"
     raise ItaeError(f"{owner} has {wanted}: choose one with split=, {shown(' or '.join(found or names))}")
+
+
+def split_note(chosen: str, others: Collection[str]) -> str:
+    """Return a sentence that names the split which is read, and what beside it is not."""
+    beside = f", not {shown(' or '.join(sorted(others)))}" if others else ""
+    return f"The split {shown(chosen)} is read{beside}."
 
 
 def _by_ending(paths: Sequence[Path]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from itae_utils.data.download import within
-from itae_utils.data.folders import Contents, choose_split
+from itae_utils.data.folders import Contents, choose_split, split_note
 from itae_utils.data.images import EncodedImage, shown
 from itae_utils.environment import hides_progress, network_timeout
 from itae_utils.errors import ItaeError
@@ -56,7 +56,7 @@ def place_and_split(name: str, split: str | None = None) -> tuple[str, str | Non
     Raises:
         ItaeError: there is no NAME, or two different splits.
     """
-    place = os.path.expanduser(name.removeprefix(PREFIX))
+    place = os.path.expanduser(name.partition(":")[2])
     if not os.path.isdir(place):
         head, _, tail = place.rpartition(":")
         if head and tail and split not in (None, tail):
@@ -84,12 +84,13 @@ def read_rows(
     if os.path.isdir(place):
         data = _loaded(owner, _read_folder, datasets, place)
     else:
-        split = choose_split(_splits_on_hub(datasets, place, owner), split, owner)
-        data = {split: _loaded(owner, datasets.load_dataset, place, split=split)}
+        names = _splits_on_hub(datasets, place, owner)
+        split = choose_split(names, split, owner)
+        data = dict.fromkeys(names, _loaded(owner, datasets.load_dataset, place, split=split))
     if not isinstance(data, dict):  # a single Dataset, which may know the split that it was
-        data = {str(data.split or split or "all"): data}
+        data = {str(data.split or "all"): data}
     chosen = choose_split(list(data), split, owner)
-    notes = [f"Of the splits {', '.join(data)}, {chosen} is read."] if len(data) > 1 else []
+    notes = [split_note(chosen, set(data) - {chosen})] if len(data) > 1 else []
     table = data[chosen].with_format(None)
     if not len(table):
         raise ItaeError(f"{owner} has no rows in the split {chosen}: give another split")

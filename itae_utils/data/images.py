@@ -90,12 +90,13 @@ def _opened(source: ImageSource) -> Image.Image:
 
 
 def _unreadable(source: ImageSource, error: Exception) -> ItaeError:
-    reason, remedy = in_one_line(error), "repair or remove it"
+    reason, remedy = shown(in_one_line(error)), "repair or remove it"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         remedy = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS in Python"
     elif isinstance(error, Image.UnidentifiedImageError):
-        start = source[:64] if isinstance(source, bytes) else source.open("rb").read(64)
-        reason, remedy = next((words for pattern, words in NO_IMAGES.items() if pattern.match(start)), (reason, remedy))
+        start = source[:64] if isinstance(source, bytes) else source.read_bytes()[:64]
+        reason, remedy = next((words for pattern, words in NO_IMAGES.items() if pattern.match(start)),
+                              ("Pillow does not know its format", remedy))
     return ItaeError(f"can't read the image {name_of(source)} ({reason}): {remedy}, or leave out unreadable files with "
                      "on_error='skip' (in a report: -p on_error skip)")
 

@@ -1,5 +1,4 @@
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from sklearn.datasets import load_digits
 
 from itae_utils.data import datasets
 from itae_utils.data.datasets import DATASETS, image_count, load_dataset
-from itae_utils.data.images import open_image
 from itae_utils.errors import ItaeError
 
 CIFAR10_MINI = Path(__file__).parents[3] / "shared/data/cifar10-mini"
@@ -254,31 +252,3 @@ class TestDamagedFiles:
         (tmp_path / "0.png").write_text("not an image")
         with pytest.raises(ItaeError, match=r"0\.png"):
             load(tmp_path, on_error="skip")
-
-
-class TestOpenImage:
-    @pytest.mark.parametrize("mode", ["L", "1", "LA", "RGBA", "P", "RGB", "CMYK"])
-    def test_all_modes_become_rgb_without_warnings(self, tmp_path, mode):
-        image, path = picture(3, mode=mode), tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-        image.save(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found = open_image(path)
-        assert found.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
-
-    def test_16_bit_grey_is_scaled_and_not_clipped(self, tmp_path):
-        values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
-        path = save(tmp_path / "x.png", Image.fromarray(values))
-        assert np.asarray(open_image(path))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
-
-    def test_floats_are_refused_because_they_have_no_range(self, tmp_path):
-        path = save(tmp_path / "x.tif", Image.fromarray(np.ones((2, 2), dtype=np.float32)))
-        with pytest.raises(ItaeError, match=r"x\.tif.*mode F"):
-            open_image(path)
-
-    def test_an_image_is_turned_upright_by_its_exif_data(self, tmp_path):
-        image, exif = picture(size=(6, 4)), Image.Exif()
-        exif[0x0112] = 6  # orientation: turn by 90° to the right
-        image.save(tmp_path / "x.png", exif=exif)
-        np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "x.png")), np.rot90(np.asarray(image), -1))
