@@ -7,10 +7,9 @@ import math
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -20,10 +19,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from itae_utils.data.items import as_dataset, label_of, picture_of
 from itae_utils.errors import ItaeError
+from itae_utils.files import in_one_line
 from itae_utils.machine import available_cores, available_memory
+from itae_utils.method.attention import is_attenuated
+from itae_utils.method.setting import whole_number
 from itae_utils.models.backbones import Backbone
 from itae_utils.models.preprocessing import DevicePreprocessing, Pixels
+from itae_utils.store.identity import Unidentified
 from itae_utils.store.store import Store, open_store
 from itae_utils.store.variants import entry_key
 
@@ -41,6 +45,24 @@ PREFETCHED = 2       # batches that torch's DataLoader lets each worker hold rea
 SHARED_MEMORY = Path("/dev/shm")
 
 
+def checked_inputs(backbone: Backbone, dataset: Dataset, num_workers: int | Literal["auto"]) -> Dataset:
+    """Check the inputs of an extraction, and return its data set as `as_dataset` does.
+
+    Raises:
+        ItaeError: the backbone is none or in use by `attenuate`, the data set is not map-style or empty, or num_workers
+            is no number.
+    """
+    if not isinstance(backbone, Backbone):
+        given = repr(backbone) if isinstance(backbone, str) else f"a {type(backbone).__name__}"
+        raise ItaeError(f"backbone is {given}: pass a Backbone, such as load_backbone('demo')")
+    if is_attenuated(backbone.model):
+        raise ItaeError("the backbone's model is under attenuate(…): call this after its with block, and pass the "
+                        "setting itself")
+    if num_workers != "auto":
+        whole_number("num_workers", num_workers, 0)
+    return as_dataset(dataset)
+
+
 def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) -> int:
     """Return the batch size as a number; "auto" is 64 on a CPU, and on a GPU the first of 256, 128 … that fits.
 
@@ -48,9 +70,7 @@ def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) ->
         ItaeError: the batch size is neither "auto" nor a whole number from 1.
     """
     if batch_size != "auto":
-        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ItaeError(f"batch_size={batch_size!r} is not a number of images: use 1 or more, or 'auto'")
-        return int(batch_size)
+        return whole_number("batch_size", batch_size, 1)
     if backbone.device.type == "cpu":
         return LARGEST_ELSEWHERE
     side = backbone.image_size
@@ -72,7 +92,8 @@ def chosen_batch_size(
     """
     place, key = open_store(store), None
     if batch_size == "auto" and backbone.device.type != "cpu" and place is not None:
-        key = entry_key(backbone, dataset, batch_size)
+        with suppress(Unidentified):
+            key = entry_key(backbone, dataset, batch_size)
     if key is None:
         return resolve_batch_size(batch_size, backbone)
     found = place.remembered("batch_size", key, lambda: {"images": np.array(resolve_batch_size("auto", backbone))})
@@ -146,8 +167,8 @@ def image_batches(
     """Yield batches of transformed images, (B, 3, H, W) float, and their labels, (B,) int64, in the data set's order.
 
     Args:
-        dataset: of (PIL image, label).
-        transform: PIL image -> (3, H, W) float tensor; runs in the processes that load images.
+        dataset: as for `extract_features`; its labels must be whole numbers, and those that are None or missing are -1.
+        transform: PIL RGB image -> (3, H, W) float tensor; runs in the processes that load images.
         batch_size: images per batch; the last batch may have fewer.
         num_workers: number of processes that load images.
         indices: indices into the data set of the images to load, in this order; None loads all.
@@ -156,7 +177,11 @@ def image_batches(
         ItaeError: an image can't be decoded, the transform returns tensors of different shapes, batch_size or
             num_workers is invalid, or a worker process died.
     """
-    yield from _loaded(dataset, transform, _stacked, batch_size=batch_size, num_workers=num_workers, indices=indices)
+    if not callable(transform):
+        raise ItaeError(f"transform={transform!r} can't be called: pass backbone.transform, or another function of a "
+                        "PIL image that returns a tensor")
+    yield from _loaded(as_dataset(dataset), transform, _stacked, label_of, batch_size=batch_size,
+                       num_workers=num_workers, indices=indices)
 
 
 def model_batches(
@@ -174,7 +199,7 @@ def model_batches(
 
     Args:
         backbone: from `load_backbone`.
-        dataset: of (PIL image, label).
+        dataset: as for `extract_features`.
         batch_size: images per batch, or "auto" as in `resolve_batch_size`; the last batch may have fewer.
         num_workers: number of processes that load images, or "auto" as in `auto_workers`.
         indices: indices into the data set of the images to load, in this order; None loads all.
@@ -196,8 +221,8 @@ def model_batches(
     def issue(batch: Tensor | Pixels) -> Tensor:
         return finish(batch.to(backbone.device, non_blocking=on_cuda))
 
-    images = (images for images, _ in _loaded(dataset, transform, join, batch_size=batch_size, num_workers=num_workers,
-                                              indices=indices, pinned=on_cuda))
+    images = (images for images, _ in _loaded(dataset, transform, join, _no_label, batch_size=batch_size,
+                                              num_workers=num_workers, indices=indices, pinned=on_cuda))
     yield from _issued_ahead(images, issue, backbone.device) if on_cuda else map(issue, images)
 
 
@@ -212,8 +237,8 @@ def auto_workers(backbone: Backbone, dataset: Dataset, count: int, batch_size: i
 
     Threads need no setting: torch uses one thread per core for the model, and one in each worker process.
     """
-    images = getattr(dataset, "images", ())
-    are_files = len(images) > 0 and isinstance(images[0], Path)
+    images = getattr(dataset, "images", None)
+    are_files = isinstance(images, Sequence) and len(images) > 0 and isinstance(images[0], Path)
     if count < FEWEST_IMAGES or not are_files or multiprocessing.current_process().daemon:
         return 0
     cores = available_cores()
@@ -249,19 +274,15 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
         yield item
 
 
-def _loaded(dataset: Dataset, transform: Callable[[Image.Image], Tensor], join: Callable[[Sequence[Tensor]], T], *,
-            batch_size: int, num_workers: int, indices: Sequence[int] | None, pinned: bool = False
-            ) -> Iterator[tuple[T, Tensor]]:
+def _loaded(dataset: Dataset, transform: Callable[[Image.Image], Tensor], join: Callable[[Sequence[Tensor]], T],
+            label: Callable[[object, int], int], *, batch_size: int, num_workers: int, indices: Sequence[int] | None,
+            pinned: bool = False) -> Iterator[tuple[T, Tensor]]:
     """Yield batches of transformed images, combined by `join`, and their labels."""
-    if batch_size < 1:
-        raise ItaeError(f"batch_size={batch_size} is too small: use 1 or more")
-    if not isinstance(num_workers, int) or num_workers < 0:
-        raise ItaeError(f"num_workers={num_workers!r} is not a number of processes: use 0 or more")
     loader = DataLoader(
-        _Prepared(dataset, transform),
-        batch_size=batch_size,
-        sampler=None if indices is None else [int(index) for index in indices],
-        num_workers=num_workers,
+        _Prepared(dataset, transform, label),
+        batch_size=whole_number("batch_size", batch_size, 1),
+        sampler=None if indices is None else _checked(indices, len(dataset)),
+        num_workers=whole_number("num_workers", num_workers, 0),
         collate_fn=partial(_collate, join),
         pin_memory=pinned,
     )
@@ -283,6 +304,7 @@ class _Prepared:
 
     dataset: Dataset
     transform: Callable[[Image.Image], Tensor]
+    label: Callable[[object, int], int]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -290,14 +312,25 @@ class _Prepared:
     def __getitem__(self, index: int) -> tuple[Tensor, int] | ItaeError:
         try:
             item = self.dataset[index]
+            return self.transform(picture_of(item, index)), self.label(item, index)
         except ItaeError as error:
             return error
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Image.Image)):
-            parts = item if isinstance(item, tuple) else (item,)
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            return ItaeError(f"item {index} of the data set is ({kinds}): it must be (PIL image, label), without any "
-                             "transform")
-        return self.transform(item[0]), item[1]
+        except OSError as error:  # Pillow reads the pixels of an open file when they are needed
+            return ItaeError(f"item {index} of the data set can't be read ({in_one_line(error)}): repair its file, or "
+                             "leave it out")
+
+
+def _no_label(_item: object, _index: int) -> int:
+    return -1
+
+
+def _checked(indices: Sequence[int], size: int) -> list[int]:
+    chosen = np.asarray(indices)
+    if chosen.size and (chosen.ndim != 1 or chosen.dtype.kind not in "iu"):
+        raise ItaeError(f"indices={indices!r} are not numbers of images: give whole numbers, such as [0, 5]")
+    if (wrong := chosen[(chosen < -size) | (chosen >= size)]).size:
+        raise ItaeError(f"indices hold {wrong[0]}, but the data set has {size:,} images: use 0 to {size - 1}")
+    return chosen.astype(int).tolist()
 
 
 def _collate(join: Callable, items: list[tuple[Tensor, int] | ItaeError]) -> tuple[object, Tensor] | ItaeError:
@@ -312,6 +345,8 @@ def _collate(join: Callable, items: list[tuple[Tensor, int] | ItaeError]) -> tup
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
+    if other := next((image for image in images if not isinstance(image, Tensor)), None):
+        raise ItaeError(f"the transform returns a {type(other).__name__}: use one that returns a tensor")
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ItaeError(f"the transform returns the shapes {sorted(shapes)}: use one that makes them equal")

@@ -16,16 +16,18 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from itae_utils.data.items import targets_of
 from itae_utils.environment import hides_progress, named_cluster, named_store
 from itae_utils.errors import ItaeError
 from itae_utils.extraction import workers
-from itae_utils.extraction.batches import chosen_batch_size
+from itae_utils.extraction.batches import checked_inputs, chosen_batch_size
 from itae_utils.extraction.job import Job, Work, compute, missing_work, shard_size
 from itae_utils.extraction.observation import fit_thresholds
-from itae_utils.method.attention import check_blocks
+from itae_utils.method.attention import check_setting
 from itae_utils.method.setting import ITAE
-from itae_utils.method.thresholds import Thresholds
+from itae_utils.method.thresholds import ThresholdFit, Thresholds
 from itae_utils.models.backbones import Backbone
+from itae_utils.store.identity import Unidentified
 from itae_utils.store.store import Store, digest, open_store
 from itae_utils.store.variants import StoredVariant, device_name, entry_key, setting_key
 
@@ -131,8 +133,9 @@ def extract_features(
 
     Args:
         backbone: from `load_backbone`.
-        dataset: from `load_dataset`, or any torch data set of (PIL image, label). Its `.targets`, if any, become the
-            labels. A store needs its `.images`, paths or arrays, to recognise the data set.
+        dataset: from `load_dataset`, or any map-style data set of pictures, (picture, label) or rows such as
+            {"image": picture}; see `itae_utils.data.items` for what a picture and the labels may be. A store needs its
+            `.images`, paths or arrays, and transforms that are known by their value (not a lambda).
         variants: `ITAE` settings by name; None stands for the unmodified model.
         thresholds: fits that replace "auto"; None fits them here if a variant needs them.
         batch_size: images per batch. It can change the last bits of the features. "auto" is 64 on a CPU, and on a GPU a
@@ -144,11 +147,11 @@ def extract_features(
             ITAE_DASK from the environment; None computes in this process. Needs a store that all workers reach.
 
     Raises:
-        ItaeError: invalid variants, an oracle without ground truth, features that are not finite, or a store that can't
-            be read or written.
+        ItaeError: inputs of another kind, an oracle without ground truth, features that are not finite, or a store that
+            can't be read or written, or can't recognise the data set and was named here.
     """
-    if not isinstance(variants, Mapping) or not variants:
-        raise ItaeError(f"variants={variants!r} names no settings: pass a mapping such as {{'baseline': None}}")
+    dataset = checked_inputs(backbone, dataset, num_workers)
+    _check_variants(backbone, variants, thresholds)
     needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
                     for itae in variants.values())
     batch_size, fits = chosen_batch_size(batch_size, backbone, dataset, store), thresholds
@@ -168,7 +171,7 @@ def extract_features(
     return Features(
         stored=stored,
         variants=settings,
-        targets=getattr(dataset, "targets", None),
+        targets=targets_of(dataset),
         settings={"backbone": backbone.name, "device": str(backbone.device), "precision": backbone.precision,
                   "batch_size": batch_size, "store": next(iter(stored.values())).store.place},
         computed=_computed(job, work),
@@ -178,16 +181,32 @@ def extract_features(
     )
 
 
+def _check_variants(backbone: Backbone, variants: Mapping[str, ITAE | None], thresholds: Thresholds | None) -> None:
+    if not isinstance(variants, Mapping) or not variants:
+        raise ItaeError(f"variants={variants!r} names no settings: pass a mapping such as {{'baseline': None}}")
+    for name, itae in variants.items():
+        if not isinstance(name, str) or not isinstance(itae, ITAE | None):
+            raise ItaeError(f"variants hold {name!r}: {itae!r}, but a variant is a name and an ITAE(…) or None")
+    if not isinstance(thresholds, Mapping | None):
+        raise ItaeError(f"thresholds={thresholds!r} are not fits: pass fit_thresholds(backbone, dataset), or put a "
+                        "number into ITAE(threshold=…)")
+    if isinstance(thresholds, Thresholds) and thresholds.num_blocks != backbone.num_blocks:
+        raise ItaeError(f"thresholds were fitted to a model of {thresholds.num_blocks} blocks, and {backbone.name} has "
+                        f"{backbone.num_blocks}: fit them to this backbone")
+
+
 def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thresholds | None) -> ITAE | None:
     """Return the variant with numbers for "auto", validated against the backbone."""
     if itae is None:
         return None
     if itae.select == "oracle" and backbone.truth is None:
         raise ItaeError(f"variant {name!r} has select='oracle', but {backbone.name} has no ground truth: 'demo' has")
-    check_blocks(backbone.model, itae, backbone.truth)
+    check_setting(backbone.model, itae, backbone.truth)
     if itae.threshold == "auto" and itae.select != "oracle":
-        numbers = tuple(thresholds[block, itae.source].threshold for block in range(-itae.blocks, 0))
-        itae = replace(itae, threshold=numbers)
+        fits = [thresholds.get((block, itae.source)) for block in range(-itae.blocks, 0)]
+        if not all(isinstance(fit, ThresholdFit) for fit in fits):
+            raise ItaeError(f"thresholds hold no fits for variant {name!r}: pass fit_thresholds(backbone, dataset)")
+        itae = replace(itae, threshold=tuple(fit.threshold for fit in fits))
     return itae
 
 
@@ -197,18 +216,18 @@ def _plan(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE | No
     keys = {name: setting_key(itae, backbone.truth) for name, itae in settings.items()}
     shape = {"size": len(dataset), "dim": backbone.dim, "shard_size": shard_size(backbone, batch_size)}
     place = open_store(store)
-    entry = None if place is None else entry_key(backbone, dataset, batch_size, device)
-    if entry is not None:
+    if place is not None:
         about = {"dataset": getattr(dataset, "name", type(dataset).__name__)}
         try:
-            return _prepared(place, entry | shape, keys, about)
+            return _prepared(place, entry_key(backbone, dataset, batch_size, device) | shape, keys, about)
+        except Unidentified as error:
+            if store != "auto":
+                raise
+            log.info("%s; they are held in memory", error)
         except ItaeError as error:
             if store != "auto" or named_store():
                 raise
             log.warning("%s; features are held in memory now", error)
-    elif place is not None and store != "auto":
-        raise ItaeError(f"data set {getattr(dataset, 'name', dataset)!r} has no .images, which a store needs to "
-                        "recognise it: give it .images (paths or arrays), or use store=None")
     return _prepared(Store(None), shape, keys, {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.batches import chosen_batch_size, memory_errors, model_batches
+from itae_utils.extraction.batches import checked_inputs, chosen_batch_size, memory_errors, model_batches
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import capture_truth, patch_norms, select_artifacts
-from itae_utils.method.attention import attenuated_logits, check_blocks, cls_attention, scaled_logits
+from itae_utils.method.attention import attenuated_logits, check_setting, cls_attention, scaled_logits
 from itae_utils.method.layers import QKV
-from itae_utils.method.setting import ITAE, SOURCES
+from itae_utils.method.setting import ITAE, SOURCES, whole_number
 from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
+from itae_utils.store.identity import Unidentified
 from itae_utils.store.store import Store, open_store
 from itae_utils.store.variants import entry_key
 
@@ -33,10 +34,9 @@ def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
     """Draw `sample` numbers from range(size), or all of them if the sample is larger; return them in ascending order.
 
     Raises:
-        ItaeError: a sample of less than one.
+        ItaeError: a sample of less than one, or a negative seed.
     """
-    if sample < 1:
-        raise ItaeError(f"sample={sample!r} is too small: use 1 or more")
+    sample, seed = whole_number("sample", sample, 1), whole_number("seed", seed, 0)
     return np.sort(np.random.default_rng(seed).permutation(size)[:sample])
 
 
@@ -60,7 +60,8 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = SAMPLE
         `fits[block, source]`, a `ThresholdFit` each. `fits[-1, "key"].threshold` is θ for the last block's keys, or
         None if their norms do not have two modes.
     """
-    start = time.perf_counter()
+    dataset, start = checked_inputs(backbone, dataset, num_workers), time.perf_counter()
+    sample, seed = whole_number("sample", sample, 1), whole_number("seed", seed, 0)
     batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
 
     def measure() -> dict[str, np.ndarray]:
@@ -69,8 +70,10 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = SAMPLE
                                   num_workers=num_workers)
         return {f"{block} {source}": values for (block, source), values in norms.items()}
 
-    place = open_store(store)
-    key = None if place is None else entry_key(backbone, dataset, batch_size)
+    place, key = open_store(store), None
+    if place is not None:
+        with suppress(Unidentified):
+            key = entry_key(backbone, dataset, batch_size)
     found = measure() if key is None else place.remembered("norms", {**key, "sample": sample, "seed": seed}, measure)
     norms = {(int(block), source): values for name, values in found.items() for block, source in [name.split()]}
     return Thresholds(norms, seconds=time.perf_counter() - start)
@@ -143,9 +146,10 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
     Raises:
         ItaeError: a setting with more than one block, or one that `attenuate` refuses.
     """
+    dataset = checked_inputs(backbone, dataset, num_workers)
     batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
     if itae is not None:
-        check_blocks(backbone.model, itae, backbone.truth)
+        check_setting(backbone.model, itae, backbone.truth)
         if itae.blocks > 1:
             raise ItaeError(f"blocks={itae.blocks}: only the last block is observed, pass a setting with blocks=1")
     indices = sample_indices(len(dataset), len(dataset) if sample is None else sample, seed)

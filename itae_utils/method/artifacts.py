@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from itae_utils.errors import ItaeError
 from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid
+from itae_utils.method.layers import Hook
 from itae_utils.method.setting import ITAE, SOURCES
 
 
@@ -40,7 +41,7 @@ def token_norms(model: nn.Module, images: Tensor) -> Tensor:
     with ExitStack() as stack:
         for adapter in vit.blocks:
             stack.callback(adapter.block.register_forward_hook(measure).remove)
-        vit.forward(images)
+        vit.run(images)
     return torch.stack(norms, dim=1).unflatten(-1, grid)
 
 
@@ -134,7 +135,7 @@ class FiringRule:
         def hook(_module: nn.Module, _args: tuple[Tensor], activation: Tensor) -> None:
             captured.mask = (activation[:, model.num_prefix_tokens:, list(self.neurons)] > self.above).any(dim=-1)
 
-        handle = model.blocks[self.block].mlp.act.register_forward_hook(hook)
+        handle = model.blocks[self.block].mlp.act.register_forward_hook(Hook(hook))
         try:
             yield captured
         finally:
@@ -152,9 +153,17 @@ def precision_recall(found: np.ndarray, truth: np.ndarray) -> tuple[float, float
     Precision is NaN if nothing was found, and recall is NaN if there is nothing to find.
 
     Raises:
-        ItaeError: the shapes differ.
+        ItaeError: the shapes differ, or the arrays are not boolean.
     """
+    found, truth = (_mask(name, values) for name, values in [("found", found), ("truth", truth)])
     if found.shape != truth.shape:
         raise ItaeError(f"found has shape {found.shape}, truth {truth.shape}: they must be equal")
     hits, num_found, num_true = (np.count_nonzero(mask) for mask in (found & truth, found, truth))
     return hits / num_found if num_found else np.nan, hits / num_true if num_true else np.nan
+
+
+def _mask(name: str, values: object) -> np.ndarray:
+    mask = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+    if mask.dtype != bool and not (mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all()):
+        raise ItaeError(f"{name} holds {mask.dtype} values: give a boolean array, such as norms <= threshold")
+    return mask.astype(bool)

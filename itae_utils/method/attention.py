@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid
+from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid, without_compiled_code
 from itae_utils.method.artifacts import CapturedTruth, FiringRule, capture_truth, patch_norms, select_artifacts
 from itae_utils.method.layers import QKV
-from itae_utils.method.setting import ITAE, SOURCES
+from itae_utils.method.setting import ITAE, SOURCES, whole_number
 
 QUERY_CHUNK_BYTES = 64 * 2**20  # memory for logits with rows="all": queries are processed in chunks of this size
 
@@ -93,14 +93,15 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
         ItaeError: an unsupported model, `itae` is not a setting, threshold "auto", more blocks than the model has, or
             an oracle without `truth` or before the artifacts appear.
     """
-    vit = adapt(model)
-    if not isinstance(itae, ITAE):
-        raise ItaeError(f"itae={itae!r} is not a setting: pass ITAE(…), or use the model without attenuate")
-    check_blocks(model, itae, truth)
-    if itae.select == "oracle" and truth is None:
-        raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth)")
+    vit, first_image = adapt(model), whole_number("first_image", first_image, 0)
+    check_setting(model, itae, truth)
+    is_mask = isinstance(truth, Tensor) and truth.dtype == torch.bool
+    if itae.select == "oracle" and not (is_mask or isinstance(truth, FiringRule)):
+        raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth) or "
+                        "a boolean tensor (B, N)")
     contexts = _open_contexts.setdefault(model, [])
     with ExitStack() as context:
+        context.enter_context(without_compiled_code())
         captured = context.enter_context(capture_truth(truth, model))
         for index, threshold in zip(range(len(vit.blocks))[-itae.blocks:], itae.thresholds, strict=True):
             if threshold is None and itae.select != "oracle":
@@ -113,18 +114,25 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
         yield model
 
 
-def check_blocks(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None = None) -> None:
-    """Check that the model has the blocks that a setting edits.
+def check_setting(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None = None) -> None:
+    """Check that `itae` is a setting, and that the model has the blocks that it edits.
 
     Raises:
-        ItaeError: more blocks than the model has, or an oracle for a block before the artifacts appear.
+        ItaeError: not a setting, more blocks than the model has, or an oracle for a block before the artifacts appear.
     """
+    if not isinstance(itae, ITAE):
+        raise ItaeError(f"itae={itae!r} is not a setting: pass ITAE(…), or use the model without one")
     depth = len(adapt(model).blocks)
     if itae.blocks > depth:
         raise ItaeError(f"blocks={itae.blocks} but the model has {depth}: use at most {depth}")
     if itae.select == "oracle" and isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
         raise ItaeError(f"blocks={itae.blocks} with select='oracle' reaches back to block {depth - itae.blocks}, but "
                         f"the artifacts appear after block {truth.block}: use at most {depth - truth.block - 1}")
+
+
+def is_attenuated(model: nn.Module) -> bool:
+    """Return whether a context of `attenuate` is open on this model."""
+    return bool(_open_contexts.get(model))
 
 
 _open_contexts: WeakKeyDictionary[nn.Module, list[ExitStack]] = WeakKeyDictionary()  # of each model, innermost last

@@ -57,6 +57,17 @@ class QKV:
         return self.block.heads(source, self[source], self.rope)
 
 
+def _do_nothing(*_args: object, **_kwargs: object) -> None:
+    """Leave the arguments or the output of a module as they are."""
+
+
+class Hook(partial):
+    """A forward hook that stays with its model: copies and pickles of the model get one that does nothing."""
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., None]]]:
+        return Hook, (_do_nothing,)
+
+
 class BlockAdapter(ABC):
     """Adapter for one transformer block: gives its q, k, v and lets its attention output be replaced."""
 
@@ -108,7 +119,7 @@ class BlockAdapter(ABC):
             return (edit(qkv, *args),)
 
         with self.capture_qkv(captured.append):
-            handle = self.after_heads.register_forward_pre_hook(replace)
+            handle = self.after_heads.register_forward_pre_hook(Hook(replace))
             try:
                 yield
             finally:
@@ -185,7 +196,8 @@ class VitAdapter(TimmAdapter):
         return QKV(self, dict(zip(SOURCES, projected.chunk(3, dim=-1), strict=True)))
 
     def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
-        return [self.attention.qkv.register_forward_hook(lambda _module, _args, out: receive(self._split(out)))]
+        hook = Hook(lambda _module, _args, projected: receive(self._split(projected)))
+        return [self.attention.qkv.register_forward_hook(hook)]
 
     def _layer_scale(self, branch: int, x: Tensor) -> Tensor:
         return getattr(self.block, f"ls{branch}")(x)
@@ -211,7 +223,7 @@ class EvaAdapter(TimmAdapter):
         def hook(_module: nn.Module, args: tuple[Tensor], kwargs: dict[str, object]) -> None:
             receive(self.project_all(args[0], kwargs.get("rope")))
 
-        return [self.attention.register_forward_pre_hook(hook, with_kwargs=True)]
+        return [self.attention.register_forward_pre_hook(Hook(hook), with_kwargs=True)]
 
     def heads(self, source: str, projected: Tensor, rope: Tensor | None) -> Tensor:
         """Split a projection into heads, apply the q/k norm, and rotate the queries and keys of the patches."""
@@ -251,5 +263,5 @@ class Dinov2Adapter(BlockAdapter):
                 receive(QKV(self, dict(captured)))
                 captured.clear()
 
-        return [module.register_forward_hook(partial(capture, source))
+        return [module.register_forward_hook(Hook(partial(capture, source)))
                 for source, module in zip(SOURCES, self.projections, strict=True)]

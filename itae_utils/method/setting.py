@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal
 
 from itae_utils.errors import ItaeError
@@ -53,11 +53,10 @@ class ITAE:
             if getattr(self, name) not in allowed:
                 raise ItaeError(f"{name}={getattr(self, name)!r} is not known: use one of {', '.join(allowed)}")
         for name, least in [("blocks", 1), ("seed", 0)]:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ItaeError(f"{name}={value!r} must be a whole number of at least {least}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not (_is_number(self.alpha) and 0 < self.alpha < 1):
             raise ItaeError(f"alpha={self.alpha!r} must be a number between 0 and 1, both excluded (use 'mask' for 0)")
+        object.__setattr__(self, "alpha", float(self.alpha))
         if isinstance(self.threshold, list):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         self._check_threshold()
@@ -88,6 +87,17 @@ class ITAE:
             raise ItaeError("threshold='auto' is not a number yet: "
                             "fit_thresholds(backbone, dataset)[block, source].threshold gives one")
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * self.blocks
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """Return the value of a parameter as an int.
+
+    Raises:
+        ItaeError: it is not a whole number of at least `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ItaeError(f"{name}={value!r} must be a whole number of at least {least}")
+    return int(value)
 
 
 def _is_number(value: object) -> bool:

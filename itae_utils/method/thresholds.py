@@ -66,18 +66,19 @@ class Thresholds(Mapping[tuple[int, str], ThresholdFit]):
 
     Attributes:
         seconds: time spent on measuring the norms and on the fits made so far.
+        num_blocks: number of blocks of the model.
     """
 
     def __init__(self, norms: Mapping[tuple[int, str], np.ndarray], seconds: float = 0.0) -> None:
         self.seconds = seconds
         self._norms, self._fits = norms, {}
-        self._num_blocks = 1 + max(block for block, _ in norms)
+        self.num_blocks = 1 + max(block for block, _ in norms)
         self._keys = {(named, source): (block, source) for block, source in norms
-                      for named in (block, block - self._num_blocks)}
+                      for named in (block, block - self.num_blocks)}
 
     def __getitem__(self, key: tuple[int, str]) -> ThresholdFit:
         if key not in self._keys:
-            raise ItaeError(f"there is no fit for {key}: blocks are 0 to {self._num_blocks - 1} (or negative), sources "
+            raise ItaeError(f"there is no fit for {key}: blocks are 0 to {self.num_blocks - 1} (or negative), sources "
                             f"are {', '.join(SOURCES)}")
         key = self._keys[key]
         if key not in self._fits:
@@ -110,9 +111,13 @@ def fit_threshold(norms: np.ndarray) -> ThresholdFit:
         norms: L2 norms of patches, any shape. At least 2,000 are needed for a fit.
 
     Raises:
-        ItaeError: norms that are NaN, infinite or negative.
+        ItaeError: norms that are NaN, infinite, negative or not numbers.
     """
-    flat = np.asarray(norms, dtype=np.float64).ravel()
+    try:
+        flat = np.asarray(norms, dtype=np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        raise ItaeError(f"norms are a {type(norms).__name__}: pass an array of numbers, such as qkv_norms(model, "
+                        "images)['key']") from error
     if not (np.isfinite(flat).all() and (flat >= 0).all()):
         wrong = flat[~(np.isfinite(flat) & (flat >= 0))][0]
         raise ItaeError(f"norms hold {wrong}, but must be finite and at least 0: check the model's weights and "

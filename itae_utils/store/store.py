@@ -41,6 +41,9 @@ def open_store(place: str | Path | Store | None = "auto") -> Store | None:
     """Return the store at a folder or at an fsspec URL (`s3://…`, `memory://…`); for None and "none", return None.
 
     "auto" takes ITAE_STORE from the environment, or else a folder in the user's cache.
+
+    Raises:
+        ItaeError: the place is neither, or its `~name` is unknown.
     """
     if isinstance(place, Store):
         return place
@@ -48,7 +51,15 @@ def open_store(place: str | Path | Store | None = "auto") -> Store | None:
         place = named_store() or cache_folder() / "store"
     if place is None or str(place) == "none":
         return None
-    return Store(str(place) if "://" in str(place) else str(Path(place).expanduser().resolve()))
+    if not isinstance(place, (str, os.PathLike)) or not str(place).strip():
+        raise ItaeError(f"store={place!r} is not a place: name a folder or a URL, or use None")
+    place = str(place).removeprefix("file://")  # such a URL names a folder of this machine
+    if "://" in place:
+        return Store(place.rstrip("/") if place.partition("://")[2].strip("/") else place)
+    try:
+        return Store(str(Path(place).expanduser().resolve()))
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user, a null character
+        raise ItaeError(f"feature store {place!r} can't be found ({in_one_line(error)}): name another") from error
 
 
 def store_in_use(place: str | Path | Store | None = "auto") -> Store:

@@ -23,45 +23,41 @@ import torch
 import zarr
 from torch.utils.data import Dataset
 
-from itae_utils.data.fingerprint import fingerprint
 from itae_utils.errors import ItaeError
 from itae_utils.files import PACKAGE, in_one_line
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone
+from itae_utils.store.identity import images_identity, model_identity
 from itae_utils.store.store import ArrayKind, Store, code_digest, digest
 
 # Modules and packages that can change norms and features: a change of their code makes stored ones invalid.
-CODE = ("data/datasets.py", "data/folders.py", "models/*.py", "models/demo/__init__.py", "method/*.py",
-        "extraction/batches.py", "extraction/job.py", "extraction/observation.py")
+CODE = ("data/datasets.py", "data/folders.py", "data/huggingface.py", "data/images.py", "data/items.py", "models/*.py",
+        "models/demo/__init__.py", "method/*.py", "extraction/batches.py", "extraction/job.py",
+        "extraction/observation.py")
 PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may change the last bits
 
 
 def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str, device: str | None = None
-              ) -> dict[str, object] | None:
-    """Return everything that decides features, except the variant; None if the data set has no fingerprint.
+              ) -> dict[str, object]:
+    """Return everything that decides features, except the variant.
 
     The number of threads and the choice among GPUs of the same name are left out, although they can change the last
     bits. `device` is a name from `device_name`; None takes the backbone's own device.
 
     Raises:
-        ItaeError: the data set has more or fewer `.images` than items.
+        Unidentified: something that decides features is not known by its value, see `itae_utils.store.identity`.
     """
-    images = fingerprint(dataset)
-    if images is None:
-        return None
-    if len(dataset) != len(dataset.images):
-        raise ItaeError(f"a data set of {len(dataset):,} items has {len(dataset.images):,} .images: give it as many")
     return {
         "code": deciding_code(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
         "heads": backbone.model.blocks[0].attn.num_heads,  # the weights' shapes do not show it
-        "preprocessing": " ".join(repr(backbone.transform).split()),
+        "model": model_identity(backbone.model, backbone.compiled),
         "resize": backbone.resize,
         "pos_embed": backbone.pos_embed,
-        "images": images,
+        **images_identity(backbone, dataset),
         "device": device or device_name(backbone.device),
         "precision": backbone.precision,
         "compiled": backbone.compiled,
