@@ -102,7 +102,7 @@ def read_rows(
         names, codes = np.unique([value for value, ok in zip(values, present, strict=True) if ok], return_inverse=True)
         if isinstance(table.features[label], datasets.ClassLabel):
             names, codes = table.features[label].names, names[codes]
-        if len(names) < 2:  # as in a folder, a single class distinguishes nothing
+        if len(names) < 2 or not present.any():  # as in a folder, a single class distinguishes nothing
             notes.append(f"The column {label} distinguishes no classes.")
         else:
             known, targets, classes = present, codes.astype(np.int64), list(map(str, names))

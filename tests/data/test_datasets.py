@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from itae_utils.data import datasets
-from itae_utils.data.datasets import DATASETS, image_count, load_dataset
+from itae_utils.data.datasets import DATASETS, dataset_name, image_count, load_dataset
+from itae_utils.data.fingerprint import fingerprint
 from itae_utils.errors import ItaeError
 
 CIFAR10_MINI = Path(__file__).parents[3] / "shared/data/cifar10-mini"
@@ -65,13 +66,82 @@ def test_digits():
 
 @pytest.mark.parametrize(("name", "options", "message"), [
     ("cifar11", {}, r"'cifar11'.* cifar10 .*itae datasets"),
-    ("imagefolder", {}, "imagefolder:PATH"), ("imagefolder:", {}, "imagefolder:PATH"),
+    ("imagefolder", {}, "imagefolder:PATH"), ("imagefolder:", {}, "imagefolder:PATH"), ("hf:", {}, "hf:NAME"),
+    ("CIFAR11", {}, "cifar10"), ("tinyimagnet", {}, "tiny-imagenet"), ("photos/nowhere", {}, "'photos/nowhere'"),
+    (Path("nowhere"), {}, "'nowhere'"), (Path("digits"), {}, "'digits'"), (__file__, {}, "file"),
+    *((name, {}, type(name).__name__) for name in (None, 3, ["digits"], {"a": 1}, b"digits", "", object())),
+    ("digits", {"split": "train"}, "split='train'.*'all'"), ("cifar10", {"split": "train"}, "split='train'.*'test'"),
+    ("digits", {"split": 1}, "split=1"), ("digits", {"root": 1}, "root=1"), ("digits", {"seed": "x"}, "seed='x'"),
+    ("digits", {"seed": -1}, "seed=-1"), ("digits", {"image_column": "a"}, "image_column='a'.*Hugging Face"),
+    ("digits", {"label_column": "a"}, "label_column='a'"),
     ("digits", {"on_error": "ignore"}, "on_error='ignore'.*'raise'.*'skip'"),
     *(("digits", {"limit": limit}, re.escape(f"limit={limit!r}")) for limit in (0, -3, 1.5, "10", True)),
 ])
 def test_bad_arguments_are_named(name, options, message):
-    with pytest.raises(ItaeError, match=message):
+    with pytest.raises(ItaeError, match=message) as refused:
         load_dataset(name, **options)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("CIFAR-10", "cifar10"), ("Cifar_100", "cifar100"), ("STL10", "stl10"), ("stl-10", "stl10"), ("Digits", "digits"),
+    ("Tiny_ImageNet", "tiny-imagenet"), ("tiny imagenet", "tiny-imagenet"), ("TINYIMAGENET", "tiny-imagenet"),
+    ("pictures", "imagefolder:{}/pictures"), ("./pictures", "imagefolder:{}/pictures"),
+    ("~/pictures", "imagefolder:{}/pictures"),
+    ("ImageFolder:pictures", "imagefolder:{}/pictures"), ("imagefolder:~/x/../pictures", "imagefolder:{}/pictures"),
+    (Path("pictures"), "imagefolder:{}/pictures"), (Path("~/pictures"), "imagefolder:{}/pictures"),
+    ("imagefolder:missing", "imagefolder:{}/missing"), (".", "imagefolder:{}"), ("a:b", "imagefolder:{}/a:b"),
+    ("HF:user/data:test", "hf:user/data:test"), ("hf:pictures:train", "hf:{}/pictures:train"),
+])
+def test_a_data_set_has_one_name(tmp_path, monkeypatch, text, name):
+    for folder in ("pictures", "a:b"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert dataset_name(text) == name.format(tmp_path) == dataset_name(name.format(tmp_path))
+
+
+def test_a_folder_called_like_a_data_set(tmp_path, monkeypatch):
+    save(tmp_path / "STL-10/1.png")
+    save(tmp_path / "digits/1.png")
+    monkeypatch.chdir(tmp_path)
+    assert dataset_name("digits") == "digits"
+    assert dataset_name("./digits") == dataset_name(Path("digits")) == f"imagefolder:{tmp_path}/digits"
+    with pytest.raises(ItaeError, match=r"'STL-10'.*imagefolder:STL-10 or stl10"):
+        load_dataset("STL-10")
+
+
+def test_a_data_set_is_described_in_one_line(tmp_path):
+    for number in range(300):
+        save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    dataset = load_dataset(tmp_path)
+    assert repr(dataset).count("\n") == 0
+    assert len(repr(dataset)) < 100 + len(str(tmp_path))
+    assert all(part in repr(dataset) for part in (str(tmp_path), "300 images", "2 classes"))
+    assert repr(load_dataset("digits")) == "<ImageDataset digits: 1,797 images, 10 classes>"
+
+
+@pytest.mark.parametrize(("name", "split"), [("digits", "all"), ("digits", None)])
+def test_the_own_split_may_be_named(name, split):
+    assert load_dataset(name, split=split).split == "all (1,797)"
+
+
+def test_a_folder_is_found_after_the_working_directory_changed(tmp_path, monkeypatch):
+    save(tmp_path / "pictures/1.png")
+    monkeypatch.chdir(tmp_path)
+    dataset = load_dataset("pictures")
+    monkeypatch.chdir("/")
+    assert dataset[0][0].size == (6, 5)
+    assert fingerprint(dataset) == fingerprint(load_dataset(tmp_path / "pictures"))
+
+
+def test_what_is_there_is_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ITAE_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets, "fetch", lambda *_: pytest.fail("downloads"))
+    (tmp_path / "tiny-imagenet-200").mkdir()
+    save(tmp_path / "pictures/1.png")
+    for name in ("tiny-imagenet", "digits", tmp_path / "pictures"):
+        datasets.download(name)
 
 
 class TestLimit:
