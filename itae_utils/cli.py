@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,7 +52,9 @@ class Group(click.Group):
     """A group of commands whose errors are one line."""
 
     def make_context(self, *arguments: object, **options: object) -> click.Context:
-        """Parse the options before a command's name."""
+        """Parse the options before a command's name; characters that the terminal lacks will be replaced."""
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
         with errors_in_one_line():
             return super().make_context(*arguments, **options)
 
@@ -64,38 +67,63 @@ class Group(click.Group):
 FEATURE_FORMATS = (".npz", ".parquet")
 
 
-def _folder(_context: click.Context, _option: click.Parameter, value: str | None) -> Path | None:
-    if value is not None and (not value or "\0" in value):
-        raise click.BadParameter(f"{value!r} is not a folder")
-    return None if value is None else Path(value)
+class PathType(click.ParamType):
+    """The path of a file or folder; ~ is the user's home."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        if not str(value) or "\0" in str(value):
+            self.fail(f"{value!r} is not a path", param, ctx)
+        return Path(os.path.expanduser(value))
+
+
+PATH = PathType()
 
 
 def _validated(_context: click.Context, option: click.Parameter, text: str | None) -> object:
     """Read an option's value and validate it by the rules of the notebooks' parameter of that name."""
+    if text is None:
+        return None
     from itae_utils.report.parameters import parse_value
     from itae_utils.report.rules import check_values
 
-    if text is None:
-        return None
-    value = parse_value(text)
+    value = parse_value(text) if option.name in NUMBERS else os.path.expanduser(text)
     check_values({option.name: value})
     return value
 
 
-def _cluster(_context: click.Context, option: click.Parameter, where: str | None) -> str | None:
-    """Refuse a badly written `local:N` before anything is computed."""
-    from itae_utils.report.rules import check_values
+NUMBERS = ("limit", "batch_size", "image_size", "threshold")
+LOADING = {
+    "checkpoint": ("PATH", "A file or folder with weights, instead of a download."),
+    "image_size": ("PIXELS", "Side of the images that the model sees; default: the backbone's."),
+    "device": ("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]"),
+    "on_error": ("WORD", "skip leaves out images that can't be read, raise stops at the first.  [default: raise]"),
+    "preprocess": ("WORD", "How images become squares: resize, meta-eval or pad.  [default: resize]"),
+    "split": ("NAME", "Part of the data set, such as train; default: its test part, if it has parts."),
+    "image_column": ("NAME", "Of a Hugging Face data set; default: found by its type."),
+    "label_column": ("NAME", "Of a Hugging Face data set; default: found by its type."),
+}
 
-    check_values({option.name: where})
-    return where
+
+def loading_options(*names: str) -> Callable:
+    """Return a decorator that gives a command these options for loading, None if they are not given."""
+    def decorate(command: Callable) -> Callable:
+        for name in reversed(names):
+            (metavar, words), option = LOADING[name], f"--{name.replace('_', '-')}"
+            command = click.option(option, metavar=metavar, callback=_validated, help=words)(command)
+        return command
+
+    return decorate
 
 
 store_option = click.option(
-    "--store", metavar="PLACE",
+    "--store", metavar="PLACE", callback=_validated,
     help="Where features are stored: a folder, an fsspec URL such as s3://bucket/name, or none.  "
          "[default: ITAE_STORE, else a folder in the user's cache]")
 dask_option = click.option(
-    "--dask", metavar="WHERE", callback=_cluster,
+    "--dask", metavar="WHERE", callback=_validated,
     help="Extract on Dask workers: tcp://… is a cluster's address, local:N starts N processes.  [default: ITAE_DASK]")
 backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
 source_option = click.option(
@@ -116,19 +144,20 @@ def main() -> None:
 @click.option("--only", help="Numbers of the notebooks to run, such as 01,03.")
 @click.option("-p", "--parameter", "parameters", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="Set a parameter or an option of the notebooks; may be repeated.")
-@click.option("--output", callback=_folder, metavar="FOLDER",
+@click.option("--output", type=PATH, metavar="FOLDER",
               help="Folder to write; default reports/<profile>-<backbone>-<dataset>.")
 @click.option("--force", is_flag=True, help="Also run notebooks that have not changed since they last ran.")
+@loading_options(*LOADING)
 @store_option
 @dask_option
-@click.option("--from", "repeated", type=click.Path(path_type=Path), metavar="REPORT",
+@click.option("--from", "repeated", type=PATH, metavar="REPORT",
               help="Run a report again, and compare weights and images; default output REPORT-repeated.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be run, reused and downloaded.")
 @click.pass_context
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
     parameters: tuple[tuple[str, str], ...], output: Path | None, force: bool, store: str | None, dask: str | None,
-    repeated: Path | None, dry_run: bool,
+    repeated: Path | None, dry_run: bool, **loading: object,
 ) -> None:
     """Run the notebooks and write a report.
 
@@ -139,22 +168,23 @@ def report(
     from itae_utils.report.parameters import parse_value
     from itae_utils.report.report import plan_report, repeat_report, run_report, unchanged_runs
 
-    places = {name: value for name, value in (("store", store), ("dask", dask)) if value is not None}
-    names = [name for name, value in (("backbone", backbone), ("dataset", dataset)) if value is not None]
-    _refuse_twice([*names, *places, *(name for name, _ in parameters)])
+    places = _given(store=store, dask=dask)
+    loading = _given(**loading)
+    _refuse_twice([*_given(backbone=backbone, dataset=dataset), *places, *loading, *(name for name, _ in parameters)])
     if repeated:
-        given = [name for name in ("profile", "backbone", "dataset", "only", "parameters", "force", "dry_run")
-                 if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        fixed = ("profile", "backbone", "dataset", "only", "parameters", "force", "dry_run", *LOADING)
+        given = [name for name in fixed if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
             raise ItaeError("--from repeats a report as it was: use it only with --output, --store and --dask")
         written = repeat_report(repeated, output=output, parameters=places, say=click.echo)
     else:
+        numbers = None if only is None else [number.strip() for number in only.split(",")]
         asked = {
             "profile": profile,
             "backbone": backbone,
             "dataset": dataset,
-            "only": [number.strip().zfill(2) for number in only.split(",")] if only is not None else None,
-            "parameters": {name: parse_value(text) for name, text in parameters} | places,
+            "only": numbers and [number and number.zfill(2) for number in numbers],
+            "parameters": {name: parse_value(text) for name, text in parameters} | loading | places,
         }
         if dry_run:
             plan = plan_report(**asked)
@@ -168,6 +198,11 @@ def report(
     sys.exit(1 if written.failed else 0)
 
 
+def _given(**values: object) -> dict[str, object]:
+    """Return the values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _refuse_twice(names: Iterable[str]) -> None:
     for name, times in Counter(names).items():
         if times > 1:
@@ -179,72 +214,92 @@ def _refuse_twice(names: Iterable[str]) -> None:
 @dask_option
 @backbone_option
 @click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take a stratified sample of so many images.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images per batch; default: chosen for the device.")
+@click.option("--limit", metavar="N", callback=_validated, help="Take a stratified sample of so many images.")
+@click.option("--batch-size", metavar="N", callback=_validated, help="Images per batch.  [default: auto]")
+@loading_options(*LOADING)
 @click.option("--threshold", default="auto", show_default=True, callback=_validated, help="A number, or auto.")
 @source_option
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A .npz or .parquet file.")
+@click.option("--output", type=PATH, metavar="FILE", required=True, help="A .npz or .parquet file.")
 def extract(
     store: str | None, dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None,
-    threshold: float | str, source: str, output: Path,
+    threshold: float | str, source: str, output: Path, **loading: object,
 ) -> None:
     """Write a data set's features to a file.
 
-    The file holds the model's own features (baseline), those with ITAE (itae), and the labels (targets) if any.
+    The file holds the model's own features (baseline), those with ITAE (itae), and the labels (targets) and the names
+    of the image files (names) if any.
     """
+    import numpy as np
+
     import itae_utils as itae
+    from itae_utils.report.rules import DATASET_OPTIONS
 
     if output.suffix not in FEATURE_FORMATS:
         raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FEATURE_FORMATS)}")
     if output.is_dir():
         raise ItaeError(f"--output {str(output)!r} is a folder: name a file")
     variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
-    images, model = itae.load_dataset(dataset, limit=limit), itae.load_backbone(backbone)
+    of_images = {name: loading.pop(name) for name in DATASET_OPTIONS}
+    images = itae.load_dataset(dataset, limit=limit, **_given(**of_images))
+    model = itae.load_backbone(backbone, **_given(**loading))
     make_folder(output.parent)
     features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto", store=store or "auto",
                                      client=dask or "auto")
+    arrays, (theta,) = {**features}, features.thresholds["itae"]
     about = {
         **features.settings, "weights_sha256": model.weights_sha256, "dataset": images.name, "split": images.split,
         "classes": images.classes and list(images.classes), "source": source, "thresholds": {**features.thresholds},
+        "notes": images.notes,
     }
-    _save_features(output, {**features}, features.targets, about)
-    click.echo(f"{output}: {len(images)} images, {' and '.join(features)}")
+    _save_features(output, arrays, _given(targets=features.targets, names=images.names), about)
+    click.echo("\n".join([f"{output}: {len(images):,} images, {' and '.join(features)}", *images.notes]))
+    if theta is None:
+        click.echo(f"no θ was found for the norm of the {source}, so itae is equal to baseline: use more images, "
+                   "another --source, or a number as --threshold")
+    elif np.array_equal(*arrays.values()):
+        click.echo(f"no patch has a {source} whose norm is at most θ = {theta:.4g}, so itae is equal to baseline")
+    else:
+        click.echo(f"θ = {theta:.4g} on the norm of the {source}")
 
 
-def _save_features(path: Path, arrays: dict, targets: object, about: dict) -> None:
-    """Write features by variant, labels as `targets` if any, and their settings as JSON in `about`."""
+def _save_features(path: Path, arrays: dict, columns: dict, about: dict) -> None:
+    """Write features by variant, further columns such as labels, and their settings as JSON in `about`."""
     import numpy as np
 
-    labels = {} if targets is None else {"targets": np.asarray(targets)}
+    columns = {name: np.asarray(values) for name, values in columns.items()}
     with replacing(path) as part, part.open("wb") as file:
         if path.suffix == ".npz":
-            np.savez(file, about=json.dumps(about), **arrays, **labels)
+            np.savez(file, about=json.dumps(about), **arrays, **columns)
         else:
             import pyarrow
             from pyarrow import parquet
 
-            columns = {
+            vectors = {
                 name: pyarrow.FixedSizeListArray.from_arrays(array.ravel(), array.shape[1])
                 for name, array in arrays.items()
             }
-            table = pyarrow.table({**columns, **labels}, metadata={"about": json.dumps(about)})
+            table = pyarrow.table({**vectors, **columns}, metadata={"about": json.dumps(about)})
             parquet.write_table(table, file)
 
 
 @main.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=PATH)
 @backbone_option
+@loading_options("checkpoint", "image_size", "device", "on_error")
 @click.option("--threshold", callback=_validated, help="A number; default: fitted to all the given images together.")
 @source_option
-@click.option("--output", type=click.Path(path_type=Path), default="inspection.png", show_default=True,
+@click.option("--output", type=PATH, metavar="FILE", default="inspection.png", show_default=True,
               help="The figure; its ending decides the format.")
-def inspect(images: tuple[Path, ...], backbone: str, threshold: float | str | None, source: str, output: Path) -> None:
+def inspect(
+    images: tuple[Path, ...], backbone: str, threshold: float | str | None, source: str, output: Path,
+    **loading: object,
+) -> None:
     """Draw norms, attention and artifacts of images."""
     from itae_utils import figures
     from itae_utils.analysis.inspection import inspect_images
 
     figures.check_figure_path(output)
-    found = inspect_images(images, backbone=backbone, source=source, threshold=threshold)
+    found = inspect_images(images, backbone=backbone, source=source, threshold=threshold, **_given(**loading))
     figures.save_as(figures.inspection(found.images, found.source, found.block, found.threshold), output)
     click.echo("\n".join([*found.lines, f"{output} written"]))
 

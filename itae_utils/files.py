@@ -52,6 +52,7 @@ def write_json(path: Path, content: object) -> None:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def in_one_line(error: Exception) -> str:
-    """Return an error's message in one line of at most 200 characters, or its type if it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def in_one_line(error: Exception | str, longest: int = 200) -> str:
+    """Return an error's message in one line, or its type if it has none; a long one is cut in its middle."""
+    line, end = " ".join(str(error).split()) or type(error).__name__, longest // 3
+    return line if len(line) <= longest else f"{line[:longest - end - 3]} … {line[-end:]}"

@@ -145,6 +145,7 @@ def provenance(backbone: Backbone, dataset: Dataset, **more: object) -> dict[str
         "dataset": {
             "name": dataset.name, "split": dataset.split, "source": dataset.source,
             "size": len(dataset), "classes": len(dataset.classes or ()), "fingerprint": fingerprint(dataset),
+            "notes": getattr(dataset, "notes", ()),
         },
         "device": _device_name(backbone.device),
         "precision": backbone.precision,

@@ -192,7 +192,9 @@ class TestExtract:
         output = picture.with_name("features.npz")
         result = run("extract", "--dataset", f"imagefolder:{picture.parent}", "--threshold", 1, "--output", output)
         assert result.exit_code == 0, result.output
-        assert set(read_features(output)[0]) == {"baseline", "itae"}
+        arrays, _ = read_features(output)
+        assert set(arrays) == {"baseline", "itae", "names"}
+        assert list(arrays["names"]) == ["a.png"]
 
     def test_a_full_disk_leaves_no_file(self, tmp_path, monkeypatch):
         def savez(file, **_arrays):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from itae_utils.errors import ItaeError
-from itae_utils.files import in_one_line, make_folder, replacing, write_json
+from itae_utils.files import OUTPUT_MARK, in_one_line, make_folder, replacing, write_json
 
 WRITERS, ROUNDS = 4, 100
 
@@ -78,6 +78,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         make_folder(tmp_path / "file/out")
 
 
-@pytest.mark.parametrize(("message", "line"), [("one\n  two", "one two"), ("", "ValueError"), ("x" * 999, "x" * 200)])
-def test_an_error_becomes_one_line(message, line):
+@pytest.mark.parametrize(("message", "line"), [
+    ("one\n  two", "one two"), ("", "ValueError"), ("x" * 200, "x" * 200),
+    ("a" * 900 + "b" * 99, "a" * 131 + " … " + "b" * 66)])
+def test_an_error_becomes_one_line_with_its_beginning_and_its_end(message, line):
     assert in_one_line(ValueError(message)) == line
+
+
+def test_a_folder_for_output_is_marked(tmp_path):
+    assert list(make_folder(tmp_path / "a" / "b", mark=True).iterdir()) == [tmp_path / "a" / "b" / OUTPUT_MARK]
+    (tmp_path / "c" / OUTPUT_MARK).mkdir(parents=True)
+    make_folder(tmp_path / "c", mark=True)

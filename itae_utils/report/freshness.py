@@ -20,6 +20,7 @@ import torch
 from itae_utils.data.datasets import DATASETS, unpacked_folder
 from itae_utils.data.fingerprint import files_digest
 from itae_utils.data.folders import image_folder, read_folder
+from itae_utils.data.huggingface import PREFIX, place_and_split
 from itae_utils.environment import data_folder, hub_server
 from itae_utils.files import PACKAGE, write_json
 from itae_utils.models.hub import cached_weights
@@ -64,7 +65,7 @@ def _states(steps: Iterable[Step]) -> Iterable[State]:
         parameters = recorded({name: value for name, value in step.parameters.items() if name != "output_dir"})
         state = common | {"parameters": parameters, "notebook": _or_none(partial(_cells, step.notebook))}
         if dataset := step.setting("dataset"):
-            state["images"] = _or_none(partial(images, dataset))
+            state["images"] = _or_none(partial(images, dataset, step.setting("split")))
         if backbone := step.setting("backbone"):
             state["weights"] = _or_none(partial(weights, backbone, step.setting("checkpoint")))
         if step.notebook.collects:
@@ -163,13 +164,17 @@ def _cells(notebook: Notebook) -> list[object]:
     return [[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])] for cell in cells]
 
 
-def _images(dataset: str) -> str | None:
+def _images(dataset: str, split: str | None) -> str | list | None:
     """Return the hash of a data set's files; those of embedded data sets belong to a package's version."""
     if folder := image_folder(dataset):
-        return files_digest(read_folder(folder).images, folder)
-    if not DATASETS[dataset].megabytes:
+        contents = read_folder(folder, split)
+        return [files_digest(contents.images, folder), *contents.notes]  # results hold the notes, too
+    if dataset.startswith(PREFIX):
+        place = Path(place_and_split(dataset, split)[0])
+    elif DATASETS[dataset].megabytes:
+        place = unpacked_folder(dataset)
+    else:
         return "embedded"
-    place = unpacked_folder(dataset)
     return files_digest([path for path in place.rglob("*") if path.is_file()], place)
 
 
@@ -177,7 +182,7 @@ def _weights(backbone: str, checkpoint: str | None) -> str | list | None:
     """Return the hash of a checkpoint, or path, size and time of the file in the hub's cache, named by its SHA-256."""
     if checkpoint is not None:
         path = Path(checkpoint)
-        files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
+        files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
         return files_digest(files, path.parent)
     entry = BACKBONES.get(backbone)
     if entry and entry.timm_name is None:

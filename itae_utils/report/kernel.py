@@ -13,7 +13,9 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 
 from itae_utils.environment import for_a_kernel
-from itae_utils.files import PACKAGE
+from itae_utils.files import PACKAGE, in_one_line
+
+LONGEST = 1500  # characters of an error
 
 
 class _Kernel(AsyncKernelManager):
@@ -47,17 +49,12 @@ def execute(path: Path, target: Path, parameters: Mapping[str, object]) -> str |
             extra_arguments=["--log-level=CRITICAL"],
         )
     except papermill.PapermillExecutionError as failure:
-        return f"{_one_line(f'{failure.ename}: {failure.evalue}')} (cell [{failure.exec_count}])"
+        return f"{in_one_line(f'{failure.ename}: {failure.evalue}', LONGEST)} (cell [{failure.exec_count}])"
     except DeadKernelError as failure:
-        return f"the kernel died: {_one_line(str(failure))}"
+        return f"the kernel died: {in_one_line(failure, LONGEST)}"
     return None
 
 
 def _literally(path: Path) -> str:
     """Return a path for papermill, which reads {name} in it as a parameter."""
     return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else line[:299] + "…"

@@ -15,9 +15,8 @@ from itae_utils.errors import ItaeError
 from itae_utils.figures.style import save
 from itae_utils.files import make_folder
 from itae_utils.models.backbones import Backbone, load_backbone
+from itae_utils.report import rules
 from itae_utils.report.parameters import notebooks_folder, read_code, read_notebook
-from itae_utils.report.rules import (
-    DATASET_OPTIONS, MODEL_OPTIONS, OPTIONS, RULES, check_options, check_values, closest, recorded)
 from itae_utils.results import provenance, write_results
 
 USED_BY_RUN = ("backbone", "dataset", "limit", "seed", "options", "output_dir")  # parameters that no cell has to read
@@ -33,16 +32,17 @@ def start(name: str, namespace: Mapping[str, object]) -> NotebookRun:
     Raises:
         ItaeError: names the first parameter that is not valid, or a parameter or option that does not exist.
     """
-    parameters = {name: namespace[name] for name in RULES if name in namespace}
-    check_values(parameters)
+    parameters = {name: namespace[name] for name in rules.RULES if name in namespace}
+    rules.check_values(parameters)
     options = dict(parameters.get("options", {}))
     file = notebooks_folder() / f"{name}.ipynb"
-    known = read_notebook(file).options if file.is_file() else OPTIONS | options
-    check_options(options, known)
+    known = read_notebook(file).options if file.is_file() else rules.OPTIONS | options
+    rules.check_options(options, known)
     if file.is_file():
         check_assigned(namespace.get("In", ())[:-1], file, known)
-    make_folder(Path(str(parameters["output_dir"])) / "figures", mark=True)  # before images beside it are listed
-    return NotebookRun(name, parameters, known | options)
+    run = NotebookRun(name, parameters, known | options)
+    make_folder(run.output_dir / "figures", mark=True)  # before the images are listed, which may be beside it
+    return run
 
 
 def check_assigned(cells: Sequence[str], file: Path, options: Iterable[str]) -> None:
@@ -69,8 +69,8 @@ def check_assigned(cells: Sequence[str], file: Path, options: Iterable[str]) -> 
     for name in sorted(assigned - parameters):
         if name in options:
             raise ItaeError(f"{name!r} is an option: write options = {{{name!r}: …}}")
-        known = parameters & set(RULES)
-        close = closest(name, {*known, *options}, otherwise=known)
+        known = parameters & set(rules.RULES)
+        close = rules.closest(name, {*known, *options}, otherwise=known)
         raise ItaeError(f"the notebook has no parameter {name!r}: did you mean {close}?")
 
 
@@ -101,7 +101,7 @@ class NotebookRun:
 
     def __init__(self, name: str, parameters: Mapping[str, object], options: Mapping[str, object]) -> None:
         self.name, self.parameters, self.options = name, parameters, options
-        self.output_dir = Path(str(parameters["output_dir"]))
+        self.output_dir = Path(str(parameters["output_dir"])).expanduser()
         self.backbone: Backbone | None = None
         self.dataset: Dataset | None = None
         self._figures: list[str] = []
@@ -110,14 +110,14 @@ class NotebookRun:
         """Load the backbone and the data set that the parameters name."""
         parameters, options = self.parameters, self.options
         self.backbone = self.load_backbone(str(parameters["backbone"]), checkpoint=options["checkpoint"])
-        chosen = {name: options[name] for name in DATASET_OPTIONS if options[name] is not None}
+        chosen = {name: options[name] for name in rules.DATASET_OPTIONS if options[name] is not None}
         self.dataset = load_dataset(str(parameters["dataset"]), limit=parameters["limit"], seed=self.seed("subset"),
                                     **chosen)
         return self.backbone, self.dataset
 
     def load_backbone(self, name: str, **options: object) -> Backbone:
         """Load another backbone with the same image size, preprocessing, precision and device."""
-        return load_backbone(name, **{key: self.options[key] for key in MODEL_OPTIONS}, **options)
+        return load_backbone(name, **{key: self.options[key] for key in rules.MODEL_OPTIONS}, **options)
 
     def seed(self, of: str) -> int:
         """Return the seed of "subset", "threshold", "control" or "kmeans": its option, else the parameter `seed`."""
@@ -165,8 +165,9 @@ class NotebookRun:
             more: further entries of the provenance.
         """
         figures = sorted(self._figures, key=lambda name: name != cover)
+        parameters = rules.recorded({**self.parameters, **self._shown_options()})
         write_results(
-            self.output_dir, notebook=self.name, parameters=recorded({**self.parameters, **self._shown_options()}),
+            self.output_dir, notebook=self.name, parameters=parameters,
             provenance=about or provenance(self.backbone, self.dataset, **more), thresholds=thresholds or {}, rows=rows,
             figures=figures, headline=headline)
         return Markdown("All numbers of this page are in [results.json](results.json), the figures as PNG and PDF in "

@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import yaml
 
+from itae_utils.data.datasets import dataset_name
+from itae_utils.data.huggingface import PREFIX, place_and_split
 from itae_utils.errors import ItaeError
 from itae_utils.files import PACKAGE
 from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, closest
@@ -54,9 +56,12 @@ def parse_value(text: str) -> object:
         ItaeError: not YAML.
     """
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # [[[[… is a RecursionError
         raise ItaeError(f"{text!r} can't be read as a value: quote it as YAML text") from error
+    if value is None and text.strip().lower() not in ("null", "~"):  # such as "$N" of a shell, with N not set
+        raise ItaeError(f"{text!r} is no value: write null if that is meant")
+    return value
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def read_profile(profile: str, folder: Path) -> Profile:
         ItaeError: no such profile, or it is not made of description, common, grid and one block per notebook.
     """
     known = {path.stem: path for path in folder.glob("*.yaml")}
-    path = Path(profile) if profile.endswith((".yaml", ".yml")) else known.get(profile)
+    path = Path(os.path.expanduser(profile)) if profile.endswith((".yaml", ".yml")) else known.get(profile)
     if path is None:
         raise ItaeError(f"unknown profile {profile!r}: choose from {', '.join(sorted(known))}, or give a .yaml file")
     try:
@@ -230,8 +235,8 @@ def resolve(
         if "options" in values:
             chosen = {name: value for layer in layers for name, value in layer.get("options", {}).items()}
             values["options"] = notebook.defaults["options"] | {
-                name: _absolute(name, value) for name, value in chosen.items()}
-        resolved[notebook.key] = {name: _absolute(name, value) for name, value in values.items()}
+                name: located(name, value) for name, value in chosen.items()}
+        resolved[notebook.key] = {name: located(name, value) for name, value in values.items()}
     return resolved
 
 
@@ -241,8 +246,8 @@ def _check(values: Mapping[str, object], notebooks: list[Notebook], origin: str)
         if name == "output_dir":
             raise ItaeError(f"{origin}: output_dir is set by the report itself: use --output")
         if name not in known:
-            where = ", ".join(notebook.key for notebook in notebooks)
-            raise ItaeError(f"{origin}: no parameter {name!r} in notebook {where}: did you mean {closest(name, known)}?")
+            where, close = ", ".join(notebook.key for notebook in notebooks), closest(name, known)
+            raise ItaeError(f"{origin}: no parameter {name!r} in notebook {where}: did you mean {close}?")
     check_values(values, origin)
     for notebook in notebooks:
         placed = notebook.place(values)
@@ -271,15 +276,26 @@ def fits(value: object, default: object) -> bool:
     return type(value) is type(default)
 
 
-def _absolute(name: str, value: object) -> object:
+def located(name: str, value: object) -> object:
+    """Return a parameter's value with its path made absolute, and a data set by the name that `load_dataset` gives it.
+
+    Raises:
+        ItaeError: a data set is unknown, or a path is none.
+    """
     if not isinstance(value, str):
         return value
+    if name == "dataset":
+        value = dataset_name(value)
     if name == "checkpoint" or name.endswith(("_dir", "_path")):
         return _resolved(name, value)
     if name == "store" and value not in ("auto", "none") and "://" not in value:
         return _resolved(name, value)
     if value.startswith("imagefolder:"):
         return f"imagefolder:{_resolved(name, value.removeprefix('imagefolder:'))}"
+    if value.startswith(PREFIX):
+        place, split = place_and_split(value)
+        if os.path.isdir(place):
+            return PREFIX + ":".join(filter(None, [_resolved(name, place), split]))
     return value
 
 

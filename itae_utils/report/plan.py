@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from itae_utils.data.datasets import DATASETS, image_count
-from itae_utils.data.folders import check_header, image_folder, read_folder
-from itae_utils.errors import ItaeError, unknown_name
+import torch
+
+from itae_utils.data.datasets import dataset_name, image_count
+from itae_utils.data.folders import image_folder, read_folder
+from itae_utils.data.images import check_header
+from itae_utils.errors import ItaeError
 from itae_utils.method.anatomy import patches_along
 from itae_utils.models.backbones import stock_model
+from itae_utils.models.checkpoints import check_checkpoint
 from itae_utils.models.registry import timm_name_of
-from itae_utils.report.parameters import AXES, Notebook, Profile, find_notebooks, read_profile, resolve, select
-from itae_utils.report.rules import check_values
+from itae_utils.report.parameters import AXES, Notebook, Profile, find_notebooks, located, read_profile, resolve, select
+from itae_utils.report.rules import DATASET_OPTIONS, check_values
 from itae_utils.store.store import open_store
 
 HEADERS = 1000  # files whose headers are read before anything runs; the notebooks read all
@@ -54,6 +59,11 @@ class Step:
         """Its parameters and options, in one mapping."""
         return {**self.notebook.options, **self.parameters.get("options", {}), **self.parameters}
 
+    @property
+    def chosen(self) -> dict[str, object]:
+        """Which part and columns of its data set it takes, as keyword arguments."""
+        return {name: self.setting(name) for name in DATASET_OPTIONS if name != "on_error"}
+
     def setting(self, name: str) -> object:
         """Return the value of a parameter or an option; None if the notebook has neither."""
         return self.settings.get(name)
@@ -77,6 +87,11 @@ class Plan:
     grid: dict[str, list[object]]
     steps: tuple[Step, ...]
 
+    @property
+    def datasets(self) -> set[str]:
+        """The names of the data sets that its steps load."""
+        return {str(step.setting("dataset")) for step in self.steps if step.setting("dataset") is not None}
+
 
 def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Mapping[str, object]) -> Plan:
     """Plan a run of the notebooks of a folder; see `run_report`.
@@ -97,20 +112,23 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
     measures = any(not notebook.collects for notebook in selected)
     by_hand = {name: given[name] if isinstance(given[name], list) else [given[name]]
                for name in AXES if measures and name in settings.grid and name in given}
-    grid = settings.grid | by_hand if measures else {}
+    grid = {name: [located(name, value) for value in values]
+            for name, values in (settings.grid | by_hand if measures else {}).items()}
     given = {name: value for name, value in given.items() if name not in grid}
     pairings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     resolved = [resolve(notebooks, selected, settings, given | pairing) for pairing in pairings]
+    twins = _twins(str(value) for values in grid.values() for value in values)
     steps = []
     for parameters in resolved:
-        steps += [Step(notebook, parameters[notebook.key], _axes_name(notebook, parameters) if grid else "")
+        steps += [Step(notebook, parameters[notebook.key], _axes_name(notebook, parameters, twins) if grid else "")
                   for notebook in selected if not notebook.collects]
     steps += [Step(notebook, resolved[0][notebook.key]) for notebook in selected if notebook.collects]
     check_steps(steps)
+    by_hand = [value for name in by_hand for value in grid[name]]
     if not measures:
         name = safe_name(steps[0].notebook.name, Path(str(steps[0].given["results_dir"])).name)
     elif grid:
-        name = safe_name(settings.name, *(_short(value) for values in by_hand.values() for value in values))
+        name = safe_name(settings.name, *map(short_name, by_hand))
     else:
         name = safe_name(settings.name, _axes_name(selected[0], resolved[0]))
     return Plan(name, settings.name, settings.description, grid, tuple(steps))
@@ -147,11 +165,12 @@ def check_steps(steps: Iterable[Step]) -> None:
     measuring = [step for step in steps if not step.notebook.collects]
     for step in steps:
         check_values(step.parameters)
-    for dataset, on_error in dict.fromkeys((step.setting("dataset"), step.setting("on_error")) for step in measuring):
-        check_dataset(dataset, on_error)
+    for values in dict.fromkeys(tuple(map(step.setting, ("dataset", *DATASET_OPTIONS))) for step in measuring):
+        check_dataset(values[0], **dict(zip(DATASET_OPTIONS, values[1:], strict=True)))
     for step in measuring:
         check_clusters(step)
-    for names in dict.fromkeys((step.setting("backbone"), step.setting("checkpoint"), step.setting("image_size"))
+    check_one_backbone(measuring)
+    for names in dict.fromkeys(tuple(map(step.setting, ("backbone", "checkpoint", "image_size")))
                                for step in measuring):
         check_backbone(*names)
     for place in dict.fromkeys(step.setting("store") for step in measuring):
@@ -164,21 +183,40 @@ def check_steps(steps: Iterable[Step]) -> None:
         raise ItaeError(f"{times} runs would write to the same folder {folder}: give one of them another name")
 
 
-def check_dataset(name: str | None, on_error: str | None = "raise") -> None:
-    """Refuse an unknown data set, and a folder without images, with images on two levels, or with damaged ones.
+def check_dataset(name: str | None, on_error: str | None = "raise", **chosen: str | None) -> None:
+    """Refuse an unknown data set or split, and a folder without images, with images on two levels, or damaged ones.
 
     Headers are read for the first thousand files; with on_error="skip" damaged files are no error.
     """
     if name is None:
         return
-    if folder := image_folder(name):
-        if not os.path.isdir(folder):  # unlike pathlib's, it takes any text
-            raise ItaeError(f"data set {name!r}: there is no such folder")
-        paths, _, _ = read_folder(folder)
-        for path in paths[:HEADERS] if on_error != "skip" else ():
-            check_header(path)
-    elif name not in DATASETS:
-        raise unknown_name("data set", name, DATASETS, "`itae datasets`")
+    folder = image_folder(dataset_name(name))
+    if folder and not os.path.isdir(folder):  # unlike pathlib's, it takes any text
+        raise ItaeError(f"data set {name!r}: there is no such folder")
+    image_count(name, **chosen)
+    for path in read_folder(folder, chosen.get("split")).images[:HEADERS] if folder and on_error != "skip" else ():
+        check_header(path)
+
+
+def check_one_backbone(steps: Iterable[Step]) -> None:
+    """Refuse a checkpoint that is given for several backbones, unless they are one architecture."""
+    backbones: dict[object, dict[str, str]] = {}
+    for step in steps:
+        if name := step.setting("checkpoint") and step.setting("backbone"):
+            architecture = (timm_name_of(name) or name).partition(".")[0]
+            backbones.setdefault(step.setting("checkpoint"), {})[architecture] = name
+    for checkpoint, names in backbones.items():
+        if len(names) > 1:
+            raise ItaeError(f"checkpoint={checkpoint!r} can't be the weights of {' and '.join(names.values())}: choose "
+                            "one of them with --backbone")
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that this machine lacks."""
+    kind, _, number = (name or "auto").partition(":")
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 1)
+    if int(number or 0) >= there:
+        raise ItaeError(f"device={name!r} is not available on this machine: use auto or cpu")
 
 
 def check_backbone(name: str | None, checkpoint: str | None, image_size: int | None) -> None:
@@ -192,6 +230,8 @@ def check_backbone(name: str | None, checkpoint: str | None, image_size: int | N
         raise ItaeError(f"checkpoint={checkpoint!r} does not exist: give a file or folder of weights")
     if image_size is not None:
         patches_along(image_size, patch)
+    if checkpoint is not None:
+        check_checkpoint(name, checkpoint)
 
 
 def check_store(place: str | None) -> None:
@@ -204,7 +244,10 @@ def check_clusters(step: Step) -> None:
     """Refuse more clusters than images, and too few images to cluster at all."""
     if "clusters" not in step.parameters:
         return
-    clusters, images = step.parameters["clusters"], image_count(step.setting("dataset"), step.setting("limit"))
+    clusters, images = step.parameters["clusters"], image_count(
+        step.setting("dataset"), step.setting("limit"), **step.chosen)
+    if images is None:  # only the hub knows
+        return
     if images < FEWEST_IMAGES:
         raise ItaeError(f"images: {images:,} is too few to cluster: use at least {FEWEST_IMAGES}, or leave out "
                         f"notebook {step.notebook.key}")
@@ -212,15 +255,30 @@ def check_clusters(step: Step) -> None:
         raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
 
 
-def _axes_name(notebook: Notebook, given: Mapping[str, Mapping[str, object]]) -> str:
-    """Return backbone and data set of a notebook's run, as a name for a folder."""
+def _axes_name(notebook: Notebook, given: Mapping[str, Mapping[str, object]], twins: Collection[str] = ()) -> str:
+    """Return backbone and data set of a notebook's run, as a name for a folder; a hash follows those in `twins`."""
     parameters = notebook.defaults | given[notebook.key]
-    return safe_name(*(_short(parameters[axis]) for axis in AXES if axis in parameters))
+    values = [str(parameters[axis]) for axis in AXES if axis in parameters]
+    return safe_name(*(f"{short_name(each)}-{short_hash(each)}" if each in twins else short_name(each)
+                       for each in values))
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return f"imagefolder-{Path(text.partition(':')[2]).name}" if text.startswith("imagefolder:") else text
+def _twins(values: Iterable[str]) -> set[str]:
+    """Return the values that share their short name with another one."""
+    values = set(values)
+    times = Counter(map(short_name, values))
+    return {value for value in values if times[short_name(value)] > 1}
+
+
+def short_name(value: object) -> str:
+    """Return the name of a backbone or data set as a name for a folder, of a path only its last part."""
+    kind, _, place = str(value).partition(":")
+    return safe_name(kind, Path(place).name) if os.path.isabs(place) else safe_name(str(value))
+
+
+def short_hash(*values: str) -> str:
+    """Return six hexadecimal digits that tell these values from others."""
+    return hashlib.sha256("\0".join(values).encode("utf-8", "surrogateescape")).hexdigest()[:6]
 
 
 def safe_name(*words: str) -> str:

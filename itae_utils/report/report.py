@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from itae_utils.data.datasets import download
+from itae_utils.data.folders import image_folder
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.workers import cluster_address
 from itae_utils.files import make_folder, write_json
+from itae_utils.models.hub import published_weights
+from itae_utils.models.registry import timm_name_of
 from itae_utils.report.freshness import MARK, current_state, find_unchanged, leave_mark
 from itae_utils.report.kernel import execute
 from itae_utils.report.pages import index_page, notebook_page
 from itae_utils.report.parameters import notebooks_folder
-from itae_utils.report.plan import Plan, Step, make_plan
+from itae_utils.report.plan import Plan, Step, check_device, make_plan, short_hash, short_name
 from itae_utils.report.rules import check_encoding
 from itae_utils.report.runs import Report, Run, differences, make_record, plan_again, read_record
 from itae_utils.results import add_seconds, read_results
+
+LOCK = ".itae-lock"
 
 
 def run_report(
@@ -50,7 +59,8 @@ def run_report(
             if there is a grid or a `results_dir`.
         parameters: parameters and options by name; they take precedence over the profile's and the notebooks'.
         output: folder to write; default `reports/<profile>-<backbone>-<dataset>` below the working directory, for a
-            grid `reports/<profile>` followed by the values that replace its lists.
+            grid `reports/<profile>` followed by the values that replace its lists. If there is a report of another
+            folder with the same last name, a hash of the path follows.
         force: also run notebooks that have not changed.
         say: receives a line when a notebook starts and ends, or is reused.
 
@@ -96,10 +106,10 @@ def repeat_report(
     Raises:
         ItaeError: `folder` has no record, or one of another schema; a notebook or parameter does not exist any more.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     record = read_record(folder)
     plan = plan_again(record, notebooks_folder(), parameters or {})
-    report = _write_report(plan, Path(output or f"{folder}-repeated").resolve(), True, say)
+    report = _write_report(plan, output_folder(plan, output or f"{folder}-repeated"), True, say)
     for line in differences(record, make_record(report)):
         say(line)
     return report
@@ -107,25 +117,55 @@ def repeat_report(
 
 def output_folder(plan: Plan, output: str | Path | None) -> Path:
     """Return the folder that a report is written to."""
-    return Path(output or Path("reports") / plan.name).resolve()
+    if output:
+        return Path(output).expanduser().resolve()
+    folder = (Path("reports") / plan.name).resolve()
+    others = _datasets_of(folder) - plan.datasets
+    if {short_name(name) for name in others} & {short_name(name) for name in plan.datasets}:
+        return folder.with_name(f"{folder.name}-{short_hash(*sorted(plan.datasets))}")
+    return folder
+
+
+def _datasets_of(folder: Path) -> set[str]:
+    """Return the names of the data sets of the report in a folder, from its record or those of its complete runs."""
+    names = set()
+    for path in (folder / "report.json", *folder.glob("*/run.json"), *folder.glob("*/*/run.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            runs = content.get("notebooks", [content])
+            names |= {run["parameters"]["dataset"] for run in runs if "dataset" in run["parameters"]}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # none, or damaged
+    return names
 
 
 def _write_report(plan: Plan, output: Path, force: bool, say: Callable[[str], None]) -> Report:
     check_encoding("output", str(output))
     if any(step.given.get("results_dir") == str(output) for step in plan.steps):
         raise ItaeError(f"output={str(output)!r} is the report whose results are collected: name another --output")
+    folders = [folder.resolve() for name in plan.datasets if (folder := image_folder(name))]
+    if output in folders:
+        raise ItaeError(f"output={str(output)!r} is the folder of the images: name a folder in it, or elsewhere")
     steps = [_placed(step, output) for step in plan.steps]
+    for device in dict.fromkeys(step.setting("device") for step in steps):
+        check_device(device)
     with ExitStack() as stack:
         clusters = {key: stack.enter_context(cluster_address(*key)) for key in dict.fromkeys(map(_cluster, steps))
                     if key is not None}
-        make_folder(output)
-        stack.enter_context(_only_writer(output))
+        make_folder(output, mark=not any(folder.is_relative_to(output) for folder in folders))
+        stack.enter_context(_only_writer(output, steps))
+        if (before := _datasets_of(output)) and not before & plan.datasets:
+            say(f"{output}: replaces the report of {', '.join(sorted(before))}")
         unchanged = {} if force else find_unchanged(steps)
         _remove_old(output, [step for step in steps if step.folder not in unchanged])
-        runs = []
+        runs, missing = [], _missing_inputs()
         for step in steps:
-            run = (_reuse(step, unchanged[step.folder]["seconds"], say) if step.folder in unchanged
-                   else _run(step, clusters.get(_cluster(step)), say))
+            if step.folder in unchanged:
+                run = _reuse(step, unchanged[step.folder]["seconds"], say)
+            elif error := missing(step):
+                run = _skip(step, error, say)
+            else:
+                run = _run(step, clusters.get(_cluster(step)), say)
             notebook_page(run, [other.notebook for other in steps if other.pairing == step.pairing], output)
             runs.append(run)
         report = Report(output, plan.profile, plan.description, tuple(runs), plan.grid)
@@ -135,20 +175,48 @@ def _write_report(plan: Plan, output: Path, force: bool, say: Callable[[str], No
 
 
 @contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
+def _only_writer(output: Path, steps: Sequence[Step]) -> Iterator[None]:
     """Lock a folder: two reports that write to it at once would delete each other's runs.
 
     Raises:
-        ItaeError: another process holds the lock, or the folder can't be written.
+        ItaeError: another process holds the lock of this folder, of one above it, or of one that a step writes to; or
+            the folder can't be written.
     """
+    near = {*output.parents, *(output / name for step in steps for name in (step.pairing, step.folder))} - {output}
     try:
-        with FileLock(output / ".lock", timeout=0):
+        with FileLock(output / LOCK, timeout=0):
+            for folder in near:
+                if os.access(folder / LOCK, os.W_OK):  # so it exists
+                    with FileLock(folder / LOCK, timeout=0):
+                        pass
             yield
     except Timeout as error:
         raise ItaeError(f"output={str(output)!r}: another report is being written there: wait for it, or name another "
                         "--output") from error
     except PermissionError as error:
         raise ItaeError(f"output={str(output)!r} can't be written ({error.strerror}): name another --output") from error
+
+
+def _missing_inputs() -> Callable[[Step], str | None]:
+    """Return a function that downloads what a step needs, and returns the error of what can't be had.
+
+    This is done before any kernel starts, once for each backbone and data set.
+    """
+    @cache
+    def error_of(fetch: Callable[..., object], name: str, **options: object) -> str | None:
+        try:
+            fetch(name, **options)
+        except (ItaeError, OSError) as error:
+            return str(error)
+        return None
+
+    def missing(step: Step) -> str | None:
+        backbone, dataset = step.setting("backbone"), step.setting("dataset")
+        weights = None if step.setting("checkpoint") or backbone is None else timm_name_of(backbone)
+        return ((weights and error_of(published_weights, weights))
+                or (dataset and error_of(download, dataset, **step.chosen)))
+
+    return missing
 
 
 def _placed(step: Step, output: Path) -> Step:
@@ -185,10 +253,17 @@ def _reuse(step: Step, seconds: float, say: Callable[[str], None]) -> Run:
     return Run(step.notebook, step.parameters, seconds, None, results, step.pairing, reused=True)
 
 
+def _skip(step: Step, error: str, say: Callable[[str], None]) -> Run:
+    """Return a failed run of a notebook whose weights or images are missing; its page shows it as it is."""
+    say(f"{step.folder} not run, its weights or images are missing")
+    shutil.copyfile(step.notebook.path, make_folder(step.given["output_dir"], mark=True) / step.notebook.path.name)
+    return Run(step.notebook, step.parameters, 0.0, error, None, step.pairing)
+
+
 def _run(step: Step, cluster: str | None, say: Callable[[str], None]) -> Run:
     """Execute one notebook; everything that it writes goes to its folder."""
     say(f"{step.folder} …")
-    notebook, folder = step.notebook, make_folder(step.given["output_dir"])
+    notebook, folder = step.notebook, make_folder(step.given["output_dir"], mark=True)
     before = current_state(step)
     given = step.given if cluster is None else step.given | {"options": step.given["options"] | {"dask": cluster}}
     start, results = time.perf_counter(), None

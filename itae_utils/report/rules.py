@@ -168,7 +168,7 @@ def check_options(options: Mapping[str, object], known: Mapping[str, object], or
 
 
 def closest(name: object, known: Iterable[str], otherwise: Iterable[str] | None = None) -> str:
-    """Return the known names that are similar to `name`, or else `otherwise`, by default all, as text for a question."""
+    """Return the known names that are similar to `name`, or else `otherwise`, by default all, as text."""
     known = list(known)
     return (" or ".join(difflib.get_close_matches(str(name), known, n=3))
             or ", ".join(sorted(known if otherwise is None else otherwise)))

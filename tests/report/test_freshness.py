@@ -28,6 +28,8 @@ def execute(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "execute", execute := FakeExecute())
     monkeypatch.setattr(report, "notebook_page", lambda *_: None)
     monkeypatch.setattr(report, "index_page", lambda written: written.index.touch())
+    for fetch in ("download", "published_weights"):
+        monkeypatch.setattr(report, fetch, lambda *_, **__: None)
     monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ITAE_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
@@ -135,15 +137,29 @@ def test_changed_code_runs_all_but_changed_templates_do_not(execute, tmp_path, m
     (lambda folder: (folder / "a/1.png").rename(folder / "b/1.png"), BOTH),
     (lambda folder: write_images(folder, "a/3.png"), BOTH),
     (lambda folder: (folder / "b/2.png").unlink(), BOTH),
-    (lambda folder: (folder / "note.txt").touch(), []),
+    (lambda folder: (folder / "note.txt").touch(), BOTH),  # results hold the number of such files
+    (lambda folder: (folder / ".note").touch(), []),
     (lambda folder: os.utime(folder / "a/1.png", (1, 1)), []),
-], ids=["edited", "relabelled", "added", "deleted", "other file", "touched"])
+], ids=["edited", "relabelled", "added", "deleted", "other file", "hidden file", "touched"])
 def test_a_changed_image_folder_runs_all(execute, tmp_path, change, expected):
     write_images(tmp_path / "pictures", "a/1.png", "a/2.png", "b/1.jpg", "b/2.png")
     assert ran(execute, dataset="imagefolder:pictures") == BOTH
     assert ran(execute, dataset="imagefolder:pictures") == []
     change(tmp_path / "pictures")
     assert ran(execute, dataset="imagefolder:pictures") == expected
+
+
+def test_the_split_that_is_used_decides(execute, tmp_path):
+    for notebook in ("01_first", "03_scores"):
+        write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "options = {}\n")
+    write_images(tmp_path / "pictures", "train/a/1.png", "train/b/1.png", "test/a/2.png", "test/b/2.png")
+    for split, other in (("train", "test"), ("test", "train")):
+        options = {"dataset": "pictures", "parameters": {"split": split}}
+        assert ran(execute, **options) == BOTH
+        write_images(tmp_path / "pictures", f"{other}/a/{split}.png")
+        assert ran(execute, **options) == []
+        write_images(tmp_path / "pictures", f"{split}/a/{split}.png")
+        assert ran(execute, **options) == BOTH
 
 
 def test_a_downloaded_data_set_is_identified_by_its_files(execute, tmp_path):
@@ -169,7 +185,8 @@ def test_a_run_whose_inputs_change_is_repeated(execute, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "folder"])
-def test_a_changed_checkpoint_runs_all(execute, tmp_path, name):
+def test_a_changed_checkpoint_runs_all(execute, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("itae_utils.report.plan.check_checkpoint", lambda *_: None)
     for notebook in ("01_first", "03_scores"):
         write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "checkpoint = None\n")
     file = tmp_path / name if name.endswith("pth") else tmp_path / name / "model.safetensors"
@@ -232,7 +249,7 @@ def test_a_folder_of_images_is_listed_once_for_all_notebooks(execute, tmp_path, 
     run(**asked)
     plan, listed = report.plan_report(**asked), []
     read_folder = freshness.read_folder
-    monkeypatch.setattr(freshness, "read_folder", lambda folder: listed.append(folder) or read_folder(folder))
+    monkeypatch.setattr(freshness, "read_folder", lambda *given: listed.append(given) or read_folder(*given))
     assert report.unchanged_runs(plan, "out") == {step.folder for step in plan.steps}
     assert len(listed) == 1
 

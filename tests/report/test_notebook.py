@@ -47,7 +47,8 @@ def test_the_notebooks_own_parameters_are_known(tmp_path, name):
 @pytest.mark.parametrize(("cells", "message"), [
     (["PARAMETERS\nlimt = 60"], "'limt'.* limit"), (["PARAMETERS", "# Parameters\nlimt = 60"], "'limt'.* limit"),
     (["PARAMETERS\ndatset = 'stl10'", "print()"], "'datset'.* dataset"), (["PARAMETERS\nk = 5"], "'k'.* clusters"),
-    (["PARAMETERS\nbatch_size = 8"], r"'batch_size'.* options = \{'batch_size'"), (["PARAMETERS\nsample = 9"], "'sample'"),
+    (["PARAMETERS\nbatch_size = 8"], r"'batch_size'.* options = \{'batch_size'"),
+    (["PARAMETERS\nsample = 9"], "'sample'"),
 ])
 def test_a_parameter_that_does_not_exist_is_refused_before_anything_is_written(tmp_path, cells, message):
     with pytest.raises(ItaeError, match=message):

@@ -137,7 +137,7 @@ def test_later_values_win_and_each_notebook_gets_its_own(notebooks):
 @pytest.mark.parametrize(("given", "message"), [
     ({"sed": 1}, r"-p: .*'sed'.* 01, 02, 03.* seed"), ({"seed": 1.5}, r"-p: seed=1\.5"), ({"k": [1]}, r"k=\[1\]"),
     ({"output_dir": "x"}, "--output"), ({"data_dir": "a\0b"}, r"data_dir='a.*b'"),
-    ({"dataset": "imagefolder:a\0b"}, r"dataset='a.*b'"),
+    ({"dataset": "imagefolder:a\0b"}, r"dataset='.*a.*b'"),
 ])
 def test_bad_values_are_refused_by_name(notebooks, given, message):
     with pytest.raises(ItaeError, match=message) as refused:

@@ -1,8 +1,12 @@
+import re
+
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from itae_utils.errors import ItaeError
-from itae_utils.report.plan import check_backbone, check_dataset, make_plan, safe_name
+from itae_utils.report.plan import check_backbone, check_dataset, check_device, make_plan, safe_name
 from tests.tiny_notebooks import PARAMETERS, write_grid, write_notebook, write_profile
 
 
@@ -66,14 +70,55 @@ def test_collecting_alone_needs_a_folder(folder, tmp_path):
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"results_dir": "nowhere"}, "nowhere"), ({"dataset": ["cifar10", "cifar11"]}, "'cifar11'"),
-    ({"backbone": [3]}, "backbone=3"), ({"dataset": ["imagefolder:a/cats", "imagefolder:b/cats"]}, "imagefolder-cats"),
+    ({"backbone": [3]}, "backbone=3"), ({"dataset": ["stl10", "STL-10"]}, "demo-stl10"),
 ])
-def test_every_run_is_validated(folder, tmp_path, given, message):
-    """The last case names two data sets whose runs would share a folder."""
-    for parent in "ab":
-        image_folder(tmp_path / parent / "cats", 1)
+def test_every_run_is_validated(folder, given, message):
+    """The last case names one data set twice, whose runs would share a folder."""
     with pytest.raises(ItaeError, match=message):
         make_plan(folder, "grid", None, given)
+
+
+def test_folders_of_one_name_in_a_grid_have_runs_of_their_own(folder, tmp_path):
+    for parent in ("a", "b", "c-d"):
+        image_folder(tmp_path / parent / "cats", 1)
+    plan = make_plan(folder, "grid", ["01"], {"backbone": "demo", "dataset": ["a/cats", "imagefolder:b/cats", "stl10"]})
+    first, second, third = (step.pairing for step in plan.steps)
+    assert first != second
+    assert all(re.fullmatch(r"demo-imagefolder-cats-[0-9a-f]{6}", pairing) for pairing in (first, second))
+    assert third == "demo-stl10"
+    again = make_plan(folder, "grid", ["01"], {"dataset": [f"imagefolder:{tmp_path}/c-d/cats", "a/cats"]})
+    assert first in [step.pairing for step in again.steps]
+
+
+@pytest.mark.parametrize(("name", "canonical"), [
+    ("STL-10", "stl10"), ("Tiny ImageNet", "tiny-imagenet"), ("cats", "imagefolder:{}/cats"),
+    ("~/cats", "imagefolder:{}/cats"), ("imagefolder:~/cats", "imagefolder:{}/cats")])
+def test_a_data_set_has_one_name(folder, tmp_path, monkeypatch, name, canonical):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image_folder(tmp_path / "cats", 1)
+    plan = make_plan(folder, "demo", ["01"], {"dataset": name})
+    assert plan.datasets == {canonical.format(tmp_path)}
+    assert make_plan(folder, "grid", ["01"], {"dataset": name}).grid["dataset"] == [canonical.format(tmp_path)]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"dataset": "digits", "split": "train"}, "split='train'"), ({"dataset": "digits", "label_column": "y"}, "'y'"),
+    ({"dataset": "cats", "split": "train"}, "split='train'"), ({"dataset": "cats", "image_column": "x"}, "'x'")])
+def test_a_part_of_a_data_set_that_is_not_there_is_refused(folder, tmp_path, given, message):
+    image_folder(tmp_path / "cats", 1)
+    write_notebook(folder, "01_first", measure=False, parameters=PARAMETERS + "options = {}\n")
+    with pytest.raises(ItaeError, match=message):
+        make_plan(folder, "demo", ["01"], given)
+
+
+def test_a_checkpoint_is_that_of_one_backbone(folder, tmp_path):
+    write_notebook(folder, "01_first", measure=False, parameters=PARAMETERS + "options = {}\n")
+    weights = {"checkpoint": write_weights(tmp_path / "weights.pth", "vit_tiny_patch16_224")}
+    same = ["vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"]
+    assert len(make_plan(folder, "grid", ["01"], weights | {"backbone": same}).steps) == 2
+    for backbones in (["vit_tiny_patch16_224", "vit_small_patch16_224"], ["vit_tiny_patch16_224", "dinov2_vits14"]):
+        with pytest.raises(ItaeError, match=f"checkpoint=.*weights.pth.*{' and '.join(backbones)}"):
+            make_plan(folder, "grid", ["01"], weights | {"backbone": backbones})
 
 
 def test_a_store_that_cannot_be_opened_is_refused(folder):
@@ -132,19 +177,33 @@ def test_data_sets(tmp_path):
             check_dataset(name)
 
 
+def write_weights(path, name: str) -> str:
+    """Write a checkpoint with the names and shapes of a model's tensors, each a single number."""
+    with torch.device("meta"):
+        shapes = timm.create_model(name, num_classes=0).state_dict()
+    torch.save({name: torch.zeros(1).expand(tensor.shape) for name, tensor in shapes.items()}, path)
+    return str(path)
+
+
 def test_backbones(tmp_path):
-    weights = tmp_path / "weights.pth"
-    weights.touch()
+    weights = write_weights(tmp_path / "weights.pth", "vit_tiny_patch16_224")
     check_backbone("demo", None, 32)
-    check_backbone("dinov2_vits14", str(weights), 518)
-    check_backbone("vit_tiny_patch16_224", str(tmp_path), None)
+    check_backbone("vit_tiny_patch16_224", weights, 96)
     for arguments, message in [
         (("demmo", None, None), "'demmo'.* demo"),
         (("resnet18", None, None), "ResNet"),
-        (("demo", str(weights), None), r"demo .*weights\.pth"),
+        (("demo", weights, None), r"demo .*weights\.pth"), (("vit_small_patch16_224", weights, None), r"weights\.pth"),
         (("dinov2_vits14", str(tmp_path / "none.pth"), None), r"none\.pth"),
         (("demo", None, 13), "13.*12 or 16"),
         (("vit_tiny_patch16_224", None, 100), "100.*16"),
     ]:
         with pytest.raises(ItaeError, match=message):
             check_backbone(*arguments)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps:1"])
+def test_a_device_that_is_not_there_is_refused(name):
+    for there in (None, "auto", "cpu"):
+        check_device(there)
+    with pytest.raises(ItaeError, match=name):
+        check_device(name)

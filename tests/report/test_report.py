@@ -2,16 +2,19 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from itae_utils.data.folders import read_folder
 from itae_utils.errors import ItaeError
 from itae_utils.files import PACKAGE
-from itae_utils.report import parameters, report, runs
+from itae_utils.report import parameters, plan, report, runs
 from itae_utils.results import read_results
 from tests.fake_execution import FakeExecute
 from tests.report.test_pages import external_references
-from tests.tiny_notebooks import use_notebooks, write_grid, write_notebook, write_notebooks
+from tests.tiny_notebooks import PARAMETERS, use_notebooks, write_grid, write_notebook, write_notebooks, write_profile
 
 NAMES = ("01_first", "02_fails", "03_scores")
 
@@ -31,6 +34,11 @@ def execute(notebooks, monkeypatch):
 
 def run(**options) -> runs.Report:
     return report.run_report(**{"output": "out", "say": str} | options)
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(path)
 
 
 def record_of(made: runs.Report) -> dict:
@@ -165,6 +173,112 @@ def test_two_reports_into_one_folder_are_refused(execute, tmp_path):
     assert len(refused) == 1
     execute.during = lambda parameters: None
     assert not run(only=["03"]).failed, "the folder is free again"
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ("out", "out/03_scores"), ("out", "out/03_scores/more"), ("out/03_scores", "out"), ("out/a", "out/a")])
+def test_a_report_above_or_below_one_that_is_being_written_is_refused(execute, tmp_path, first, second):
+    refused = []
+
+    def during(parameters):
+        with pytest.raises(ItaeError, match=str(tmp_path / second)) as error:
+            run(only=["03"], output=second)
+        refused.append(error)
+
+    execute.during = during
+    run(only=["03"], output=first)
+    assert len(refused) == 1
+    execute.during = lambda parameters: None
+    run(only=["03"], output="out/other")
+
+
+class TestWhatIsMissing:
+    @pytest.fixture
+    def tried(self, monkeypatch):
+        """List what is downloaded; nothing can be."""
+        tried = []
+
+        def fetch(name, **_options):
+            tried.append(name)
+            if name != "digits":
+                raise ItaeError(f"can't get {name}: use a network")
+
+        monkeypatch.setattr(report, "download", fetch)
+        monkeypatch.setattr(report, "published_weights", fetch)
+        return tried
+
+    def test_only_the_runs_that_need_it_fail_and_no_kernel_starts_for_them(self, execute, notebooks, tried):
+        write_profile(notebooks, "sets", "grid: {dataset: [stl10, digits], backbone: [demo, vit_tiny_patch16_224]}\n")
+        lines = []
+        made = run(profile="sets", only=["01", "03"], say=lines.append)
+        assert execute.take() == ["demo-digits/01_first", "demo-digits/03_scores"]
+        assert sorted(tried) == ["digits", "stl10", "vit_tiny_patch16_224"], "each is tried once"
+        assert {error: len(runs) for error, runs in made.failures.items()} == {
+            "can't get stl10: use a network": 2, "can't get vit_tiny_patch16_224: use a network": 4}
+        page = made.index.read_text(encoding="utf-8")
+        assert page.count("can&#39;t get stl10") == 1
+        assert not [line for line in lines if "network" in line], "the command prints errors at its end, each once"
+        for failed in made.failed:
+            assert "use a network" in (made.folder / failed.page).read_text(encoding="utf-8")
+
+    def test_a_checkpoint_and_runs_that_are_reused_need_no_download(self, execute, notebooks, tried, monkeypatch):
+        monkeypatch.setattr(plan, "check_checkpoint", lambda *_: None)
+        (notebooks.parent / "w.pth").touch()
+        write_notebook(notebooks, "03_scores", parameters=PARAMETERS + "checkpoint = None\n")
+        given = {"only": ["03"], "backbone": "vit_tiny_patch16_224", "parameters": {"checkpoint": "w.pth"}}
+        for _ in range(2):
+            assert not run(**given).failed
+        assert tried == ["digits"]
+
+
+def test_folders_of_one_name_have_reports_of_their_own(execute, tmp_path):
+    for year in ("2023", "2024"):
+        picture(tmp_path / year / "images" / "1.png")
+    options = {"only": ["01"], "output": None}
+    first, second, again = (run(dataset=f"{year}/images", **options).folder for year in ("2023", "2024", "2024"))
+    assert first.name == "demo-demo-imagefolder-images"
+    assert second == again
+    assert second.name.startswith(f"{first.name}-")
+    assert str(tmp_path / "2023") in (first / "report.json").read_text()
+    assert "2024" not in (first / "report.json").read_text()
+    (second / "report.json").unlink()
+    assert run(dataset="2024/images", **options).folder == second
+    shutil.rmtree(first)
+    assert run(dataset="2024/images", **options).folder == first
+
+
+def test_a_named_output_that_replaces_the_report_of_another_data_set_says_so(execute, tmp_path):
+    picture(tmp_path / "photos" / "1.png")
+    lines = []
+    for dataset in ("digits", "photos", "photos"):
+        run(dataset=dataset, only=["01"], say=lines.append)
+    assert [line for line in lines if "replaces" in line] == [f"{tmp_path}/out: replaces the report of digits"]
+
+
+@pytest.mark.parametrize("output", ["photos/out", "photos/a/b", "."])
+def test_a_report_inside_its_image_folder_does_not_change_the_data_set(execute, tmp_path, output):
+    picture(tmp_path / "photos" / "1.png")
+    seen = []
+
+    def during(parameters):
+        seen.append(read_folder(tmp_path / "photos").images)
+        picture(Path(parameters["output_dir"]) / "figures" / "more.png")
+
+    execute.during = during
+    run(dataset="photos", only=["01", "03"], output=output)
+    assert seen == [[tmp_path / "photos" / "1.png"]] * 2
+    assert read_folder(tmp_path / "photos").images == seen[0]
+    execute.take()
+    assert all(each.reused for each in run(dataset="photos", only=["01", "03"], output=output).runs)
+    with pytest.raises(ItaeError, match=str(tmp_path / "photos")):
+        run(dataset="photos", only=["01", "03"], output="photos")
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(execute, notebooks, tmp_path):
+    write_notebook(notebooks, "03_scores", parameters=PARAMETERS + "device = 'auto'\n")
+    with pytest.raises(ItaeError, match="cuda:99"):
+        run(only=["03"], parameters={"device": "cuda:99"})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dead_kernel_is_a_failure(notebooks):
