@@ -30,7 +30,7 @@ def tiny_theirs(size, registers):
 def ours(size, registers, path):
     width, depth, heads = TINY[size]
     name = timm_name(size, registers)
-    return model_from_checkpoint(name, path, embed_dim=width, depth=depth, num_heads=heads, **OPTIONS).eval()
+    return model_from_checkpoint(name, path, embed_dim=width, depth=depth, num_heads=heads, **OPTIONS)[0].eval()
 
 
 def with_meta_s_position(model, rows, columns):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,20 +18,19 @@ import torch
 from PIL.Image import Image
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
-from timm.models.eva import Eva
 from torch import nn
 
 from itae_utils.errors import ItaeError, unknown_name
-from itae_utils.files import in_one_line
 from itae_utils.method.anatomy import adapt, patches_along
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.models import demo
-from itae_utils.models.checkpoints import model_from_checkpoint, read_checkpoint, tensors_named
+from itae_utils.models.checkpoints import loading_options, model_from_checkpoint, read_checkpoint, tensors_named
 from itae_utils.models.compiled import compile_blocks
 from itae_utils.models.hub import published_weights
 from itae_utils.models.pos_embed import resolve_pos_embed, use_meta_rule
 from itae_utils.models.preprocessing import Preprocessing, make_transform, resolve_resize
 from itae_utils.models.registry import BACKBONES, PRECISIONS, PREPROCESSING, timm_name_of
+from itae_utils.models.weight_files import ENDINGS
 
 Kind = Literal["published", "local", "random", "embedded"]
 LAYER_SCALE = ("ls1.gamma", "ls2.gamma", ".gamma_1", ".gamma_2")  # in a VisionTransformer, in an Eva
@@ -107,9 +108,9 @@ def load_backbone(
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
     image_size: int | None = None,
-    preprocess: Literal["resize", "meta-eval"] = "resize",
+    preprocess: Literal["resize", "meta-eval", "pad"] = "resize",
     pos_embed: Literal["auto", "meta", "timm"] = "auto",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     resize: Literal["auto", "pil", "device"] = "auto",
     compile: bool = False,
@@ -118,16 +119,18 @@ def load_backbone(
 
     Args:
         name: "demo", "demo-clean", a DINOv2 checkpoint ("dinov2_vits14" … "dinov2_vitg14_reg"), or any timm ViT name.
-        checkpoint: local weights instead of a download: a .safetensors or .pth file in timm's layout or Meta's, or a
-            folder of `transformers` (config.json and model.safetensors).
+        checkpoint: local weights instead of a download: a file in timm's layout or Meta's, also from training with
+            DINO, Lightning or timm, or a folder of the hub, of timm or of `transformers` (DINOv2). `source` of the
+            result says which part was taken and what was left out.
         pretrained: False gives random weights of a fixed seed. Their LayerScale factors are 1: timm starts DINOv2's and
             DINOv3's at 1e-5, which gives all images the same feature up to rounding.
         image_size: pixels per side; None is 28 for the demo, 224 for DINOv2, and the model's own for others.
         preprocess: "resize" resizes the whole image to that size; "meta-eval" resizes the short side to 8/7 of it and
-            crops the centre (256 and 224 at the usual size).
+            crops the centre (256 and 224 at the usual size). "pad" keeps the aspect ratio: the long side is resized to
+            that size, and the rest is padded with the mean colour. Padding makes patches of its own.
         pos_embed: rule that resizes the position embedding if the image size is not the model's own. "auto" is Meta's
             for DINOv2, whose checkpoints were published with it, and timm's for all others.
-        device: "auto" is CUDA if available, else the CPU.
+        device: a name of torch's, or a `torch.device`; "auto" is CUDA if available, else the CPU.
         precision: "auto" is fp32 on a CPU and bf16 on CUDA.
         resize: "pil" resizes and normalises a data set's images one by one on the CPU, "device" in batches; the two
             differ by at most 2 of 255 levels, and by 0.05 on average. "auto" is "device" on CUDA, else "pil".
@@ -138,6 +141,11 @@ def load_backbone(
         ItaeError: an unknown name, a model that the method does not support, a size that the patch does not divide, or
             weights that are missing, do not fit or can't be downloaded.
     """
+    for argument, value in {"pretrained": pretrained, "compile": compile}.items():
+        if not isinstance(value, bool):
+            raise ItaeError(f"{argument}={value!r} is not True or False")
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, (int, np.integer))):
+        raise ItaeError(f"image_size={image_size!r} is not a whole number of pixels: images are square, give one side")
     if preprocess not in PREPROCESSING:
         raise ItaeError(f"preprocess={preprocess!r} is not known: use one of {', '.join(PREPROCESSING)}")
     device = _resolve_device(device)
@@ -154,13 +162,14 @@ def load_backbone(
         config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(timm_name).to_dict())
     if image_size is None:
         image_size = BACKBONES[name].image_size if name in BACKBONES else config["input_size"][-1]
+    image_size = int(image_size)
     patches_along(image_size, structure.patch_embed.patch_size[0])  # a wrong size is refused before any download
     resize = resolve_resize(resize, device, config)
     with torch.random.fork_rng(devices=[]):  # a new model draws initial weights, even if others replace them
         if timm_name is None:
             model, source, kind = _load_demo(name, checkpoint, pretrained)
         else:
-            model, source, kind = _load_timm(name, structure, checkpoint, pretrained)
+            model, source, kind = _load_timm(name, checkpoint, pretrained)
     if pos_embed == "meta":
         use_meta_rule(model)
     if compile:
@@ -175,12 +184,16 @@ def load_backbone(
     )
 
 
-def _resolve_device(device: str) -> torch.device:
+def _resolve_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ItaeError(f"device={device!r} is not available ({in_one_line(error)}): use auto or cpu") from error
+        torch.ones(1, device=found).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count())),
+                *(["mps"] if torch.backends.mps.is_available() else [])]
+        built = "" if torch.backends.cuda.is_built() else "; torch is installed without CUDA"
+        raise ItaeError(f"device={device!r} is not available: use auto, or one of this machine's devices, "
+                        f"{', '.join(here)}{built}") from error
     return found
 
 
@@ -227,23 +240,31 @@ def stock_model(name: str) -> nn.Module:
     except RuntimeError:  # timm's answer to an unknown tag
         known = None
     if not known:
-        raise unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
+        raise _unknown(name)
     with torch.device("meta"):
         model = timm.create_model(timm_name, num_classes=0)
     adapt(model)  # raises an error if the model is not supported
     return model
 
 
-def _load_timm(
-    name: str, structure: nn.Module, checkpoint: str | Path | None, pretrained: bool
-) -> tuple[nn.Module, str, Kind]:
+def _unknown(name: str) -> ItaeError:
+    """Return the error for an unknown name, which suggests ours for those of the hub and for other spellings."""
+    if os.path.exists(name) or name.endswith(ENDINGS):
+        return ItaeError(f"backbone {name!r} is a file or folder, not a name: give it as checkpoint, and the name "
+                         "of its architecture as the backbone")
+    plain = name.rpartition("/")[2].casefold().replace("-", "_").replace("with_registers_", "reg_")
+    plain = re.sub(r"^dinov2_(reg_)?(small|base|large|giant)$",
+                   lambda found: f"dinov2_vit{found[2][0]}14{'_reg' if found[1] else ''}", plain)
+    if plain in BACKBONES or timm.is_model(plain):
+        return ItaeError(f"unknown backbone {name!r}: use {plain}")
+    return unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
+
+
+def _load_timm(name: str, checkpoint: str | Path | None, pretrained: bool) -> tuple[nn.Module, str, Kind]:
     timm_name = timm_name_of(name)
-    options = {"num_classes": 0, "global_pool": "token", "dynamic_img_size": True}
-    if isinstance(structure, Eva) and isinstance(structure.norm, nn.Identity):
-        options["use_fc_norm"] = True  # keeps the final norm where EVA's weights have it; token pooling would move it
+    options = loading_options(name)
     if checkpoint is not None:
-        form = "folder" if Path(checkpoint).is_dir() else "file"
-        return model_from_checkpoint(timm_name, checkpoint, **options), f"local {form} {Path(checkpoint).name}", "local"
+        return *model_from_checkpoint(name, checkpoint, **options), "local"
     if not pretrained:
         return _untrained(partial(timm.create_model, timm_name, **options), timm_name)
     source = BACKBONES[name].origin if name in BACKBONES else f"{timm_name}, through timm"

@@ -82,7 +82,7 @@ def _download(timm_name: str, repository: str, revision: str | None, names: list
                 return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, etag_timeout=seconds))
     except Exception as error:  # the client and its HTTP library have no common exception class
         page = huggingface_hub.hf_hub_url(repository, "").partition("/resolve")[0]
-        raise ItaeError(f"can't get the weights of {timm_name} from {page} "
-                        f"({type(error).__name__}: {in_one_line(error)}): download {names[0]} there and give "
-                        "checkpoint=FILE, or on a slow network set ITAE_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT to more "
-                        f"seconds than {seconds:g}") from error
+        slow = (f"or on a slow network set ITAE_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT above {seconds:g} s"
+                if not constants.HF_HUB_OFFLINE else "or unset HF_HUB_OFFLINE")
+        raise ItaeError(f"can't download the weights of {timm_name}: get {names[0]} from {page} and give "
+                        f"checkpoint=FILE, {slow} ({type(error).__name__}: {in_one_line(error)})") from error

@@ -17,6 +17,7 @@ from itae_utils.errors import ItaeError
 from itae_utils.models.registry import RESIZES
 
 DEVICE_INTERPOLATIONS = ("bicubic", "bilinear")  # torch can antialias only these
+LONGEST_RESIZED = 64  # the same, above which the ends are cut off before the short side is resized
 LONGEST = 4  # long side over short side; a longer image would take too much of a device's memory before its crop
 
 
@@ -43,7 +44,8 @@ class Preprocessing:
 
     def __call__(self, image: Image) -> Tensor:
         """Return the model's input for an image: (3, S, S) float."""
-        return self._normalized(self.cropped(self._resized(image, self.resized_shape(image.height, image.width))))
+        image = self._narrowed(image)
+        return self.cropped(self.resized(image, self.resized_shape(image.height, image.width)))
 
     def resized(self, image: Image, shape: tuple[int, int]) -> Tensor:
         """Return the image at `shape` (height, width), uncropped and normalised: (3, height, width) float."""
@@ -59,6 +61,7 @@ class Preprocessing:
         Images that take more bytes than the resulting float tensor, or are longer than 4:1, are resized here with PIL.
         This limits the copy to the device and the device's memory.
         """
+        image = self._narrowed(image)
         larger = image.width * image.height > 4 * self.image_size**2  # a float has 4 bytes
         if larger or max(image.size) > LONGEST * min(image.size):
             image = self._resized(image, self.resized_shape(image.height, image.width))
@@ -71,9 +74,18 @@ class Preprocessing:
             return self.image_size, self.image_size
         return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
 
-    def cropped(self, image: Image | Tensor) -> Image | Tensor:
-        """Return the centre, S × S pixels, of an image or of a batch of images."""
-        return functional.center_crop(image, [self.image_size])
+    def cropped(self, images: Tensor) -> Tensor:
+        """Return the centre, S × S pixels, of preprocessed images; what is missing becomes 0, the mean colour."""
+        return functional.center_crop(images, [self.image_size])
+
+    def _narrowed(self, image: Image) -> Image:
+        """Return the middle of an image that would become extremely long; it holds all that the crop will keep."""
+        long, short = max(image.size), min(image.size)
+        if self.short_side is None or long <= LONGEST_RESIZED * short:
+            return image
+        outside = (long - LONGEST_RESIZED * short) // 2  # from both ends, so that the centre stays
+        ends = (0, outside, 0, outside) if image.height > image.width else (outside, 0, outside, 0)
+        return image.crop((ends[0], ends[1], image.width - ends[2], image.height - ends[3]))
 
     def _resized(self, image: Image, shape: tuple[int, int]) -> Image:
         return functional.resize(image, list(shape), InterpolationMode(self.interpolation), antialias=True)
@@ -83,10 +95,24 @@ class Preprocessing:
         return functional.normalize(levels, list(self.mean), list(self.std))
 
 
+class PaddedPreprocessing(Preprocessing):
+    """Resize the long side of an image to S, pad the short one to S on both sides, and normalise it.
+
+    The padding has the mean colour, which is 0 in the result. Patches that lie in it, wholly or in part, are patches
+    like all others: they have norms, can be artifacts and receive attention.
+    """
+
+    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        """Return the shape, before the padding, to which an image of `height` × `width` pixels is resized."""
+        side, longest = self.image_size, max(height, width)
+        return max(1, round(side * height / longest)), max(1, round(side * width / longest))
+
+
 def make_transform(image_size: int, preprocess: str, config: dict) -> Preprocessing:
-    """Return the preprocessing "resize" or "meta-eval" with the interpolation, mean and std of timm's `config`."""
-    short_side = None if preprocess == "resize" else round(image_size * 256 / 224)
-    return Preprocessing(image_size, short_side, config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
+    """Return the preprocessing of that name with the interpolation, mean and std of timm's `config`."""
+    kind = PaddedPreprocessing if preprocess == "pad" else Preprocessing
+    short_side = round(image_size * 256 / 224) if preprocess == "meta-eval" else None
+    return kind(image_size, short_side, config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
 
 
 def resolve_resize(resize: str, device: torch.device, config: dict) -> str:
@@ -156,9 +182,10 @@ class DevicePreprocessing:
             members = [index for index, other in enumerate(pixels.shapes) if other == shape]
             batch = torch.stack([images[index] for index in members])
             resized = resize_like_pil(batch, self.preprocessing.resized_shape(*shape), self.preprocessing.interpolation)
-            for index, image in zip(members, self.preprocessing.cropped(resized), strict=True):
+            normal = functional.to_dtype(resized, torch.float32, scale=True).sub_(self.mean).div_(self.std)
+            for index, image in zip(members, self.preprocessing.cropped(normal), strict=True):
                 prepared[index] = image
-        return functional.to_dtype(torch.stack(prepared), torch.float32, scale=True).sub_(self.mean).div_(self.std)
+        return torch.stack(prepared)
 
 
 def resize_like_pil(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:

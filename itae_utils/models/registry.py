@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from itae_utils.errors import ItaeError
+
 PRECISIONS = ("fp32", "bf16")
 DINOV2_IMAGE_SIZE = 224  # the checkpoints' own 518 costs 5 times as much; reports state the size used
 
@@ -43,10 +45,17 @@ BACKBONES: dict[str, BackboneEntry] = {
 
 
 def timm_name_of(name: str) -> str | None:
-    """Return the timm name of a backbone; None for the embedded ones. Names outside `BACKBONES` are timm names."""
+    """Return the timm name of a backbone; None for the embedded ones. Names outside `BACKBONES` are timm names.
+
+    Raises:
+        ItaeError: `name` is not a text.
+    """
+    if not isinstance(name, str):
+        raise ItaeError(f"backbone is a {type(name).__name__}, not a name: give one of `itae backbones`, and your own "
+                        "weights as checkpoint")
     return BACKBONES[name].timm_name if name in BACKBONES else name
 
 
-PREPROCESSING = ("resize", "meta-eval")
+PREPROCESSING = ("resize", "meta-eval", "pad")
 RESIZES = ("pil", "device")
 POS_EMBEDS = ("auto", "meta", "timm")

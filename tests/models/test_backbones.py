@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -40,7 +43,7 @@ def test_demo_clean_and_untrained():
     assert again.weights_sha256 == untrained.weights_sha256
 
 
-@pytest.mark.parametrize(("preprocess", "brightest"), [("resize", 1), ("meta-eval", 0)])
+@pytest.mark.parametrize(("preprocess", "brightest"), [("resize", 1), ("meta-eval", 0), ("pad", 1)])
 def test_picture_is_the_image_as_the_model_sees_it(preprocess, brightest):
     backbone, wide = load_backbone("demo", preprocess=preprocess), Image.new("RGB", (80, 40))
     wide.paste((255, 255, 255), (0, 0, 20, 40))  # white where only the uncropped image has it
@@ -142,8 +145,25 @@ def test_weights_from_a_local_file(tmp_path):
     ({"name": "dinov2_vitg14", "image_size": 225}, "225.* 224 or 238"),  # before the weights are downloaded
     ({"name": "demo", "precision": "fp8"}, "precision='fp8'"),
     ({"name": "demo", "preprocess": "crop"}, "preprocess='crop'"),
-    ({"name": "demo", "device": "gpu"}, "device='gpu'"),
-    ({"name": "demo", "device": "cuda:99"}, "device='cuda:99'"),
+    *(({"name": "demo", "device": device}, rf"device={re.escape(repr(device))}.* cpu\b") for device in (
+        "gpu", "cuda:99", "CPU", "cpu:x", "", "meta", None, 99, True, 1.5, ["cpu"], torch.device("cuda:99"),
+        torch.device("meta"))),
+    *(({"name": "demo", "image_size": size}, re.escape(repr(size))) for size in (28.0, (28, 28), "28", True)),
+    *(({"name": "demo", option: value}, f"{option}={value!r}") for option in ("pretrained", "compile")
+      for value in ("no", 0, None)),
+    ({"name": torch.nn.Linear(1, 1)}, "Linear.* name"),
+    ({"name": None}, "NoneType"),
+    ({"name": Path("demo")}, "PosixPath"),
+    ({"name": "weights.pth"}, r"'weights\.pth' is a file"),
+    ({"name": "DINOv2_ViTS14"}, r"use dinov2_vits14$"),
+    ({"name": "Demo"}, r"use demo$"),
+    ({"name": "dinov2-small"}, r"use dinov2_vits14$"),
+    ({"name": "facebook/dinov2-with-registers-giant"}, r"use dinov2_vitg14_reg$"),
+    ({"name": "timm/vit_small_patch14_dinov2.lvd142m"}, r"use vit_small_patch14_dinov2\.lvd142m$"),
+    ({"name": "hf-hub:timm/vit_tiny_patch16_224"}, r"use vit_tiny_patch16_224$"),
+    ({"name": "ViT-Tiny-Patch16-224"}, r"use vit_tiny_patch16_224$"),
+    ({"name": "DINOV2_VITS15"}, r"dinov2_vits14\b"),
+    ({"name": TIMM, "checkpoint": {"cls_token": 1}}, "dict, not a path"),
     ({"name": "demo", "checkpoint": "w.pth"}, r"demo .*checkpoint='w\.pth'"),
     ({"name": "vit_tiny_patch16_18x2_224"}, "'vit_tiny_patch16_18x2_224'"),
     ({"name": "vit_base_patch16_224.dyno"}, r"'vit_base_patch16_224\.dyno'.* vit_base_patch16_224\b"),
@@ -153,6 +173,12 @@ def test_bad_names_and_options(options, message):
     with pytest.raises(ItaeError, match=message) as error:
         load_backbone(**options)
     assert "\n" not in str(error.value)
+
+
+def test_devices_and_sizes_of_other_types():
+    backbone = load_backbone("demo", device=torch.device("cpu"), image_size=np.int64(28))
+    assert (backbone.device, backbone.image_size) == (torch.device("cpu"), 28)
+    assert repr(backbone.transform) == repr(load_backbone("demo").transform)
 
 
 def test_weights_hash_sees_names_types_and_values():

@@ -170,3 +170,51 @@ def test_where_to_resize():
         resolve_resize("device", cuda, config("lanczos"))
     with pytest.raises(ItaeError, match="resize='gpu'"):
         resolve_resize("gpu", CPU, config())
+
+
+SHAPES = [(20, 20), (50, 31), (31, 50), (150, 161), (1, 7), (7, 1), (1, 1), (1, 3000), (3000, 2), (333, 125), (28, 28)]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_padding_keeps_the_aspect_ratio_and_has_the_mean_colour(shape, interpolation):
+    transform, image = make_transform(28, "pad", config(interpolation)), sharp(*shape)
+    height, width = (max(1, round(28 * side / max(shape))) for side in shape)
+    top, left = (28 - height) // 2, (28 - width) // 2
+    inside = (slice(None), slice(top, top + height), slice(left, left + width))
+    prepared = transform(image)
+    expected = v2.Resize((height, width), v2.InterpolationMode(interpolation))
+    expected = v2.Compose([expected, *compose(28, "resize").transforms[1:]])(image)
+    assert torch.equal(prepared[inside], expected)
+    padding = torch.ones(3, 28, 28, dtype=torch.bool)
+    padding[inside] = False
+    assert (prepared[padding] == 0).all()
+    np.testing.assert_allclose(transform.undo(prepared)[padding[0]], np.broadcast_to(MEAN, (int(padding[0].sum()), 3)))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("preprocess", ["resize", "meta-eval", "pad"])
+def test_thin_tiny_and_large_images_are_prepared_on_the_device_as_with_pil(preprocess, interpolation):
+    transform = make_transform(28, preprocess, config(interpolation))
+    images = [photo_like(*shape) for shape in [*SHAPES, (2000, 1500), (1, 20_000), (20_000, 3)]]
+    expected = torch.stack([transform(image) for image in images])
+    levels = (on_device(transform, images) - expected).abs() * torch.tensor(STD).view(3, 1, 1) * 255
+    assert expected.shape == (len(images), 3, 28, 28)
+    assert levels.max() < 2.01
+    assert levels.mean() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(3, 400), (401, 4), (2, 200), (1, 111)])
+def test_the_crop_of_an_extremely_long_image_is_the_same_without_its_ends(shape):
+    transform, image = make_transform(28, "meta-eval", config()), photo_like(*shape)
+    assert min(shape) * 64 < max(shape)
+    assert torch.equal(transform(image), compose(28, "meta-eval")(image))
+
+
+def test_the_representation_of_a_transform_is_part_of_stored_keys():
+    """Another representation would find no features that are stored already."""
+    start = "Preprocessing(image_size=28, short_side="
+    end = f", interpolation='bicubic', mean={MEAN}, std={STD})"
+    for preprocess, text in {"resize": f"{start}None{end}", "meta-eval": f"{start}32{end}",
+                             "pad": f"Padded{start}None{end}"}.items():
+        assert repr(make_transform(28, preprocess, config())) == text

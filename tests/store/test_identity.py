@@ -77,9 +77,9 @@ def test_two_kinds_of_gpu_have_two_keys(monkeypatch):
 # Modules that decide features.
 DECIDING = ("method/setting.py", "method/layers.py", "method/artifacts.py", "method/attention.py", "method/one_pass.py",
             "method/anatomy.py", "method/thresholds.py", "models/backbones.py", "models/preprocessing.py",
-            "models/pos_embed.py", "models/checkpoints.py", "models/compiled.py", "models/demo/__init__.py",
-            "data/folders.py", "data/datasets.py", "extraction/batches.py", "extraction/job.py",
-            "extraction/observation.py")
+            "models/pos_embed.py", "models/checkpoints.py", "models/weight_files.py", "models/compiled.py",
+            "models/demo/__init__.py", "data/folders.py", "data/datasets.py", "extraction/batches.py",
+            "extraction/job.py", "extraction/observation.py")
 
 
 def with_another_constant(code: str) -> str:
