@@ -28,9 +28,11 @@ def extract(count: int, store, *, pause: float = 0.0, log: Path | None = None, v
     """Extract, pausing in each batch; write a line to `log` for each shard after it was stored."""
     torch.set_num_threads(1)
     job.SHARD_IMAGES = SHARD
-    model = backbone()
-    model.model.patch_embed.register_forward_hook(lambda *_: time.sleep(pause))
-    save = StoredVariant.save
+    save, call = StoredVariant.save, job.OnePass.__call__
+
+    def paused(self, *arguments):
+        time.sleep(pause)
+        return call(self, *arguments)
 
     def logged(self, shard, *arrays):
         save(self, shard, *arrays)
@@ -39,10 +41,11 @@ def extract(count: int, store, *, pause: float = 0.0, log: Path | None = None, v
 
     if log is not None:
         StoredVariant.save = logged
+    job.OnePass.__call__ = paused
     try:
-        return extract_features(model, dataset(count), variants, batch_size=BATCH, num_workers=0, store=store)
+        return extract_features(backbone(), dataset(count), variants, batch_size=BATCH, num_workers=0, store=store)
     finally:
-        StoredVariant.save, job.SHARD_IMAGES = save, 2000
+        StoredVariant.save, job.OnePass.__call__, job.SHARD_IMAGES = save, call, 2000
 
 
 def processes():

@@ -345,8 +345,8 @@ def _collate(join: Callable, items: list[tuple[Tensor, int] | ItaeError]) -> tup
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
-    if other := next((image for image in images if not isinstance(image, Tensor)), None):
-        raise ItaeError(f"the transform returns a {type(other).__name__}: use one that returns a tensor")
+    if others := [type(image).__name__ for image in images if not isinstance(image, Tensor)]:
+        raise ItaeError(f"the transform returns a {others[0]}: use one that returns a tensor")
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ItaeError(f"the transform returns the shapes {sorted(shapes)}: use one that makes them equal")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
@@ -40,18 +41,38 @@ class TestBatches:
         with pytest.raises(ItaeError, match=r"\(3, 4, 5\), \(3, 4, 6\)"):
             list(image_batches(load_dataset(f"imagefolder:{tmp_path}"), to_tensor))
 
-    @pytest.mark.parametrize(("item", "kinds"), [
-        ((torch.zeros(3, 8, 8), 1), r"\(Tensor, int\)"), ((np.zeros((8, 8, 3)), 1), r"\(ndarray, int\)"),
-        (picture(), r"\(Image\)"), ((picture(), 1, 2), r"\(Image, int, int\)"), (("a.png", 1), r"\(str, int\)")])
-    def test_items_of_another_kind_are_one_line(self, item, kinds):
-        with pytest.raises(ItaeError, match=f"item 0 .*{kinds}"):
-            list(image_batches([item], to_tensor))
+    @pytest.mark.parametrize(("item", "labels"), [(picture(), [-1]), ((picture(), None), [-1]), ([picture(), 3], [3]),
+                                                  ({"image": picture(), "label": np.int64(4)}, [4])])
+    def test_items_with_and_without_labels(self, item, labels):
+        (images, found), = image_batches([item], to_tensor)
+        assert found.tolist() == labels
+        assert torch.equal(images[0], to_tensor(picture()))
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_items_of_another_kind_are_one_line(self, num_workers):
+        with pytest.raises(ItaeError, match=r"item 1 .*\(Image, int, int\)"):
+            list(image_batches([picture(), (picture(), 1, 2)], to_tensor, num_workers=num_workers))
+        with pytest.raises(ItaeError, match="item 0 .*'cat'"):
+            list(image_batches([(picture(), "cat")], to_tensor, num_workers=num_workers))
+
+    def test_an_item_whose_file_is_damaged_is_one_line(self, tmp_path):
+        truncated_jpeg(tmp_path / "cut.jpg")
+        with pytest.raises(ItaeError, match="item 0 .*truncated"):
+            list(image_batches([Image.open(tmp_path / "cut.jpg")], to_tensor))
 
     @pytest.mark.parametrize(("name", "value"), [
-        ("batch_size", 0), ("num_workers", -1), ("num_workers", 1.5), ("num_workers", "many")])
+        ("batch_size", 0), ("batch_size", 2.0), ("batch_size", True), ("batch_size", "auto"), ("num_workers", -1),
+        ("num_workers", 1.5), ("num_workers", "many"), ("num_workers", True), ("indices", [0.5]), ("indices", [9]),
+        ("indices", [True, False]), ("indices", [[0]]), ("indices", "0")])
     def test_other_numbers_are_refused(self, name, value):
-        with pytest.raises(ItaeError, match=f"{name}={value!r}"):
-            list(image_batches(load_dataset("digits"), to_tensor, **{name: value}))
+        with pytest.raises(ItaeError, match=name):
+            list(image_batches(MadeDataset(3), to_tensor, **{name: value}))
+
+    @pytest.mark.parametrize(("transform", "named"), [
+        (None, "transform=None"), ("resize", "'resize'"), (lambda image: image, "Image"), (np.asarray, "ndarray")])
+    def test_transforms_that_give_no_tensor_are_refused(self, transform, named):
+        with pytest.raises(ItaeError, match=named):
+            list(image_batches(MadeDataset(3), transform))
 
     def test_a_worker_that_dies_is_one_line(self):
         with pytest.raises(ItaeError, match="num_workers=1") as caught:

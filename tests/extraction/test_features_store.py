@@ -43,19 +43,21 @@ def grid(count: int) -> dict[str, ITAE | None]:
     return {"baseline": None} | {f"v{number}": ITAE("key", 8 + number / 20) for number in range(1, count)}
 
 
-def batches_of(backbone) -> list[int]:
-    """Return a list that grows by the number of images of each batch that the model runs on."""
-    batches = []
-    backbone.model.patch_embed.register_forward_hook(lambda _module, args, _out: batches.append(len(args[0])))
-    return batches
+@pytest.fixture
+def batches(monkeypatch):
+    """A list that grows by the number of images of each batch that a model runs on."""
+    sizes, call = [], job.OnePass.__call__
+    monkeypatch.setattr(job.OnePass, "__call__", lambda self, images, first: sizes.append(len(images)) or call(
+        self, images, first))
+    return sizes
 
 
 @pytest.mark.parametrize("place", ["folder", "memory"])
-def test_a_warm_store_gives_the_same_bytes_without_a_pass(backbone, dataset, tmp_path, place):
+def test_a_warm_store_gives_the_same_bytes_without_a_pass(backbone, dataset, tmp_path, place, batches):
     store = tmp_path if place == "folder" else f"memory://{tmp_path.name}"
     in_memory = extract_features(backbone, dataset, grid(10), batch_size=BATCH, store=None)
     cold = extract_features(backbone, dataset, grid(10), batch_size=BATCH, store=store)
-    batches = batches_of(backbone)
+    batches.clear()
     warm = extract_features(backbone, dataset, grid(10), batch_size=BATCH, store=store)
     assert not batches
     for features in (cold, warm):
@@ -69,9 +71,9 @@ def test_a_warm_store_gives_the_same_bytes_without_a_pass(backbone, dataset, tmp
     assert (in_memory.settings["store"], warm.settings["store"]) == (None, open_store(store).place)
 
 
-def test_only_what_is_missing_is_computed_and_in_one_pass(backbone, dataset, tmp_path):
+def test_only_what_is_missing_is_computed_and_in_one_pass(backbone, dataset, tmp_path, batches):
     extract_features(backbone, dataset, grid(30), batch_size=BATCH, store=tmp_path)
-    batches = batches_of(backbone)
+    batches.clear()
     features = extract_features(backbone, dataset, grid(40), batch_size=BATCH, store=tmp_path)
     assert sum(batches) == 11
     assert [name for name, count in features.computed.items() if count] == [f"v{number}" for number in range(30, 40)]
@@ -99,14 +101,18 @@ def test_features_in_memory_are_private_to_a_call_and_freed_with_them(backbone, 
     assert content() is None
 
 
-def test_a_stopped_run_resumes_after_its_last_whole_shard(backbone, dataset, tmp_path):
+def test_a_stopped_run_resumes_after_its_last_whole_shard(backbone, dataset, tmp_path, batches, monkeypatch):
     whole = extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=None)
-    batches = batches_of(backbone)
-    stop = backbone.model.blocks[0].register_forward_hook(
-        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if sum(batches) > 6 else None)
-    with pytest.raises(KeyboardInterrupt):
+    call = job.OnePass.__call__
+
+    def stopping(self, images, first):
+        if first >= 6:
+            raise KeyboardInterrupt
+        return call(self, images, first)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job.OnePass, "__call__", stopping)
         extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
-    stop.remove()
     batches.clear()
     features = extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
     assert sum(batches) == 11 - 4
@@ -115,13 +121,13 @@ def test_a_stopped_run_resumes_after_its_last_whole_shard(backbone, dataset, tmp
         assert np.array_equal(features[name], whole[name])
 
 
-def test_shards_that_lack_different_variants_share_a_pass(backbone, dataset, tmp_path):
+def test_shards_that_lack_different_variants_share_a_pass(backbone, dataset, tmp_path, batches):
     extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
     chunks = {name: Path(tmp_path, variant.path) for name, variant in
               extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path).stored.items()}
     (chunks["v1"] / "features/c/0/0").write_bytes(b"")
     (chunks["v2"] / "features/c/2/0").unlink()
-    batches = batches_of(backbone)
+    batches.clear()
     features = extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
     assert features.computed == {"baseline": 0, "v1": 4, "v2": 3}
     assert batches == [2, 2, 2, 1]

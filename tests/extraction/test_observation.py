@@ -5,6 +5,7 @@ import pytest
 
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
+from itae_utils.extraction import observation
 from itae_utils.extraction.observation import fit_thresholds, measure_batch, observe, sample_indices, sampled_norms
 from itae_utils.method.artifacts import FiringRule, qkv_norms, token_norms
 from itae_utils.method.attention import attention_map
@@ -135,11 +136,12 @@ def test_no_threshold_is_found_in_random_models(structure):
     assert {key: fit.reason for key, fit in fits.items() if fit.threshold is not None} == {}
 
 
-def test_norms_are_measured_once_for_the_same_sample(tmp_path):
+def test_norms_are_measured_once_for_the_same_sample(tmp_path, monkeypatch):
     """A second fit with the same store runs no image; another sample, seed or batch size does."""
     dataset, backbone = load_dataset("digits", limit=80), load_backbone("demo")
-    images = []
-    backbone.model.patch_embed.register_forward_hook(lambda _module, args, _out: images.append(len(args[0])))
+    images, run = [], observation.block_inputs
+    monkeypatch.setattr(observation, "block_inputs", lambda model, batch, blocks: images.append(len(batch)) or run(
+        model, batch, blocks))
 
     def fit(**options):
         return fit_thresholds(backbone, dataset, **{"sample": 60, "batch_size": 30, "store": tmp_path} | options)
