@@ -1,20 +1,37 @@
-"""K-means in bounded memory: on one float32 copy of the features, or in mini-batches over parts of them."""
+"""K-means of features: exact and in bounded memory, or scikit-learn's as a reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.preprocessing import normalize as unit_rows
+from torch import Tensor
+from tqdm.auto import tqdm
 
+from itae_utils.analysis import lloyd
+from itae_utils.environment import hides_progress
 from itae_utils.errors import ItaeError
+from itae_utils.extraction.batches import is_out_of_memory
 from itae_utils.machine import available_memory
 
-BATCH = 1024  # images per step of `cluster_parts`
-BLOCK = 16 * BATCH  # images that it holds and shuffles at a time, and its sample; `cluster` copies as many at a time
+ROWS = 4_096  # rows that are copied at a time
+EQUAL = 1e-9  # relative difference of inertias that may be rounding: the first of equal starts counts
+FEWEST_SAMPLED = 10  # rows per cluster, for the first centres of features that do not fit in memory
+# Of (k, n_init, seed). MTEB clusters image features with the second.
+REFERENCES = {
+    "scikit-learn": lambda k, n_init, seed: KMeans(k, n_init=n_init, random_state=seed, tol=0),
+    "mini-batch": lambda k, n_init, seed: MiniBatchKMeans(k, n_init=n_init, random_state=seed, batch_size=500),
+}
+ALGORITHMS = ("exact", *REFERENCES)
+
+Blocks = Callable[[], Iterable[np.ndarray]]
 
 
 def cluster(
@@ -24,30 +41,34 @@ def cluster(
     seed: int = 0,
     n_init: int = 10,
     normalize: bool = True,
+    algorithm: str = "exact",
+    device: str = "auto",
     max_memory: int | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Run k-means (scikit-learn's, the best of `n_init` k-means++ starts) on features (n, dim) of any float type.
-
-    Each start runs until no label changes, for at most 300 rounds. Memory: one float32 copy of the features, n × dim,
-    and little else if dim is large.
+    """Run k-means on features (n, dim) of any float type, and return the best of `n_init` starts.
 
     Args:
         features: (n, dim); not modified.
         k: number of clusters.
-        seed: of the starts.
+        seed: of the starts. A start depends on the seed and its number alone, up to rounding.
         n_init: number of starts.
         normalize: whether rows are scaled to length 1 first; rows of zeros stay.
-        max_memory: bytes that the copy may take; by default half of the machine's memory (no bound if that is unknown).
+        algorithm: "exact" is greedy k-means++ and Lloyd's algorithm until no label changes (at most 300 rounds), see
+            `lloyd`. "scikit-learn" runs its `KMeans` with tol=0, which finds the same minima, but more slowly.
+            "mini-batch" runs its `MiniBatchKMeans` with batch_size=500, as MTEB does.
+        device: for "exact"; "auto" is CUDA if available, else the CPU.
+        max_memory: bytes that a float32 copy of the features may take; by default half of the machine's memory (no
+            bound if that is unknown). "exact" takes at most 1 GiB beside it.
 
     Returns:
         Labels (n,) in 0 … k - 1, and the inertia: the sum of squared distances to the cluster centres.
 
     Raises:
-        ItaeError: features that are not a finite matrix, k below 2 or above n, n_init below 1, a copy above max_memory.
+        ItaeError: features that are not a finite matrix, k below 2 or above n, n_init below 1, a copy above max_memory,
+            or another value that is not valid.
     """
-    labels, inertias = cluster_seeds(
-        features, k, seeds=[seed], n_init=n_init, normalize=normalize, max_memory=max_memory
-    )
+    labels, inertias = cluster_seeds(features, k, seeds=[seed], n_init=n_init, normalize=normalize, algorithm=algorithm,
+                                     device=device, max_memory=max_memory)
     return labels[0], float(inertias[0])
 
 
@@ -58,189 +79,260 @@ def cluster_seeds(
     seeds: int | Sequence[int] = 10,
     n_init: int = 10,
     normalize: bool = True,
+    algorithm: str = "exact",
+    device: str = "auto",
     max_memory: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run `cluster` for every seed (a number means that many, from 0): labels (seeds, n) and inertias (seeds,)."""
-    features, seeds = np.asarray(features), seed_list(seeds)
-    if features.ndim != 2:
-        raise ItaeError(f"features of shape {features.shape} can't be clustered: give a matrix (images, dim)")
-    _check_memory(features.shape, max_memory)
+    features, seeds = _matrix(features), seed_list(seeds)
+    if algorithm not in ALGORITHMS:
+        raise ItaeError(f"algorithm={algorithm!r} is not known: use {', '.join(ALGORITHMS)}")
     _check_counts(k, n_init, len(features))
-    held, runs = np.empty(features.shape, dtype=np.float32), []
-    for seed in seeds:
-        # Copied again for every seed: KMeans centres its data in place, and adding the mean back leaves rounding.
-        for first in range(0, len(held), BLOCK):
-            rows = slice(first, first + BLOCK)
-            held[rows] = features[rows]
-            _prepare(held[rows], first, normalize)
-        # For any other tolerance KMeans calls np.var, which makes one more copy, to stop a few labels early.
-        runs.append(KMeans(k, n_init=n_init, random_state=seed, tol=0, copy_x=False).fit(held))
-    return np.stack([run.labels_ for run in runs]), np.array([run.inertia_ for run in runs])
+    _check_memory(features.shape, max_memory)
+    held = np.empty(features.shape, dtype=np.float32)
+    for first, rows in _blocks([features], ROWS, normalize):
+        held[first : first + len(rows)] = rows
+    if algorithm != "exact":
+        runs = [REFERENCES[algorithm](k, n_init, seed).fit(held) for seed in seeds]
+        labels, inertias = np.stack([run.labels_ for run in runs]), np.array([run.inertia_ for run in runs])
+    else:
+        mean = held.mean(axis=0, dtype=np.float64)
+        labels, inertias = _best_starts(lambda: (), len(held), mean, held, k, seeds, n_init, device)
+    _warn_of_fewer(labels, k, held)
+    return labels, inertias
 
 
 def cluster_parts(
-    parts: Callable[[], Iterable[np.ndarray]],
+    parts: Blocks,
     k: int,
     *,
     seed: int = 0,
-    n_init: int = 3,
+    n_init: int = 10,
     normalize: bool = True,
-    passes: int = 5,
+    device: str = "auto",
+    max_memory: int | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Run k-means on features too large for memory, as in `cluster_parts(lambda: features.parts("itae"), k)`.
+    """Run `cluster` on features that are read part by part, as in `cluster_parts(lambda: features.parts("itae"), k)`.
 
-    This is an approximation (scikit-learn's MiniBatchKMeans) that ends near a minimum. Clear clusters are those of
-    `cluster`; overlapping clusters have a slightly larger inertia, which more passes reduce. Each start is k-means on a
-    uniform sample of the images, so images may be sorted by class. The result depends on the seed and on the order of
-    the images, not on the cuts between parts. Memory: one part and a few times 16,384 images (32 · k if that is more).
-    The parts are read `passes` + 2 times.
+    Features that fit in `max_memory` are read once more and clustered as by `cluster`. Larger ones are read once per
+    round of Lloyd's algorithm; then the first centres are chosen from a uniform sample of the rows, as many as fit.
 
     Args:
         parts: called for every pass; gives the features in the same order each time, (m, dim) per part, of any float
             type. m may differ between parts.
         k: number of clusters.
-        seed: of the sample, the starts and the order of images within 16,384.
-        n_init: number of starts; they share the passes, and the one with the lowest inertia is returned.
+        seed: of the starts.
+        n_init: number of starts; they share the passes.
         normalize: whether rows are scaled to length 1 first; rows of zeros stay.
-        passes: over all images, before the pass that computes the labels.
+        device: as for `cluster`.
+        max_memory: bytes that float32 features may take; by default half of the machine's memory.
 
     Returns:
-        Labels (n,) in 0 … k - 1, in the order of the parts, and the inertia; a cluster may be empty.
+        Labels (n,) in 0 … k - 1, in the order of the parts, and the inertia.
 
     Raises:
-        ItaeError: parts that are not finite matrices of one width, or that don't start over when called again; k below
-            2 or above n, n_init or passes below 1.
+        ItaeError: parts that are not finite matrices of one width, or that don't start over when called again; a value
+            that `cluster` refuses; too little memory for a sample of 10 rows per cluster.
     """
     if not callable(parts):
         raise ItaeError(f"parts of type {type(parts).__name__} can be read only once: give a function that starts them "
                         "over, as in cluster_parts(lambda: features.parts(name), k)")
-    if passes < 1:
-        raise ItaeError(f"passes={passes} is too few passes over the parts: use 1 or more")
     _check_counts(k, n_init)
-    rng, block = np.random.default_rng(seed), max(BLOCK, 32 * k)
-    sample, count = _sample(_blocks(parts(), block, normalize), rng)
+    [seed] = seed_list([seed])
+    sample, count, mean = _sample(_blocks(parts(), ROWS, normalize), _bound(max_memory))
     _check_counts(k, n_init, count)
-    models = [_start(sample, k, int(start)) for start in rng.integers(2**31, size=n_init)]
-    for _ in range(passes):
-        for _, rows in _blocks(parts(), block, normalize):
-            order = rng.permutation(len(rows))
-            for first in range(0, len(rows), BATCH):
-                batch = rows[order[first : first + BATCH]]
-                for model in models:
-                    model.partial_fit(batch)
-    labels, inertias = _label(_blocks(parts(), block, normalize), models, count)
-    best = inertias.argmin()
-    return labels[best], float(inertias[best])
+    if len(sample) < min(count, FEWEST_SAMPLED * k):
+        raise ItaeError(f"max_memory={_bound(max_memory):,} holds only {len(sample):,} rows, too few to choose k={k} "
+                        f"centres: allow {4 * FEWEST_SAMPLED * k * sample.shape[1]:,} bytes or more")
+    labels, inertias = _best_starts(lambda: _all_rows(_blocks(parts(), ROWS, normalize), count), count, mean, sample, k,
+                                    [seed], n_init, device)
+    return labels[0], float(inertias[0])
 
 
 def seed_list(seeds: int | Sequence[int]) -> list[int]:
     """Return the seeds as a list; a number means that many, from 0.
 
     Raises:
-        ItaeError: the list is empty.
+        ItaeError: there is no seed, or one that is not a whole number from 0.
     """
-    chosen = list(range(seeds)) if isinstance(seeds, Integral) else list(seeds)
-    if not chosen:
-        raise ItaeError(f"seeds={seeds!r} gives no seed: use a number of 1 or more, or a list")
-    return chosen
+    chosen = range(seeds) if _is_whole(seeds) else seeds
+    if not isinstance(chosen, (range, list, tuple, np.ndarray)) or not len(chosen) or not all(
+            _is_whole(seed) and seed >= 0 for seed in chosen):
+        raise ItaeError(f"seeds={seeds!r} is not valid: use a number of 1 or more, or a list of whole numbers from 0")
+    return [int(seed) for seed in chosen]
 
 
-def _start(sample: np.ndarray, k: int, seed: int):
-    """Return a MiniBatchKMeans that starts from the sample's clusters, their centres and their weights.
+def _best_starts(
+    parts: Blocks, n: int, mean: np.ndarray, sample: np.ndarray, k: int, seeds: Sequence[int], n_init: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels (seeds, n) and inertias (seeds,) of the best of `n_init` starts for each seed.
 
-    Without the weights the first image near a centre would replace it. Reassignment is off: scikit-learn would move the
-    centres of clusters without images in a batch, which are most of them if images are sorted by class.
+    Args:
+        parts: gives copies of all n rows; not called if `sample` has all of them.
+        n: number of rows.
+        mean: of all rows. K-means does not depend on it, but rounding errors are smallest about it.
+        sample: rows that first centres are chosen from; changed.
+        k: number of clusters.
+        seeds: of the starts.
+        n_init: starts per seed.
+        device: a torch device, or "auto".
     """
-    centres = KMeans(k, n_init=1, random_state=seed).fit(sample).cluster_centers_
-    model = MiniBatchKMeans(k, init=centres, n_init=1, reassignment_ratio=0, compute_labels=False, random_state=seed)
-    return model.partial_fit(sample)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    largest = max(sample.max(), -sample.min(), np.finfo(np.float32).tiny)
+    scale = 2.0 ** -math.frexp(largest)[1]  # a power of 2 changes no digits; squares neither overflow nor vanish
+    mean = torch.from_numpy(mean.astype(np.float32))
+
+    def ready(rows: np.ndarray) -> Tensor:  # in place: the rows are copies
+        return torch.from_numpy(rows).sub_(mean).mul_(scale).to(device)
+
+    labels, inertias = np.empty((len(seeds), n), dtype=np.int32), np.full(len(seeds), np.inf)
+    starts = [(place, start) for place in range(len(seeds)) for start in range(n_init)]
+    hidden = hides_progress() or None  # None: shown on a terminal only
+    try:
+        with _full_precision(), tqdm(total=len(starts), unit="start", desc="k-means", delay=2, disable=hidden,
+                                     leave=False) as progress:
+            points = ready(sample)
+            passes = (lambda: [points]) if len(sample) == n else lambda: map(ready, parts())
+            trials = 2 + int(math.log(k))
+            at_once = lloyd.starts_at_once(len(points), points.shape[1], k, trials)
+            worth = lloyd.are_worth_it(len(points), len(starts), k, trials)
+            products = lloyd.inner_products(points) if worth else None
+            for first in range(0, len(starts), max(1, at_once)):
+                group = starts[first : first + max(1, at_once)]
+                draws = np.stack([np.random.default_rng([seeds[place], start]).random((k, trials))
+                                  for place, start in group])
+                centres = points[lloyd.plus_plus(points, torch.from_numpy(draws).to(device), products)]
+                if at_once and len(sample) == n:
+                    found = lloyd.lloyd(points, centres, products, progress.update)
+                else:
+                    found = lloyd.lloyd_in_parts(passes, n, centres, progress.update)
+                sums = lloyd.inertias(passes, found, k).cpu().numpy() / scale**2
+                for (place, _), run, inertia in zip(group, found.cpu().numpy(), sums, strict=True):
+                    if inertia < inertias[place] * (1 - EQUAL):
+                        labels[place], inertias[place] = run, inertia
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = (4 * sample.size + lloyd.WORK_BYTES) / 1e9
+        raise ItaeError(f"k-means of {n:,} × {sample.shape[1]:,} features with k={k} does not fit in the memory of "
+                        f"{device}, it takes up to {needed:.1f} GB: use device='cpu', or cluster_parts with a smaller "
+                        "max_memory") from error
+    return labels, np.maximum(inertias, 0)
 
 
-def _label(blocks: Iterable[tuple[int, np.ndarray]], models: Sequence, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels (models, count) and inertias (models,) of all rows, of which `count` are expected."""
-    labels, inertias, seen = np.empty((len(models), count), dtype=np.int32), np.zeros(len(models)), 0
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Compute float32 products in float32, also where the user allows TF32 or bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _sample(blocks: Iterable[tuple[int, np.ndarray]], bound: float) -> tuple[np.ndarray, int, np.ndarray]:
+    """Return a uniform sample of the rows, all if they take at most `bound` bytes; the number of rows; their mean."""
+    kept, count, total, most = [], 0, 0.0, 0
+    rng = np.random.default_rng(0)
+    for _, rows in blocks:
+        most = int(min(bound // (4 * rows.shape[1]), np.iinfo(np.int64).max))
+        count, total = count + len(rows), total + rows.sum(axis=0, dtype=np.float64)
+        if count <= most:
+            kept.append(rows.copy())
+            continue
+        if len(kept) != 1 or len(kept[0]) < most:
+            missing = most - sum(map(len, kept))
+            kept, rows = [np.concatenate([*kept, rows[:missing]])], rows[missing:]
+        # reservoir sampling: row i takes a random one of i + 1 places, of which the sample holds the first
+        places = rng.integers(1 + np.arange(count - len(rows), count))
+        taken = places < most
+        kept[0][places[taken]] = rows[taken]
+    sample = np.concatenate(kept) if kept else np.empty((0, 0), dtype=np.float32)
+    return sample, count, total / max(count, 1)
+
+
+def _blocks(parts: Iterable[np.ndarray], size: int, normalize: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the parts in float32 copies of at most `size` rows, scaled to length 1 if asked, with their first number.
+
+    Raises:
+        ItaeError: a part is not a matrix, or not as wide as the others; a row is not finite.
+    """
+    first, width = 0, None
+    for part in parts:
+        part = np.asarray(part)
+        if part.ndim != 2 or (width is not None and part.shape[1] != width):
+            raise ItaeError(f"a part of shape {part.shape} can't be clustered: give matrices "
+                            f"(images, {'dim' if width is None else width})")
+        width = part.shape[1]
+        for start in range(0, len(part), size):
+            with np.errstate(over="ignore"):  # named below
+                rows = np.array(part[start : start + size], dtype=np.float32, order="C")
+            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if len(bad):
+                raise ItaeError(f"features of image {first + bad[0]:,} are not finite in float32: extract them again")
+            yield first, unit_rows(rows, copy=False) if normalize else rows
+            first += len(rows)
+
+
+def _all_rows(blocks: Iterable[tuple[int, np.ndarray]], count: int) -> Iterator[np.ndarray]:
+    """Yield the rows of all blocks; raise an `ItaeError` if there are more or fewer than `count`."""
+    seen = 0
     for first, rows in blocks:
         seen = first + len(rows)
         if seen > count:
             break
-        for run, model in enumerate(models):
-            nearest, squares = pairwise_distances_argmin_min(rows, model.cluster_centers_, metric="sqeuclidean")
-            labels[run, first:seen] = nearest
-            inertias[run] += squares.sum(dtype=np.float64)
+        yield rows
     if seen != count:
         raise ItaeError(f"parts() does not give the same {count:,} images each time: let it start over, as "
                         "lambda: features.parts(name) does")
-    return labels, inertias
 
 
-def _sample(blocks: Iterable[tuple[int, np.ndarray]], rng: np.random.Generator) -> tuple[np.ndarray | None, int]:
-    """Return a uniform sample of all rows, as many as the first block has, and the number of all rows."""
-    sample, count = None, 0
-    for first, rows in blocks:
-        count = first + len(rows)
-        if sample is None:
-            sample = rows.copy()
-        else:
-            # reservoir sampling: row i takes a random one of i + 1 places, of which the sample holds the first
-            slots = rng.integers(1 + np.arange(first, count))
-            kept = slots < len(sample)
-            sample[slots[kept]] = rows[kept]
-    return sample, count
+def _matrix(features: np.ndarray) -> np.ndarray:
+    if isinstance(features, Mapping):
+        raise ItaeError(f"features of {len(features)} variants were given: choose one, such as "
+                        f"features[{next(iter(features), 'baseline')!r}]")
+    features = np.asarray(features)
+    if features.ndim != 2 or features.dtype.kind not in "fiub":
+        raise ItaeError(f"features of shape {features.shape} and type {features.dtype} can't be clustered: give a "
+                        "matrix of numbers (images, dim)")
+    return features
 
 
-def _blocks(parts: Iterable[np.ndarray], size: int, normalize: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the number of the first row, and `size` rows (the last time fewer), from parts of any length.
-
-    The same array is yielded each time, filled with new rows.
-    """
-    block, first, filled = None, 0, 0
-    for part in parts:
-        rest = np.asarray(part)
-        if rest.ndim != 2 or (block is not None and rest.shape[1] != block.shape[1]):
-            width = "dim" if block is None else block.shape[1]
-            raise ItaeError(f"a part of shape {rest.shape} can't be clustered: give matrices (images, {width})")
-        if block is None:
-            block = np.empty((size, rest.shape[1]), dtype=np.float32)
-        while len(rest):
-            rows, rest = rest[: size - filled], rest[size - filled :]
-            block[filled : filled + len(rows)] = rows
-            filled += len(rows)
-            if filled == size:
-                _prepare(block, first, normalize)
-                yield first, block
-                first, filled = first + size, 0
-    if filled:
-        _prepare(block[:filled], first, normalize)
-        yield first, block[:filled]
-
-
-def _prepare(rows: np.ndarray, first: int, normalize: bool) -> None:
-    """Scale rows to length 1 in place if asked; refuse rows that are not finite, numbered from `first`."""
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if len(bad):
-        raise ItaeError(f"features of image {first + bad[0]:,} are not finite in float32: extract them again")
-    if normalize:
-        unit_rows(rows, copy=False)
+def _bound(max_memory: int | None) -> float:
+    """Return `max_memory`, or half of the machine's memory, in bytes."""
+    memory = 2 * max_memory if max_memory is not None else available_memory()
+    return math.inf if memory is None else memory // 2
 
 
 def _check_memory(shape: tuple[int, ...], max_memory: int | None) -> None:
-    needed, bound = 4 * shape[0] * shape[1], max_memory
-    if bound is None:
-        memory = available_memory()
-        if memory is None:
-            return
-        bound = memory // 2
+    needed, bound = 4 * shape[0] * shape[1], _bound(max_memory)
     if needed > bound:
         whose = "half of this machine's memory" if max_memory is None else "max_memory"
         raise ItaeError(f"k-means on features {shape[0]:,} × {shape[1]:,} takes {needed:,} bytes, more than {whose}, "
-                        f"{bound:,}: use cluster_parts(lambda: features.parts(name), k), MiniBatchKMeans over the "
-                        "store's parts, or raise max_memory")
+                        f"{bound:,}: use cluster_parts(lambda: features.parts(name), k), or raise max_memory")
 
 
 def _check_counts(k: int, n_init: int, images: int | None = None) -> None:
+    for name, value in (("k", k), ("n_init", n_init)):
+        if not _is_whole(value):
+            raise ItaeError(f"{name}={value!r} is not valid: use a whole number")
     if n_init < 1:
         raise ItaeError(f"n_init={n_init} is too few: use 1 or more k-means starts")
     if k < 2:
         raise ItaeError(f"k={k} is too few: use 2 or more clusters")
     if images is not None and k > images:
         raise ItaeError(f"k={k} is more than the number of images, {images:,}: use fewer clusters, or more images")
+
+
+def _warn_of_fewer(labels: np.ndarray, k: int, rows: np.ndarray) -> None:
+    """Warn if a run found fewer than k clusters: there are fewer distinct rows."""
+    fewest = min(len(np.unique(run)) for run in labels)
+    if fewest < k:
+        warnings.warn(f"k={k} is more than the {len(np.unique(rows, axis=0)):,} distinct rows of features: only "
+                      f"{fewest:,} clusters were found", stacklevel=3)
+
+
+def _is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, other than True and False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

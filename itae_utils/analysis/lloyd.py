@@ -1,0 +1,424 @@
+"""Exact k-means in torch: many starts on one matrix at once, on a CPU or a GPU, in bounded memory.
+
+A start is greedy k-means++ (Arthur and Vassilvitskii, 2007; with scikit-learn's number of trials), then Lloyd's
+algorithm until no label changes. The score of a centre c for a point x is x·c − ‖c‖²/2: the nearest centre has the
+largest. A round moves only the centres of clusters that lost or gained points, and only their scores are computed
+again: as a product of centres and points or, if few points moved, by adding and subtracting the inner products of these
+points with all points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+MOST_ROUNDS = 300
+WORK_BYTES = 2**30  # memory beside the points: half for inner products, a quarter for scores, the rest for temporaries
+BLOCK = 2**22       # values that are computed at a time; they stay in a CPU's cache
+TILE = 512          # points per side of a tile of inner products
+USUAL_ROUNDS = 5    # full rounds that a start costs, roughly: most rounds move few centres
+CHEAP = 16          # adding a row of inner products takes the time of a product of so many dimensions
+OLDEST = 20         # additions to a score before it is computed anew, so that rounding errors do not pile up
+ROUNDING = 1e-6     # squared distances below this share of the largest ‖x‖² may be rounding errors
+MOST_ACTIVE = 0.75  # starts that have ended are dropped when no more than this share still runs
+
+Progress = Callable[[int], object]  # called with the number of starts that have ended
+Parts = Callable[[], Iterable[Tensor]]  # called for every pass; gives matrices (m, d) in the same order each time
+
+
+def starts_at_once(n: int, dim: int, k: int, trials: int) -> int:
+    """Return how many starts `plus_plus` and `lloyd` can hold at once; 0 if a single one takes too much memory."""
+    return int(WORK_BYTES // 4 // (4 * n * max(k, 3 * trials) + 16 * k * dim))
+
+
+def are_worth_it(n: int, starts: int, k: int, trials: int) -> bool:
+    """Return whether `inner_products` of n points fit in memory, and save more products than they cost."""
+    return 4 * n * n <= WORK_BYTES // 2 and n < 2 * starts * k * (trials + USUAL_ROUNDS)
+
+
+def inner_products(points: Tensor) -> Tensor:
+    """Return the inner products of all pairs of points, (n, d) -> (n, n); each pair is computed once."""
+    products = points.new_empty(len(points), len(points))
+    for i in range(0, len(points), TILE):
+        torch.mm(points[i : i + TILE], points[: i + TILE].T, out=products[i : i + TILE, : i + TILE])
+        for j in range(0, i, TILE):
+            products[j : j + TILE, i : i + TILE] = products[i : i + TILE, j : j + TILE].T
+    return products
+
+
+def plus_plus(points: Tensor, draws: Tensor, products: Tensor | None = None) -> Tensor:
+    """Return the points (S, k) that greedy k-means++ chooses as the first centres of S starts.
+
+    Args:
+        points: (n, d) float32.
+        draws: uniform random numbers in [0, 1), (S, k, trials) float64. The first one chooses the first point. Each
+            further row chooses candidates with probabilities in proportion to the squared distance to the nearest
+            centre so far; the best candidate becomes a centre.
+        products: from `inner_products`, or None.
+    """
+    starts, k, _ = draws.shape
+    squares, every = points.square().sum(dim=1), torch.arange(starts, device=points.device)
+
+    def distances(chosen: Tensor) -> Tensor:
+        """Return squared distances to all points: (S, trials) -> (S, trials, n)."""
+        flat = chosen.flatten()
+        inner = points[flat] @ points.T if products is None else products[flat]
+        return inner.mul_(-2).add_(squares).add_(squares[flat, None]).clamp_(min=0).unflatten(0, chosen.shape)
+
+    centres = torch.empty(starts, k, dtype=torch.int64, device=points.device)
+    centres[:, 0] = (draws[:, 0, 0] * len(points)).long()
+    nearest = distances(centres[:, :1])[:, 0]
+    for turn in range(1, k):
+        sums = nearest.double().cumsum(dim=1)
+        candidates = torch.searchsorted(sums, draws[:, turn] * sums[:, -1:]).clamp_(max=len(points) - 1)
+        after = distances(candidates)
+        torch.minimum(after, nearest[:, None], out=after)
+        best = after.sum(dim=2).argmin(dim=1)
+        nearest, centres[:, turn] = after[every, best], candidates[every, best]
+    return centres
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Points that leave a cluster or come to one, sorted by cluster. Clusters are numbered over all starts.
+
+    Attributes:
+        points: numbers of rows in a matrix of points.
+        signs: −1 for a point that leaves, +1 for one that comes.
+        clusters: those with any moves, in ascending order.
+        counts: number of moves of each of these clusters.
+    """
+
+    points: Tensor
+    signs: Tensor
+    clusters: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, points: Tensor, old: Tensor | None, new: Tensor) -> Moves:
+        """Return the moves of points from clusters `old` (None for no cluster) to clusters `new`."""
+        signs, clusters = torch.ones(len(new), device=new.device), new
+        if old is not None:
+            points, clusters, signs = torch.cat([points, points]), torch.cat([old, new]), torch.cat([-signs, signs])
+        clusters, order = clusters.sort(stable=True)
+        clusters, counts = clusters.unique_consecutive(return_counts=True)
+        return cls(points[order], signs[order], clusters, counts)
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """Return the signed sum of the moved rows of a matrix (n, …), for each cluster."""
+        first = self.counts.cumsum(0) - self.counts
+        return embedding_bag(self.points, rows, first, mode="sum", per_sample_weights=self.signs.to(rows.dtype))
+
+    def growth(self) -> Tensor:
+        """Return by how many points each cluster grows, int64."""
+        totals = pad(self.signs.long().cumsum(0), (1, 0))[pad(self.counts.cumsum(0), (1, 0))]
+        return totals.diff()
+
+    def of_clusters(self, which: Tensor) -> Moves:
+        """Return the moves of some of the clusters, given a bool for each."""
+        moves = which.repeat_interleave(self.counts)
+        return Moves(self.points[moves], self.signs[moves], self.clusters[which], self.counts[which])
+
+    def split(self, size: int) -> Iterator[Moves]:
+        """Yield the moves of at most `size` clusters at a time."""
+        first = 0
+        for clusters, counts in zip(self.clusters.split(size), self.counts.split(size), strict=True):
+            moves = slice(first, first := first + int(counts.sum()))
+            yield Moves(self.points[moves], self.signs[moves], clusters, counts)
+
+
+class Clusters:
+    """The clusters of S starts, numbered over all starts.
+
+    Attributes:
+        k: number of clusters per start.
+        centres: (S · k, d) float32.
+        halves: ‖centre‖²/2, (S · k,).
+        sums: of the points of each cluster, (S · k, d) float64.
+        sizes: number of points of each cluster, (S · k,) int64.
+    """
+
+    def __init__(self, centres: Tensor) -> None:
+        self.k = centres.shape[1]
+        self.centres = centres.flatten(0, 1).clone()
+        self.halves = self.centres.square().sum(dim=1) / 2
+        self.sums = torch.zeros_like(self.centres, dtype=torch.float64)
+        self.sizes = torch.zeros_like(self.halves, dtype=torch.int64)
+
+    def add(self, moves: Moves, rows: Tensor) -> None:
+        """Move points, which are rows of a matrix; the centres stay."""
+        self.sums[moves.clusters] += moves.sums(rows)
+        self.sizes[moves.clusters] += moves.growth()
+
+    def recentre(self, clusters: Tensor) -> None:
+        """Move the centres of some clusters to the means of their points; an empty cluster keeps its centre."""
+        clusters = clusters[self.sizes[clusters] > 0]
+        means = (self.sums[clusters] / self.sizes[clusters, None]).float()
+        self.centres[clusters], self.halves[clusters] = means, means.square().sum(dim=1) / 2
+
+    def scores(self, clusters: Tensor | slice, points: Tensor) -> Tensor:
+        """Return the scores of some centres for points (m, d): (clusters, m)."""
+        return torch.addmm(-self.halves[clusters, None], self.centres[clusters], points.T)
+
+    def keep(self, starts: Tensor) -> None:
+        """Drop the starts for which `starts` is False."""
+        for name in ("centres", "halves", "sums", "sizes"):
+            setattr(self, name, _of_starts(getattr(self, name), starts, self.k))
+
+
+def _of_starts(values: Tensor, starts: Tensor, k: int) -> Tensor:
+    """Return the values (S · k, …) of the clusters of some starts."""
+    return values.unflatten(0, (-1, k))[starts].flatten(0, 1)
+
+
+class Scores:
+    """The scores of all centres for all points, held in memory and kept up to date.
+
+    Args:
+        clusters: the centres.
+        points: (n, d) float32.
+        products: from `inner_products`; None computes all scores as products of centres and points.
+    """
+
+    def __init__(self, clusters: Clusters, points: Tensor, products: Tensor | None) -> None:
+        self.clusters, self.points, self.products = clusters, points, products
+        self.values = points.new_empty(len(clusters.sizes), len(points))
+        self.ages = torch.zeros_like(clusters.sizes)  # additions since a centre's scores were computed anew
+        self.step = max(1, BLOCK // len(points))
+        self.renew(torch.arange(len(self.values), device=points.device))
+
+    def renew(self, clusters: Tensor) -> None:
+        """Compute the scores of some centres anew."""
+        for block in clusters.split(self.step):
+            self.values[block] = self.clusters.scores(block, self.points)
+        self.ages[clusters] = 0
+
+    def update(self, moves: Moves) -> None:
+        """Recentre the clusters that have lost or gained points, and update their scores."""
+        halves, after = self.clusters.halves[moves.clusters], self.clusters.sizes[moves.clusters]
+        before = after - moves.growth()
+        self.clusters.recentre(moves.clusters)
+        few = (moves.counts <= self.points.shape[1] // CHEAP) & (self.ages[moves.clusters] < OLDEST)
+        few &= (before > 0) & (after > 0)
+        if self.products is None:
+            few.zero_()
+        self.renew(moves.clusters[~few])
+        if not few.any():
+            return
+        # A centre is a mean of points, so its products with all points are a mean of rows of inner products.
+        moves, before, after, halves = moves.of_clusters(few), before[few], after[few], halves[few]
+        ratios = (before / after).float()
+        shifts = halves * ratios - self.clusters.halves[moves.clusters]
+        self.ages[moves.clusters] += 1
+        columns = (values[:, None].split(self.step) for values in (ratios, shifts, after))
+        for part, ratio, shift, size in zip(moves.split(self.step), *columns, strict=True):
+            change = part.sums(self.products).div_(size)
+            self.values[part.clusters] = self.values[part.clusters].mul_(ratio).add_(shift).add_(change)
+
+    def keep(self, starts: Tensor) -> None:
+        """Drop the starts for which `starts` is False, also from the clusters."""
+        self.clusters.keep(starts)
+        self.values, self.ages = (_of_starts(values, starts, self.clusters.k) for values in (self.values, self.ages))
+
+
+class Labels:
+    """The labels of the starts that still run, and the final labels of those that have ended.
+
+    Attributes:
+        running: labels (S, n) int64.
+        final: labels of all starts, (all S, n) int32.
+    """
+
+    def __init__(self, starts: int, n: int, device: torch.device, progress: Progress) -> None:
+        self.running = torch.zeros(starts, n, dtype=torch.int64, device=device)
+        self.final = torch.empty(starts, n, dtype=torch.int32, device=device)
+        self._starts, self._progress = torch.arange(starts, device=device), progress
+
+    def end(self, starts: Tensor) -> None:
+        """End the starts for which `starts` is True."""
+        self.final[self._starts[starts]] = self.running[starts].int()
+        self.running, self._starts = self.running[~starts], self._starts[~starts]
+        self._progress(int(starts.sum()))
+
+
+def _relabel(scores: Tensor, labels: Tensor, is_first: bool, has_ties: bool
+             ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Update labels (S, m) in place by scores (S, k, m).
+
+    Args:
+        scores: of all centres.
+        labels: of the last round.
+        is_first: whether this is the first round, in which every point comes to a cluster.
+        has_ties: whether centres may coincide. Then all points go to the first of them, so that the others are empty
+            and get other points.
+
+    Returns:
+        The points that changed, their old clusters (None in the first round) and new clusters, numbered over all
+        starts; and the highest score of every point, (S, m).
+    """
+    # A maximum is much faster than its index, so the index is computed only for points that change.
+    best = scores.amax(dim=1)
+    if has_ties or is_first:
+        all_new = scores.argmax(dim=1)
+        changed = (all_new != labels) | is_first
+    else:
+        changed = best > scores.gather(1, labels[:, None])[:, 0]
+    starts, points = changed.nonzero(as_tuple=True)
+    new = all_new[changed] if has_ties or is_first else scores[starts, :, points].argmax(dim=1)
+    numbers = starts * scores.shape[1]
+    old = None if is_first else numbers + labels[starts, points]
+    labels[starts, points] = new
+    return points, old, numbers + new, best
+
+
+def _fill_empty(clusters: Clusters, labels: Tensor, distances: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """Move the points that are farthest from their centres to the empty clusters, as scikit-learn does.
+
+    A cluster stays empty if all points lie on their centres: there are fewer distinct points than clusters.
+
+    Args:
+        clusters: their sums and sizes change.
+        labels: (S, n); they change.
+        distances: of each point to its centre, squared (S, n).
+        rows: gives points by their numbers, (m,) -> (m, d).
+
+    Returns:
+        The clusters that have gained or lost points.
+    """
+    k, touched = clusters.k, [labels.new_empty(0)]
+    for start in (clusters.sizes.view(-1, k) == 0).any(dim=1).nonzero()[:, 0].tolist():
+        empty = (clusters.sizes[start * k : (start + 1) * k] == 0).nonzero()[:, 0]
+        far, points = distances[start].topk(min(len(empty), distances.shape[1]))
+        points = points[far > 0]
+        if len(points):
+            old, new = labels[start, points], empty[: len(points)]
+            labels[start, points] = new
+            moves = Moves.of(torch.arange(len(points), device=points.device), start * k + old, start * k + new)
+            clusters.add(moves, rows(points))
+            touched.append(moves.clusters)
+    return torch.cat(touched)
+
+
+def _has_moved(clusters: Tensor, k: int, starts: int) -> Tensor:
+    """Return for each start whether any of `clusters` is its own, (S,) bool."""
+    moved = torch.zeros(starts, dtype=torch.bool, device=clusters.device)
+    moved[clusters // k] = True
+    return moved
+
+
+def lloyd(
+    points: Tensor, centres: Tensor, products: Tensor | None = None, progress: Progress = lambda starts: None
+) -> Tensor:
+    """Run Lloyd's algorithm on points (n, d) from the centres (S, k, d) of S starts, with all scores in memory.
+
+    Args:
+        points: float32.
+        centres: float32.
+        products: from `inner_products`, or None.
+        progress: called with the number of starts that have ended.
+
+    Returns:
+        The labels (S, n), int32.
+    """
+    squares = points.square().sum(dim=1)
+    scores = Scores(clusters := Clusters(centres), points, products)
+    labels, filled = Labels(len(centres), len(points), points.device, progress), ()
+    for turn in range(MOST_ROUNDS):
+        of_starts = scores.values.unflatten(0, (-1, clusters.k))
+        changed, old, new, best = _relabel(of_starts, labels.running, turn == 0, has_ties=len(filled) > 0)
+        filled = labels.running.new_empty(0)
+        if len(changed):
+            moves = Moves.of(changed, old, new)
+            clusters.add(moves, points)
+            if not clusters.sizes.all():
+                filled = _fill_empty(clusters, labels.running, _distances(squares, best), points.__getitem__)
+            scores.update(moves)
+            clusters.recentre(filled)
+            scores.renew(filled)
+            touched = torch.cat([filled, moves.clusters])
+        else:
+            touched = filled
+        moved = _has_moved(touched, clusters.k, len(labels.running))
+        if moved.sum() <= MOST_ACTIVE * len(moved):
+            labels.end(~moved)
+            scores.keep(moved)
+        if not len(labels.running):
+            return labels.final
+    labels.end(torch.ones_like(moved))
+    return labels.final
+
+
+def lloyd_in_parts(parts: Parts, n: int, centres: Tensor, progress: Progress = lambda starts: None) -> Tensor:
+    """Run `lloyd` on n points that are read part by part, once per round; no scores are kept."""
+    clusters, labels, filled = Clusters(centres), Labels(len(centres), n, centres.device, progress), ()
+    distances = torch.empty(len(centres), n, device=centres.device)
+    for turn in range(MOST_ROUNDS):
+        touched = []
+        for first, points in slices(parts(), max(1, BLOCK // len(clusters.sizes))):
+            rows = slice(first, first + len(points))
+            scores = clusters.scores(slice(None), points).unflatten(0, (-1, clusters.k))
+            changed, old, new, best = _relabel(scores, labels.running[:, rows], turn == 0, has_ties=len(filled) > 0)
+            distances[:, rows] = _distances(points.square().sum(dim=1), best)
+            if len(changed):
+                moves = Moves.of(changed, old, new)
+                clusters.add(moves, points)
+                touched.append(moves.clusters)
+        filled = ()
+        if touched and not clusters.sizes.all():
+            filled = _fill_empty(clusters, labels.running, distances, partial(_rows, parts))
+            touched.append(filled)
+        touched = torch.cat([labels.running.new_empty(0), *touched]).unique()
+        clusters.recentre(touched)
+        moved = _has_moved(touched, clusters.k, len(labels.running))
+        if not moved.all():
+            labels.end(~moved)
+            clusters.keep(moved)
+            distances = distances[moved]
+        if not len(labels.running):
+            return labels.final
+    labels.end(torch.ones_like(moved))
+    return labels.final
+
+
+def _distances(squares: Tensor, best: Tensor) -> Tensor:
+    """Return squared distances to the nearest centre from ‖x‖² and the best score, 0 if that may be rounding."""
+    distances = squares - 2 * best
+    return distances.where(distances > ROUNDING * squares.max(), 0)
+
+
+def slices(parts: Iterable[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield parts in slices of at most `size` rows, each with the number of its first row."""
+    first = 0
+    for part in parts:
+        for piece in part.split(size):
+            yield first, piece
+            first += len(piece)
+
+
+def _rows(parts: Parts, numbers: Tensor) -> Tensor:
+    """Return rows of the parts by their numbers, from one pass."""
+    found = {}
+    for first, part in slices(parts(), BLOCK):
+        for number in numbers[(first <= numbers) & (numbers < first + len(part))].tolist():
+            found[number] = part[number - first]
+    return torch.stack([found[number] for number in numbers.tolist()])
+
+
+def inertias(parts: Parts, labels: Tensor, k: int) -> Tensor:
+    """Return the sum of squared distances to the means of the clusters, for labels (S, n): (S,) float64."""
+    clusters = labels + k * torch.arange(len(labels), device=labels.device)[:, None]
+    sizes, sums, total = clusters.flatten().bincount(minlength=k * len(labels)), 0, 0
+    for first, points in slices(parts(), 1 + BLOCK // (8 * len(labels))):
+        points = points.double()
+        members = clusters[:, first : first + len(points)].flatten()
+        moves = Moves.of(torch.arange(len(points), device=members.device).repeat(len(labels)), None, members)
+        if not first:
+            sums = points.new_zeros(len(sizes), points.shape[1])
+        sums[moves.clusters] += moves.sums(points)
+        total += points.square().sum()
+    return total - (sums.square().sum(dim=1) / sizes.clamp(min=1)).view(-1, k).sum(dim=1)
