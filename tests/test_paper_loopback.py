@@ -62,7 +62,7 @@ def pack_all(folder, url: str) -> dict:
 
 
 @pytest.mark.slow
-def test_the_comparison_is_filled_and_labels_every_stand_in(tmp_path):
+def test_the_comparison_is_filled_and_labels_what_is_not_the_papers(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
@@ -91,5 +91,5 @@ def test_the_comparison_is_filled_and_labels_every_stand_in(tmp_path):
     assert {row["dataset"] for row in rows} == {"cifar10", "cifar100", "stl10", "tiny-imagenet"}
     page = (tmp_path / "out/04_paper_comparison/04_paper_comparison.html").read_text(encoding="utf-8")
     for name in ("cifar10", "cifar100", "stl10", "tiny-imagenet"):
-        assert re.search(rf"<strong>{name}</strong>[^<]*stand-in[^<]*\b{COUNT}\b", page)
-    assert re.search(r"<strong>dinov2_vits14</strong>[^<]*stand-in", page)
+        assert re.search(rf"<strong>{name}</strong>[^<]*other images[^<]*\b{COUNT}\b", page)
+    assert re.search(r"<strong>dinov2_vits14</strong>[^<]*other weights", page)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from statistics import mean
 
 import numpy as np
 import pandas as pd
 
+from itae_utils.analysis.words import describe_runs
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import Features
 from itae_utils.method.setting import ITAE
@@ -86,6 +88,24 @@ def deep_settings(num_blocks: int, *, source: str, attenuation: str, alpha: floa
     return settings
 
 
+def ablation_thresholds(grid: pd.DataFrame, fits: Thresholds, num_blocks: int, source: str) -> dict[str, object]:
+    """Return every θ of the grid and of `deep_settings` once, by the norm that it is compared with, for `results.json`.
+
+    Args:
+        grid: from `ablation_grid`.
+        fits: from `fit_thresholds`.
+        num_blocks: of the model.
+        source: of the deep settings.
+    """
+    thresholds: dict[str, object] = {}
+    for row in grid[grid.kind == "itae"].itertuples():
+        name = f"‖{row.source}‖, last block" + ("" if row.theta == AUTO else f", {row.theta}")
+        thresholds[name] = row.setting.threshold
+    for blocks in range(2, min(3, num_blocks) + 1):
+        thresholds[f"‖{source}‖, last {blocks} blocks"] = [fits[block, source].threshold for block in range(-blocks, 0)]
+    return thresholds
+
+
 def describe_extraction(features: Features, fit_seconds: float) -> str:
     """Return Markdown: how many variants ran on how many images in what time, and how many came from the store."""
     run = [count for count in features.computed.values() if count]
@@ -95,22 +115,28 @@ def describe_extraction(features: Features, fit_seconds: float) -> str:
     which, stored = f"{total} variants", ""
     if len(run) < total:
         which, stored = f"{len(run)} of {which}", " The other variants were read from the feature store."
-    return (f"**{which} ran in one pass** over {max(run):,} images in {took} "
+    return (f"**{which} were computed together** for {max(run):,} images in {took} "
             f"({max(run) / features.seconds:,.0f} images per second). {fitted}{stored}")
 
 
-def ablation_headline(scores: pd.DataFrame, measure: str, features: Features) -> list[dict[str, str]]:
-    """Return the ablation's headline facts: number of variants, time, and the score with θ from the norms alone."""
+def ablation_headline(
+    scores: pd.DataFrame, measure: str, features: Features, *, seeds: int, n_init: int
+) -> list[dict[str, str]]:
+    """Return the ablation's headline facts: number of settings, time, and the score with θ from the norms alone.
+
+    `seeds` and `n_init` are those of the k-means runs behind `scores`.
+    """
     stored = sum(not count for count in features.computed.values())
-    note = f"{stored} of them from the store" if stored else f"in {features.seconds:.1f} s"
-    facts = [{"label": "One pass", "value": f"{len(features)} variants", "note": note}]
+    note = (f"with baseline and controls; {stored} were stored by earlier runs" if stored
+            else f"with baseline and controls, computed together in {features.seconds:.1f} s")
+    facts = [{"label": "Settings compared", "value": f"{len(features)}", "note": note}]
     if measure != "acc":
         return facts
     auto = scores[(scores.kind == "itae") & (scores.theta == AUTO)]
-    baseline = scores[scores.kind == "baseline"][measure].mean()
+    note = f"baseline ACC {mean(scores[scores.kind == 'baseline'][measure]):.3f}; {describe_runs(seeds, n_init)}"
     if auto.empty:
-        return [*facts, {"label": "θ from the norms alone", "value": "none", "note": f"baseline ACC {baseline:.3f}"}]
-    means = auto.groupby(level="variant")[measure].mean()
+        return [*facts, {"label": "θ from the norms alone", "value": "none", "note": note}]
+    means = auto.groupby(level="variant")[measure].agg(mean)
     facts.append({"label": "ACC with θ from the norms alone", "value": f"{means.min():.3f} to {means.max():.3f}",
-                  "note": f"over {len(means)} settings; baseline {baseline:.3f} (means over seeds)"})
+                  "note": f"over {len(means)} settings; {note}"})
     return facts

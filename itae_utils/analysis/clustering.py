@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import pandas as pd
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize as unit_rows
 from torch.utils.data import Dataset
 
 from itae_utils.analysis import remembered
 from itae_utils.analysis.metrics import agreement, confusion, describe_difference, paired_bootstrap, score
-from itae_utils.analysis.words import percent
+from itae_utils.analysis.words import describe_runs, percent
 from itae_utils.errors import ItaeError
 from itae_utils.method.artifacts import precision_recall
 from itae_utils.store.store import Store
@@ -22,6 +24,7 @@ LARGEST_SIDE = 32  # pixels; larger images make k-means slower, not better
 CHANGE = "change"  # mean cosine distance of the features to the baseline's
 AGREEMENT = "agreement"  # mean ARI between runs of k-means
 NEIGHBOURS = 10
+ROUNDING = 1e-5  # features that differ by less, relative to the largest, are equal
 UNCHANGED = "Nothing was attenuated, so ITAE equals the baseline"
 
 
@@ -41,22 +44,78 @@ def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
     return (pixels[..., :1] if is_grey else pixels).reshape(len(pixels), -1)
 
 
+def scorable(targets: np.ndarray | None) -> np.ndarray | None:
+    """Return the classes (n,) of the images, or None if there are none or all are of one class: nothing to score."""
+    return None if targets is None or len(np.unique(targets)) < 2 else np.asarray(targets)
+
+
+def describe_unscorable(targets: np.ndarray | None, clusters: int | None, k: int) -> str:
+    """Return Markdown that says why nothing can be scored, and what is shown instead.
+
+    `targets` are the data set's, `clusters` is the parameter, and k is from `number_of_clusters`.
+    """
+    why = "have no labels" if targets is None else "are all of one class"
+    how = "" if clusters is not None else " (10, or half of the images if that is fewer; `clusters` sets another)"
+    return (f"**These images {why}**, so ACC, NMI and ARI can't be measured. This page shows k = {k} clusters{how} as "
+            "sheets of images, and how well runs of k-means with different seeds agree.")
+
+
 def number_of_clusters(clusters: int | None, targets: np.ndarray | None, n: int) -> int:
     """Return k for `n` images: `clusters` if given, else the number of classes, else 10 but at most half of the images.
 
+    `targets` are from `scorable`.
+
     Raises:
-        ItaeError: no k is given, and there are fewer than 4 images or all are of one class.
+        ItaeError: no k is given and there are fewer than 4 images.
     """
     if clusters is not None:
         return clusters
     if n < 4:
         raise ItaeError(f"{n} images are too few to cluster: use 4 or more")
-    if targets is None:
-        return min(10, n // 2)
-    classes = len(np.unique(targets))
-    if classes < 2:
-        raise ItaeError(f"all {n:,} images are of one class: use images of 2 or more classes, or set clusters")
-    return classes
+    return min(10, n // 2) if targets is None else len(np.unique(targets))
+
+
+def all_equal(features: np.ndarray, *, normalize: bool = True) -> bool:
+    """Return whether all rows (n, dim) are equal up to rounding, scaled to length 1 first if `normalize`.
+
+    scikit-learn's t-SNE of equal rows ends in a segmentation fault.
+    """
+    rows = _matrix(features)
+    rows = unit_rows(rows) if normalize else rows
+    return bool(np.ptp(rows, axis=0).max() <= ROUNDING * np.abs(rows).max())
+
+
+def cluster_notes(
+    features: Mapping[str, np.ndarray], k: int, labels: Mapping[str, np.ndarray] | None = None, *,
+    normalize: bool = True,
+) -> list[dict[str, str]]:
+    """Return what a reader must know before the scores, as facts for the headline; an empty list if nothing.
+
+    Equal features can't be clustered, and as many clusters as images are perfect whatever the features. With `labels`
+    (seeds, n) by variant, k-means may also have found fewer clusters than asked.
+    """
+    n, facts = len(next(iter(features.values()))), []
+    if k >= n:
+        facts.append({"label": "Clusters", "value": f"{k:,} for {n:,} images", "note": (
+            "there are as many clusters as images, so each image is a cluster of its own, and ACC, NMI and ARI say "
+            "nothing about the features")})
+    equal = [name for name, rows in features.items() if all_equal(rows, normalize=normalize)]
+    if equal:
+        facts.append({"label": "Features", "value": "all equal", "note": (
+            f"all images have the same features ({', '.join(equal)}), so k-means can't divide them and their scores "
+            "mean nothing")})
+    found = {name: max(len(np.unique(run)) for run in runs) for name, runs in (labels or {}).items()
+             if name not in equal}
+    fewer = [f"{count} for {name}" for name, count in found.items() if count < k]
+    if fewer:
+        facts.append({"label": "Clusters", "value": f"fewer than {k:,}", "note": (
+            f"k-means found fewer clusters than asked, because too few features differ: {', '.join(fewer)}")})
+    return facts
+
+
+def describe_notes(facts: Sequence[Mapping[str, str]]) -> str:
+    """Return `cluster_notes` as Markdown."""
+    return "\n\n".join(f"**{fact['label']}: {fact['value']}** ({fact['note']})." for fact in facts)
 
 
 def score_variants(
@@ -69,6 +128,7 @@ def score_variants(
     change. `features` are (n, dim) by variant, with "baseline" among them if there are no targets. The other
     arguments are as for `remembered.clusters`.
     """
+    _check_variants(features, "features", needed=() if targets is not None else ("baseline",))
     if targets is None:
         return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
                              for name, rows in features.items()])
@@ -80,30 +140,50 @@ def score_variants(
 
 def score_labels(targets: np.ndarray, labels: Mapping[str, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:
     """Return ACC, NMI and ARI of cluster labels (seeds, n) by variant, in columns variant, seed, acc, nmi, ari."""
+    _check_variants(labels, "labels")
     return pd.DataFrame([{"variant": name, "seed": seed, **score(targets, found)}
                          for name, runs in labels.items() for seed, found in zip(seeds, runs, strict=True)])
 
 
 def agreement_scores(labels: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Return the mean ARI over all pairs of runs, from cluster labels (seeds, n), in columns variant, agreement."""
-    return pd.DataFrame([{"variant": name, AGREEMENT: agreement(runs)} for name, runs in labels.items()])
+    """Return the mean ARI over all pairs of runs, from cluster labels (seeds, n), in columns variant, agreement.
+
+    The agreement of a single run is NaN.
+    """
+    _check_variants(labels, "labels")
+    return pd.DataFrame([{"variant": name, AGREEMENT: agreement(runs) if len(runs) > 1 else np.nan}
+                         for name, runs in labels.items()])
 
 
 def cosine_distance(rows: np.ndarray, others: np.ndarray) -> float:
     """Return the mean of 1 − cos over corresponding rows of two (n, dim) arrays."""
+    rows, others = _matrix(rows), _matrix(others)
+    if rows.shape != others.shape:
+        raise ItaeError(f"features of shapes {rows.shape} and {others.shape} can't be compared: give the same images")
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(others, axis=1)
     cosines = (rows * others).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny)
     return max(0.0, float(np.mean(1 - cosines)))  # rounding can bring a cosine above 1
 
 
+def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and sd (NaN for one seed) over the seeds, a row per variant and columns (metric, "mean" | "sd").
+
+    They are exact before the last rounding. NumPy's and pandas' sums depend on the order, so that 0.3475 would be 0.347
+    in one place and 0.348 in another.
+    """
+    def sd(values: pd.Series) -> float:
+        return stdev(values) if len(values) > 1 else np.nan
+
+    metrics = [name for name in scores if name not in ("variant", "seed")]
+    return scores.groupby("variant", sort=False)[metrics].agg([mean, sd])
+
+
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Return mean ± sd over seeds as text: one row per variant, in the order of `scores`, and one column per metric."""
-    metrics = [name for name in scores if name not in ("variant", "seed")]
-    groups = scores.groupby("variant", sort=False)[metrics]
-    means, spreads = groups.mean(), groups.std()
-    texts = means.map("{:.3f}".format)
-    if spreads.notna().all(axis=None):
-        texts += " ± " + spreads.map("{:.3f}".format)
+    spread = over_seeds(scores)
+    texts = spread.xs("mean", axis=1, level=1).map("{:.3f}".format)
+    if spread.notna().all(axis=None):
+        texts += " ± " + spread.xs("sd", axis=1, level=1).map("{:.3f}".format)
     return texts.rename(columns=str.upper)
 
 
@@ -114,6 +194,7 @@ def difference_table(
 
     The index is (variant, metric); the columns are difference, low, high and words.
     """
+    _check_variants(labels, "labels", needed=("baseline",))
     table = pd.concat({name: paired_bootstrap(targets, labels["baseline"], runs, draws=draws, seed=seed)
                        for name, runs in labels.items() if name != "baseline"}, names=["variant"])
     return table.assign(words=[describe_difference(row) for row in table.to_dict("records")])
@@ -125,7 +206,7 @@ def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     The table has one row per seed and one column per class.
     """
     rows = []
-    for run in labels:
+    for run in np.atleast_2d(labels):
         table = confusion(targets, run)
         matched = pd.Series(np.diag(table), index=table.index[:min(table.shape)])
         rows.append(matched.reindex(table.index, fill_value=0) / table.sum(axis=1))
@@ -134,9 +215,29 @@ def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 
 def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int = NEIGHBOURS) -> float:
     """Return the share of nearest neighbours with the same class as the point, averaged over all points (n, d)."""
+    points, targets = _matrix(points), np.asarray(targets)
     neighbours = min(neighbours, len(points) - 1)
     nearest = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors(return_distance=False)
     return float((targets[nearest] == targets[:, None]).mean())
+
+
+def _check_variants(given: object, name: str, needed: Sequence[str] = ()) -> None:
+    if not isinstance(given, Mapping) or not given:
+        raise ItaeError(f"{name} of type {type(given).__name__} can't be compared: give them by the variant's name, as "
+                        "{'baseline': …, 'itae': …}")
+    for variant in needed:
+        if variant not in given:
+            raise ItaeError(f"{name} of {', '.join(map(str, given))} lack {variant!r}: add it")
+
+
+def _matrix(features: object) -> np.ndarray:
+    if isinstance(features, Mapping):
+        raise ItaeError(f"these are the features of {', '.join(map(str, features))}: give those of one variant, as "
+                        "features['baseline']")
+    rows = np.asarray(features)
+    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.number):
+        raise ItaeError(f"features of shape {rows.shape} and type {rows.dtype}: give a matrix of numbers (images, dim)")
+    return rows
 
 
 RECOVERED = "ITAE recovers at least 80 % of the ACC lost by planting"
@@ -194,22 +295,36 @@ def describe_gain(scores: pd.DataFrame, differences: pd.DataFrame | None, change
 
 
 def _before_and_after(scores: pd.DataFrame) -> list[float]:
-    metric = "acc" if "acc" in scores else AGREEMENT
-    return [scores[scores.variant == name][metric].mean() for name in ("baseline", "itae")]
+    means = over_seeds(scores)["acc" if "acc" in scores else AGREEMENT, "mean"]
+    return [means[name] for name in ("baseline", "itae")]
 
 
 def clustering_headline(
-    scores: pd.DataFrame, differences: pd.DataFrame | None, changed: bool, bench: pd.DataFrame | None
-) -> list[dict[str, str]]:
+    scores: pd.DataFrame, differences: pd.DataFrame | None, changed: bool, bench: pd.DataFrame | None, *, seeds: int,
+    n_init: int, notes: Sequence[Mapping[str, str]] = (),
+) -> list[Mapping[str, str]]:
     """Return the clustering's headline facts: the score before and after, and how many expected results were met.
 
-    `bench` is from `bench_targets`, or None. The other arguments are those of `describe_gain`.
+    Args:
+        scores: as for `describe_gain`.
+        differences: the same.
+        changed: the same.
+        bench: from `bench_targets`, or None.
+        seeds: number of k-means runs behind the scores.
+        n_init: starts of each.
+        notes: from `cluster_notes`; they come first.
     """
     before, after = _before_and_after(scores)
-    note = ("baseline → ITAE, mean ARI between runs of k-means" if differences is None
-            else f"baseline → ITAE, mean over seeds; difference {differences.words['itae', 'acc']}")
-    facts = [{"label": "Agreement of clusterings" if differences is None else "ACC of the clustering",
-              "value": f"{before:.3f} → {after:.3f}", "note": note if changed else UNCHANGED}]
+    if differences is None:
+        label, what = "Agreement of clusterings", "mean ARI between runs of k-means"
+    else:
+        label = "ACC of the clustering"
+        what = f"{describe_runs(seeds, n_init)}; difference {differences.words['itae', 'acc']}"
+    if np.isnan(before):
+        value, note = "not measured", "one run of k-means has no other to agree with: use 2 seeds or more"
+    else:
+        value, note = f"{before:.3f} → {after:.3f}", f"baseline → ITAE, {what}" if changed else UNCHANGED
+    facts = [*notes, {"label": label, "value": value, "note": note}]
     if bench is not None:
         recovered = bench.measured[RECOVERED]
         note = ("planting the artifacts cost no ACC on these images" if np.isnan(recovered)

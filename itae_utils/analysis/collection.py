@@ -22,12 +22,12 @@ SOURCE = (
     "lists them."
 )
 
-NOT_IN_SOURCES = "not in our sources"
+UNKNOWN = "unknown to us"
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One published ITAE result; `dataset` is `load_dataset`'s name, `backbone` is None if our sources list none."""
+    """One published ITAE result; `dataset` is `load_dataset`'s name, `backbone` is None if it is unknown to us."""
 
     dataset: str
     title: str
@@ -46,7 +46,7 @@ PUBLISHED = (
 BY_DATASET = {row.dataset: row for row in PUBLISHED}
 
 SCORES = "03"  # the notebook that measures the scores
-STAND_IN, UNVERIFIED = "stand-in", "unverified"
+OTHER_WEIGHTS, OTHER_IMAGES, UNCHECKED = "other weights", "other images", "weights not checked"
 SHORT_HASH = 12
 # Results belong together if these parts of their provenance are equal.
 IDENTITY = (("backbone", "name", "backbone"), ("backbone", "weights_sha256", "weights (SHA-256)"),
@@ -92,46 +92,49 @@ class Pairing:
         return parameters | parameters.pop("options", {})
 
     def caveats(self) -> dict[str, tuple[str, str]]:
-        """Return label and reason, as `judge_weights` does, for each of "backbone" and "dataset" that needs one."""
+        """Return label and reason, as `judge_weights` does, for each of "backbone" and "dataset" that needs one.
+
+        Only a data set of the paper can need one: results on other images aren't compared with published numbers.
+        """
+        if self.dataset not in BY_DATASET:
+            return {}
         about = self.scores["provenance"]
         found = {"backbone": judge_weights(about["backbone"]), "dataset": judge_images(about["dataset"])}
         return {part: caveat for part, caveat in found.items() if caveat}
 
 
 def judge_weights(about: Mapping[str, object]) -> tuple[str, str] | None:
-    """Return ("stand-in" or "unverified", reason) if the weights are not known to be the published ones, else None.
+    """Return a label and the reason if the weights are not, or not known to be, the published ones, else None.
 
     `about` is a backbone's provenance.
     """
     source, hub = about["source"], about.get("hub")
     match about.get("kind"):
         case "random":
-            return STAND_IN, source
+            return OTHER_WEIGHTS, source
         case "embedded":
-            return STAND_IN, f"{source}; no published checkpoint"
+            return OTHER_WEIGHTS, f"{source}; no published checkpoint"
         case "local":
-            return UNVERIFIED, f"weights from a {source}, not compared with the published ones"
+            return UNCHECKED, f"weights from a {source}, not compared with the published ones"
         case "published" if not hub:
             return None
         case "published":
             host = urlsplit(hub).hostname or hub
-            label = STAND_IN if host in ("localhost", "::1") or host.startswith("127.") else UNVERIFIED
+            label = OTHER_WEIGHTS if host in ("localhost", "::1") or host.startswith("127.") else UNCHECKED
             return label, f"weights served by {hub} instead of the usual server"
-    return UNVERIFIED, f"{source}; these results do not record whether the weights are the published ones"
+    return UNCHECKED, f"{source}; these results do not record whether the weights are the published ones"
 
 
 def judge_images(about: Mapping[str, object]) -> tuple[str, str] | None:
-    """Return ("stand-in", reason) if the images are not those of one of the paper's data sets, else None.
+    """Return a label and the reason if images under the name of one of the paper's data sets are not all of its images.
 
     `about` is a data set's provenance.
     """
-    if about["name"] not in BY_DATASET:
-        return STAND_IN, f"{about['source']}; not a data set of the paper"
     info = DATASETS[about["name"]]
     if about["size"] != info.images:
-        return STAND_IN, f"{about['size']:,} images ({about['split']}) instead of {info.images:,}"
+        return OTHER_IMAGES, f"{about['size']:,} images ({about['split']}) instead of {info.images:,}"
     if about["classes"] != info.classes:
-        return STAND_IN, f"{about['classes']:,} classes instead of {info.classes:,}"
+        return OTHER_IMAGES, f"{about['classes']:,} classes instead of {info.classes:,}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 from pandas.io.formats.style import Styler
 
-from itae_utils.analysis.collection import BY_DATASET, NOT_IN_SOURCES, STAND_IN, Pairing
+from itae_utils.analysis.collection import BY_DATASET, OTHER_IMAGES, UNKNOWN, Pairing
 from itae_utils.analysis.metrics import METRICS, describe_difference
 from itae_utils.analysis.words import SETTING_COLUMNS, escape
 from itae_utils.files import make_folder, replacing
@@ -60,16 +61,22 @@ def dataset_title(dataset: str) -> str:
     return BY_DATASET[dataset].title if dataset in BY_DATASET else dataset.rpartition("/")[2]
 
 
+def concerns_paper(pairings: Sequence[Pairing]) -> bool:
+    """Return whether any of the data sets that were run is one of the paper's; True if nothing was run."""
+    return not pairings or any(pairing.dataset in BY_DATASET for pairing in pairings)
+
+
 def labelled_titles(pairing: Pairing) -> list[str]:
-    """Return the titles of data set and backbone, with the label of their caveat if any: "CIFAR-10 (stand-in)"."""
+    """Return the titles of data set and backbone, with the label of their caveat if any: "CIFAR-10 (other images)"."""
     caveats, titles = pairing.caveats(), {"dataset": dataset_title(pairing.dataset), "backbone": pairing.backbone}
     return [f"{title} ({caveats[part][0]})" if part in caveats else title for part, title in titles.items()]
 
 
 def describe_collection(pairings: Sequence[Pairing], left_out: Sequence[str]) -> str:
-    """Return Markdown that lists the pairings, their stand-ins, and the results that were left out."""
+    """Return Markdown that lists the pairings, what is not the paper's in them, and the results that were left out."""
     names = ", ".join(escape(pairing.title) for pairing in pairings) or "nothing"
-    lines = "\n\n".join([f"Run: {names}.", *stand_in_lines(pairings)])
+    none = "" if concerns_paper(pairings) else " No data set is the paper's, so none has published numbers."
+    lines = "\n\n".join([f"Run: {names}.{none}", *caveat_lines(pairings)])
     return lines + "".join(f"\n- left out: {escape(reason)}" for reason in left_out)
 
 
@@ -77,27 +84,28 @@ def comparison_table(pairings: Sequence[Pairing], expected: Sequence[str]) -> pd
     """Return the published and the measured numbers of every data set as text, with the reason for missing numbers.
 
     The index is (data set, backbone, row); the columns are ACC, NMI and ARI. The backbones `expected` have a row in
-    each of the paper's data sets even if they were not run.
+    each of the paper's data sets even if they were not run. The paper's data sets are left out if none of them was run.
     """
-    by_dataset: dict[str, dict[str, Pairing | None]] = {dataset: dict.fromkeys(expected) for dataset in BY_DATASET}
+    by_dataset: dict[str, dict[str, Pairing | None]] = {dataset: dict.fromkeys(expected)
+                                                        for dataset in BY_DATASET if concerns_paper(pairings)}
     for pairing in pairings:
         by_dataset.setdefault(pairing.dataset, {})[pairing.backbone] = pairing
-    lines = []
+    lines, same = [], Counter(map(dataset_title, by_dataset))
     for dataset, found in by_dataset.items():
         published, title = BY_DATASET.get(dataset), dataset_title(dataset)
+        title = title if same[title] == 1 else dataset  # two folders of one name
         if published:
-            about = f"published: {published.backbone or 'backbone ' + NOT_IN_SOURCES}"
-            lines += [(title, about, "baseline", *[NOT_IN_SOURCES] * 3),
+            about = f"published: {published.backbone or 'backbone ' + UNKNOWN}"
+            lines += [(title, about, "baseline", *[UNKNOWN] * 3),
                       (title, about, "ITAE", *(f"{getattr(published, metric):.4f}" for metric in METRICS))]
         for backbone, pairing in found.items():
             if pairing is None:
                 lines.append((title, backbone, NOT_RUN, *[NOT_RUN] * 3))
                 continue
-            name, about = labelled_titles(pairing)
+            about = labelled_titles(pairing)[1]
             if "dataset" in pairing.caveats():
-                size = pairing.scores["provenance"]["dataset"]["size"]
-                about += f", {size:,} {'stand-in ' if published else ''}images"
-            lines += [(title if published else name, about, *line) for line in _lines(pairing)]
+                about += f", {OTHER_IMAGES}: {pairing.scores['provenance']['dataset']['size']:,}"
+            lines += [(title, about, *line) for line in _lines(pairing)]
     columns = ["data set", "backbone", "row", *(metric.upper() for metric in METRICS)]
     return pd.DataFrame(lines, columns=columns).set_index(columns[:3])
 
@@ -188,7 +196,7 @@ def ablation_table(pairing: Pairing) -> pd.DataFrame | None:
     if not rows:
         return None
     table = pd.DataFrame(rows, columns=["source", "attenuation", "θ", "acc"])
-    means = table.groupby(["source", "attenuation", "θ"], sort=False).acc.mean().unstack("θ", sort=False)
+    means = table.groupby(["source", "attenuation", "θ"], sort=False).acc.agg(mean).unstack("θ", sort=False)
     return means.map(lambda value: "no θ found" if np.isnan(value) else f"{value:.4f}")
 
 
@@ -216,7 +224,7 @@ def _why_no_ablation(pairing: Pairing) -> str:
 
 
 def settings_table(pairings: Sequence[Pairing]) -> pd.DataFrame:
-    """Return every setting of the paper's runs that our sources do not state, with the value used here."""
+    """Return every setting of the paper's runs that is unknown to us, with the value used here."""
     def used(describe: Callable[[Pairing], str]) -> str:
         titles: dict[str, list[str]] = {}
         for pairing in pairings:
@@ -235,11 +243,12 @@ def settings_table(pairings: Sequence[Pairing]) -> pd.DataFrame:
             lambda pairing: "scaled to length 1, not reduced" if _setting(pairing, "normalize")
             else "neither normalised nor reduced"),
         "k-means initialisation and restarts": used(_kmeans_used),
-        "the backbone of the Tiny-ImageNet row": tiny or NOT_RUN,
-        "the paper's own baseline numbers":
-            "measured here, in the rows “baseline”" if any(map(has_scores, pairings)) else NOT_RUN,
     }
-    return pd.DataFrame({NOT_IN_SOURCES: here.keys(), "used here": here.values()}).set_index(NOT_IN_SOURCES)
+    if concerns_paper(pairings):
+        here |= {"the backbone of the Tiny-ImageNet row": tiny or NOT_RUN,
+                 "the paper's own baseline numbers":
+                     "measured here, in the rows “baseline”" if any(map(has_scores, pairings)) else NOT_RUN}
+    return pd.DataFrame({UNKNOWN: here.keys(), "used here": here.values()}).set_index(UNKNOWN)
 
 
 def _setting(pairing: Pairing, name: str) -> object:
@@ -258,10 +267,9 @@ def _thresholds_used(pairing: Pairing) -> str:
                      for name, theta in pairing.scores["thresholds"].items())
 
 
-def stand_in_lines(pairings: Sequence[Pairing]) -> list[str]:
+def caveat_lines(pairings: Sequence[Pairing]) -> list[str]:
     """Return a Markdown sentence for each backbone and data set that is not, or not known to be, the published one."""
-    lines = [f"**{escape(getattr(pairing, part))}** is {'a stand-in' if label == STAND_IN else label}: "
-             f"{escape(reason)}."
+    lines = [f"**{escape(getattr(pairing, part))}**: {label}, {escape(reason)}."
              for pairing in pairings for part, (label, reason) in pairing.caveats().items()]
     return list(dict.fromkeys(lines))
 
@@ -273,6 +281,7 @@ def comparison_headline(pairings: Sequence[Pairing], expected: Sequence[str]) ->
             if pairing.dataset in BY_DATASET and pairing.backbone in expected and not pairing.caveats()]
     facts = [{"label": "Comparison with the paper", "value": f"{len(real)} of {len(BY_DATASET) * len(expected)}",
               "note": "pairs of backbone and data set were run with the published images and weights"}]
+    facts = facts if concerns_paper(pairings) else []
     for pairing in scored:
         before, after = (mean(score_values(pairing, name, "acc")) for name in ("baseline", "itae"))
         (dataset, backbone), published = labelled_titles(pairing), BY_DATASET.get(pairing.dataset)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from itae_utils.analysis.words import percent
 from itae_utils.extraction.observation import Observation
+from itae_utils.files import make_folder, replacing
 from itae_utils.method.artifacts import precision_recall
 from itae_utils.method.thresholds import ThresholdFit
 
@@ -35,6 +37,32 @@ def detection_table(seen: Observation, thresholds: Mapping[str, float | None]) -
         rows.append({"source": source, "θ": np.nan if theta is None else theta, "found": int(found.sum()),
                      "true": int(seen.truth.sum()), "precision": precision, "recall": recall})
     return pd.DataFrame(rows).set_index("source")
+
+
+def save_maps(
+    output_dir: str | Path, seen: Observation, chosen: Sequence[int], source: str, names: Sequence[str] | None
+) -> str:
+    """Write the maps of some images to `output_dir/attention.npz`, and return Markdown that links to it.
+
+    Args:
+        output_dir: created if it does not exist.
+        seen: from `observe`.
+        chosen: places in `seen` of the k images.
+        source: whose norms are written.
+        names: the files of the data set's images; None for images without files.
+
+    The arrays are before, after, norms and artifacts, each (k, rows, columns) of the patch grid; index (k,), the
+    numbers of the images in the data set; and names (k,), their files, if they have any.
+    """
+    maps = {"before": seen.attention, "after": seen.attention_after, "norms": seen.norms[source],
+            "artifacts": seen.artifacts}
+    arrays = {name: values[chosen].reshape(-1, *seen.patch_grid) for name, values in maps.items()}
+    arrays["index"] = seen.indices[chosen]
+    if names is not None:
+        arrays["names"] = np.array([names[index] for index in arrays["index"]])
+    with replacing(make_folder(output_dir) / "attention.npz") as part, part.open("wb") as file:
+        np.savez(file, **arrays)
+    return f"These maps as arrays ({', '.join(arrays)}): [attention.npz](attention.npz)."
 
 
 def describe_concentration(seen: Observation) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
-from itae_utils.data.folders import open_image
+from itae_utils.analysis.words import printable
+from itae_utils.data.images import open_image
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.observation import measure_batch
 from itae_utils.method.attention import attenuated_logits, cls_attention
@@ -19,7 +20,9 @@ from itae_utils.method.setting import ITAE
 from itae_utils.method.thresholds import fit_threshold
 from itae_utils.models.backbones import Backbone, load_backbone
 
-MOST_IMAGES = 50  # more rows are too small to read in one figure
+MOST_IMAGES = 50  # more rows are too many for one figure
+LONGEST = 16  # long side over short side; a longer image is a line in the figure
+MOST_PATCHES = 50_000  # of one image; attention takes time and memory by their square
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Inspection:
 
 def inspect_images(
     paths: Sequence[str | Path], *, backbone: str | Backbone = "demo", source: str = "key",
-    threshold: float | str | None = None,
+    threshold: float | str | None = None, on_error: Literal["raise", "skip"] = "raise", **options: object,
 ) -> Inspection:
     """Measure norms, `[CLS]` attention and artifacts of images, one at a time; `figures.inspection` draws the result.
 
@@ -60,37 +63,70 @@ def inspect_images(
         backbone: from `load_backbone`, or its name.
         source: whose norm identifies artifacts: "query", "key" or "value".
         threshold: θ; None or "auto" fits it to all patches of these images together, if there are enough.
+        on_error: "skip" leaves out images that cannot be read, and says so in `lines`.
+        options: of `load_backbone`, such as checkpoint, image_size, device and precision, if `backbone` is a name.
 
     Raises:
-        ItaeError: no images or more than 50, an unreadable image (named), or a bad setting.
+        ItaeError: no images or more than 50, an unreadable image (named), one that is longer than 16 times its short
+            side or has too many patches, or a bad setting.
     """
     setting = ITAE(source=source, threshold="auto" if threshold is None else threshold)
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
     if not 1 <= len(paths) <= MOST_IMAGES:
         raise ItaeError(f"{len(paths)} images do not fit in one figure: give 1 to {MOST_IMAGES}")
-    for path in paths:
-        if not Path(path).is_file():
-            raise ItaeError(f"{str(path)!r} is not a file: give image files")
-    pictures = [open_image(Path(path)) for path in paths]
+    if options and not isinstance(backbone, str):
+        raise ItaeError(f"{', '.join(options)} can't change a loaded backbone: give its name, or leave this out")
+    sizes, skipped = _sizes([Path(path).expanduser() for path in paths], on_error)
     if isinstance(backbone, str):
-        backbone = load_backbone(backbone)
-    tensors = [_resized(backbone, image) for image in pictures]
+        backbone = load_backbone(backbone, **options)
+    shapes = {path: _shape(backbone, path, size) for path, size in sizes.items()}
     with torch.inference_mode(), backbone.autocast():
+        # only one picture at a time is in memory in its full size
+        tensors = [backbone.preprocessing.resized(open_image(path), shape) for path, shape in shapes.items()]
         seen = [measure_batch(backbone, tensor[None].to(backbone.device)) for tensor in tensors]
         theta, words = _threshold(setting, [measured[source].cpu().numpy() for measured in seen])
         setting = replace(setting, threshold=(theta,))
         block = _peak_block([measured["hidden"][0].cpu().numpy() for measured in seen])
-        images = [_inspected(backbone, Path(path).name, tensor, measured, block, setting)
-                  for path, tensor, measured in zip(paths, tensors, seen, strict=True)]
+        images = [_inspected(backbone, path.name, tensor, measured, block, setting)
+                  for path, tensor, measured in zip(sizes, tensors, seen, strict=True)]
     planted = [f"{backbone.name}: {backbone.source}"] if backbone.truth is not None else []
-    return Inspection(images, source, block + 1, words, [*map(_describe, images, pictures), words, *planted])
+    return Inspection(images, source, block + 1, words,
+                      [*map(_describe, images, sizes.values()), words, *planted, *skipped])
 
 
-def _resized(backbone: Backbone, image: Image) -> Tensor:
-    """Return the image, preprocessed in its own shape: (3, H, W), both multiples of the patch."""
-    scale, patches = backbone.image_size / min(image.size), backbone.model.patch_embed.patch_size
-    sides = [round(side * scale / patch) * patch
-             for side, patch in zip((image.height, image.width), patches, strict=True)]
-    return backbone.preprocessing.resized(image, tuple(sides))
+def _sizes(paths: Sequence[Path], on_error: str) -> tuple[dict[Path, tuple[int, int]], list[str]]:
+    """Return (width, height) of each image, and a line for each that is left out; raise an error before any work."""
+    if on_error not in ("raise", "skip"):
+        raise ItaeError(f"on_error={on_error!r} is not valid: use 'raise' or 'skip'")
+    sizes, skipped = {}, []
+    for path in paths:
+        if not path.is_file():
+            raise ItaeError(f"{printable(path)!r} is not a file: give image files")
+        try:
+            width, height = sizes[path] = open_image(path).size
+        except ItaeError as error:
+            if on_error == "raise":
+                raise
+            skipped.append(f"left out: {error}")
+            continue
+        if max(width, height) > LONGEST * min(width, height):
+            raise ItaeError(f"{printable(path.name)} has {width} × {height} pixels, so its long side is more than "
+                            f"{LONGEST} times its short side: crop it")
+    if not sizes:
+        raise ItaeError(f"none of the {len(paths)} images can be read: {skipped[0]}")
+    return sizes, skipped
+
+
+def _shape(backbone: Backbone, path: Path, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width, both multiples of the patch, at which the model sees an image of (width, height)."""
+    width, height = size
+    scale, patches = backbone.image_size / min(size), backbone.model.patch_embed.patch_size
+    rows, columns = (round(side * scale / patch) for side, patch in zip((height, width), patches, strict=True))
+    if rows * columns > MOST_PATCHES:
+        raise ItaeError(f"{printable(path.name)} would have {columns:,} × {rows:,} patches, more than {MOST_PATCHES:,}"
+                        ": use a smaller image_size, or crop it")
+    return rows * patches[0], columns * patches[1]
 
 
 def _peak_block(hidden: Sequence[np.ndarray]) -> int:
@@ -135,9 +171,9 @@ def _inspected(
     )
 
 
-def _describe(image: InspectedImage, original: Image) -> str:
+def _describe(image: InspectedImage, size: tuple[int, int]) -> str:
     (rows, columns), (height, width, _) = image.hidden.shape, image.picture.shape
-    words = (f"{image.name}: {original.width} × {original.height} shown to the model as {width} × {height}, "
+    words = (f"{printable(image.name)}: {size[0]} × {size[1]} shown to the model as {width} × {height}, "
              f"{columns} × {rows} patches")
     if image.after is None:
         return words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,12 +20,24 @@ PLANTED = (
 )
 PRINTED_VERSIONS = ("itae-utils", "torch", "timm", "scikit-learn")  # `results.json` has more of them
 SETTING_COLUMNS = ("source", "attenuation", "theta")
+ISOLATE, END_OF_ISOLATE = "\N{FIRST STRONG ISOLATE}", "\N{POP DIRECTIONAL ISOLATE}"
 MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_[]~|$"})
 
 
+def printable(text: object) -> str:
+    """Return a name in one line: spaces for control characters, escapes for bytes that are not UTF-8."""
+    plain = "".join(" " if unicodedata.category(sign) in ("Cc", "Zl", "Zp") else sign for sign in str(text))
+    return plain.encode("utf-8", "backslashreplace").decode()
+
+
 def escape(text: object) -> str:
-    """Return a name or path as literal text for Markdown: neither HTML nor Markdown in it takes effect."""
-    return html.escape(str(text), quote=False).translate(MARKDOWN)
+    """Return a name or path as literal text for Markdown: neither HTML nor Markdown in it takes effect.
+
+    A name that is written from right to left is isolated, so that it does not reorder the words around it.
+    """
+    literal = html.escape(printable(text), quote=False).translate(MARKDOWN)
+    leftward = any(unicodedata.bidirectional(sign) in ("R", "AL") for sign in literal)
+    return f"{ISOLATE}{literal}{END_OF_ISOLATE}" if leftward else literal
 
 
 def percent(share: float) -> str:
@@ -41,23 +54,28 @@ def percent(share: float) -> str:
 
 
 def describe_run(backbone: Backbone, dataset: Dataset) -> str:
-    """Return Markdown that describes the model, device, images and versions, and says if the artifacts were planted."""
+    """Return Markdown that describes the model, device, images and versions, and says if the artifacts were planted.
+
+    A data set of your own needs only its length. `targets`, `classes`, `name` and `source` are described if it has
+    them, and each of its `notes` is a line.
+    """
     rows, columns = backbone.patch_grid
-    if dataset.targets is None:
+    targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", None)
+    if targets is None:
         labels = "without labels"
     else:
-        present, known = len(np.unique(dataset.targets)), len(dataset.classes)
+        present = len(np.unique(targets))
+        known = present if classes is None else len(classes)
         labels = f"{known:,} classes" if present == known else f"{present:,} of {known:,} classes"
+    name, source = getattr(dataset, "name", type(dataset).__name__), getattr(dataset, "source", "a data set of yours")
     lines = [
         f"**{escape(backbone.name)}**: {escape(backbone.source)}; {backbone.num_blocks} blocks, width {backbone.dim}, "
         f"{backbone.image_size} px ({backbone.preprocess}), {rows} × {columns} patches, "
         f"{backbone.precision} on {backbone.device}.",
-        f"**{escape(dataset.name)}**: {len(dataset):,} images, {labels}; {escape(dataset.source)}.",
+        f"**{escape(name)}**: {len(dataset):,} images, {labels}; {escape(source)}.",
+        *map(escape, getattr(dataset, "notes", ())),
         " · ".join(f"{name} {version}" for name, version in versions().items() if name in PRINTED_VERSIONS),
     ]
-    if dataset.skipped:
-        lines.append(f"{len(dataset.skipped):,} unreadable files were left out. The first is "
-                     f"{escape(dataset.skipped[0])}.")
     if backbone.truth is not None:
         lines.append(PLANTED)
     return "\n\n".join(lines)
@@ -75,6 +93,12 @@ def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None) 
                 f"{unchanged}")
     return (f"**Too few patches to look for artifacts** with the norm of the {source}: {fit.reason}. {unchanged} "
             "Use more images, or set `threshold` to a number.")
+
+
+def describe_runs(seeds: int, n_init: int) -> str:
+    """Return of which runs of k-means a score is the mean: "mean of 5 seeds of k-means, best of 10 starts each"."""
+    runs = f"mean of {seeds:,} seeds of k-means" if seeds > 1 else "1 seed of k-means"
+    return f"{runs}, {f'best of {n_init:,} starts' if n_init > 1 else '1 start'}{' each' * (seeds > 1)}"
 
 
 def describe_thetas(thresholds: Sequence[float | None]) -> str:

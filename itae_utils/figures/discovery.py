@@ -9,14 +9,31 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, ScalarFormatter
 
 from itae_utils.analysis.inspection import InspectedImage
 from itae_utils.analysis.words import percent
 from itae_utils.extraction.observation import Observation
-from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, WIDTH, ReportFigure, outline, shortened, styled
+from itae_utils.figures.style import (
+    AFTER,
+    ARTIFACT,
+    MAP,
+    NORMAL,
+    PALETTE,
+    WIDTH,
+    ReportFigure,
+    label_names,
+    outline,
+    styled,
+)
 from itae_utils.method.thresholds import ThresholdFit
+
+OVERLAY = ListedColormap([PALETTE[8]])  # yellow, which everybody can tell from grey
+SHORTEST_ROW, TALLEST_ROW = 0.3, 2.0  # height over width of a row of `inspection`; longer images are drawn smaller
 
 
 @styled
@@ -64,9 +81,10 @@ def _hidden_norms_title(seen: Observation) -> str:
 def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> Figure:
     """Draw the distribution of ‖P_i‖ for every source, with θ if there is one; the log scale shows rare patches."""
     figure = ReportFigure(_norms_title(fits, thresholds), height=3.4)
-    for axes, (source, fit) in zip(figure.subplots(1, len(fits), sharey=True), fits.items(), strict=True):
+    panels = figure.subplots(1, len(fits), sharey=True, squeeze=False)[0]
+    for axes, (source, fit) in zip(panels, fits.items(), strict=True):
         theta, norms = thresholds[source], fit.norms.ravel()
-        edges = np.histogram_bin_edges(norms, bins=100)
+        edges = np.histogram_bin_edges(norms.astype(np.float64), bins=100)  # float32 has no 100 steps in a small range
         axes.hist(norms, edges, color=NORMAL)
         axes.set(xlabel=f"‖{source}‖₂ in the last block", yscale="log", title=f"{source}: no θ")
         if theta is not None:
@@ -76,6 +94,8 @@ def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str
             axes.set_title(f"{source}: θ = {theta:.4g}, {percent((norms <= theta).mean())} at or below")
         axes.ticklabel_format(axis="x", useOffset=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("")
     figure.axes[0].set_ylabel("patches (log scale)")
     return figure
 
@@ -100,7 +120,9 @@ def _norms_title(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, floa
 def attention_examples(
     pictures: Sequence[np.ndarray], before: np.ndarray, after: np.ndarray, artifacts: np.ndarray
 ) -> Figure:
-    """Draw images and the `[CLS]` attention on their patches before and after, in equal colours, artifacts outlined.
+    """Draw images and the `[CLS]` attention on their patches before and after, beside the images and laid over them.
+
+    Artifacts are outlined. Over an image, each map is drawn on a scale of its own.
 
     Args:
         pictures: n images (H, W, 3) in [0, 1].
@@ -112,22 +134,34 @@ def attention_examples(
     shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
     title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
              if artifacts.any() else "No patch of these images is an artifact: ITAE does not change their attention")
-    figure = ReportFigure(title, height=1.1 + (1 + len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
-    grid = figure.subplots(1 + len(maps), len(pictures), squeeze=False)
-    extent = (0, before.shape[2], before.shape[1], 0)
-    limits = {"vmin": 0, "vmax": max(weights.max() for weights in maps.values()), "cmap": MAP}
-    for column, image in zip(grid.T, pictures, strict=True):
-        column[0].imshow(image, extent=extent)
-    for row, weights in zip(grid[1:], maps.values(), strict=True):
-        for axes, weight in zip(row, weights, strict=True):
-            drawn = axes.imshow(weight, extent=extent, **limits)
-    for row in grid:
-        for axes, mask in zip(row, artifacts, strict=True):
+    figure = ReportFigure(title, height=1.1 + (1 + 2 * len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
+    grid = figure.subplots(1 + 2 * len(maps), len(pictures), squeeze=False)
+    brightest = max(weights.max() for weights in maps.values())
+    for column, picture, mask, *weights in zip(grid.T, pictures, artifacts, *maps.values(), strict=True):
+        _on_grid(column[0], picture, mask.shape)
+        for axes, weight in zip(column[1:], weights, strict=False):
+            drawn = _on_grid(axes, weight, mask.shape, cmap=MAP, vmin=0, vmax=brightest)
+        for axes, weight in zip(column[1 + len(maps):], weights, strict=True):
+            _lay_over(axes, picture, weight)
+        for axes in column:
             outline(axes, mask)
-    for row, label in zip(grid, ["image", *maps], strict=True):
+    for row, label in zip(grid, ["image", *maps, *(f"{name}\nover image" for name in maps)], strict=True):
         row[0].set_ylabel(label)
     figure.colorbar(drawn, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40, pad=0.01)
     return figure
+
+
+def _on_grid(axes: Axes, values: np.ndarray, patch_grid: tuple[int, int], **style: object) -> AxesImage:
+    """Draw a picture or a map so that the unit of both axes is the patch."""
+    rows, columns = patch_grid
+    return axes.imshow(values, extent=(0, columns, rows, 0), **style)
+
+
+def _lay_over(axes: Axes, picture: np.ndarray, weights: np.ndarray) -> None:
+    """Draw a picture in dark grey under its attention in yellow, which is opaque at this map's own maximum."""
+    _on_grid(axes, 0.65 * picture.mean(axis=2), weights.shape, cmap="gray", vmin=0, vmax=1)
+    opaque = weights / max(weights.max(), np.finfo(np.float32).tiny)
+    _on_grid(axes, np.ones_like(weights), weights.shape, cmap=OVERLAY, vmin=0, vmax=1, alpha=opaque)
 
 
 @styled
@@ -176,29 +210,34 @@ def attention_shares(seen: Observation) -> Figure:
 
 @styled
 def inspection(images: Sequence[InspectedImage], source: str, block: int, title: str) -> Figure:
-    """Draw one row per image: the image, its norms, its attention before and, with θ, after; artifacts outlined.
+    """Draw one row per image: the image, its norms, its attention before and, with θ, after, and the image under it.
 
-    Each column has one colour scale; the two columns of attention share theirs. `title` is the finding in words; the
-    other arguments are those of `Inspection`.
+    Artifacts are outlined. Each column has one colour scale; the columns of attention share theirs. `title` is the
+    finding in words; the other arguments are those of `Inspection`.
     """
+    labels = label_names([image.name for image in images])
     columns = {f"‖hidden‖ after block {block}": [image.hidden for image in images],
                f"‖{source}‖ in the last block": [image.norms for image in images],
                "[CLS] attention": [image.before for image in images]}
     if images[0].after is not None:
         columns["… after ITAE"] = [image.after for image in images]
-    heights = [image.hidden.shape[0] / image.hidden.shape[1] for image in images]
-    column_width = (WIDTH - 0.5) / (1 + len(columns))
+    *_, over = columns  # the attention in the last column is laid over the image, too
+    heights = [min(max(image.hidden.shape[0] / image.hidden.shape[1], SHORTEST_ROW), TALLEST_ROW) for image in images]
+    column_width = (WIDTH - 0.5) / (2 + len(columns))
     figure = ReportFigure(title, height=1.2 + column_width * sum(heights))
-    *grid, scales = figure.subplots(len(images) + 1, 1 + len(columns), height_ratios=[*heights, 0.06])
-    scales[0].set_axis_off()
+    *grid, scales = figure.subplots(len(images) + 1, 2 + len(columns), height_ratios=[*heights, 0.06])
+    for scale in scales[[0, -1]]:
+        scale.set_axis_off()
     brightest = max(values.max() for name, maps in columns.items() if "‖" not in name for values in maps)
-    for row, image in zip(grid, images, strict=True):
-        row[0].imshow(image.picture, extent=(0, image.hidden.shape[1], image.hidden.shape[0], 0))
-        row[0].set_ylabel(shortened(image.name), fontsize=8, parse_math=False)
-    for column, scale, (name, maps) in zip(np.transpose(grid)[1:], scales[1:], columns.items(), strict=True):
+    for row, image, label, weights in zip(grid, images, labels, columns[over], strict=True):
+        _on_grid(row[0], image.picture, image.hidden.shape)
+        row[0].set_title(label, fontsize=7.5)
+        _lay_over(row[-1], image.picture, weights)
+    grid[0][-1].set_title("this over the image", fontsize=9)
+    for column, scale, (name, maps) in zip(np.transpose(grid)[1:-1], scales[1:-1], columns.items(), strict=True):
         high = max(values.max() for values in maps) if "‖" in name else brightest
         for axes, values in zip(column, maps, strict=True):
-            drawn = axes.imshow(values, extent=(0, values.shape[1], values.shape[0], 0), cmap=MAP, vmin=0, vmax=high)
+            drawn = _on_grid(axes, values, values.shape, cmap=MAP, vmin=0, vmax=high)
         column[0].set_title(name, fontsize=9)
         figure.colorbar(drawn, cax=scale, orientation="horizontal")
     for row, image in zip(grid, images, strict=True):

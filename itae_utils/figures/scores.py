@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 import numpy as np
 import pandas as pd
@@ -11,13 +12,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from itae_utils.analysis.ablation import AUTO
-from itae_utils.analysis.clustering import AGREEMENT, CHANGE, NEIGHBOURS, neighbour_agreement
-from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, shortened, styled
+from itae_utils.analysis.clustering import AGREEMENT, CHANGE, NEIGHBOURS, neighbour_agreement, over_seeds
+from itae_utils.errors import ItaeError
+from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, label_names, styled
 
 MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline",
             AGREEMENT: "ARI between runs"}
 SMALL_GAIN = 0.01  # smaller changes of a class's accuracy are not counted
 NAMED_CLASSES = 20  # more names do not fit beside an axis
+LEGEND_SIGNS = 105  # characters in a line of a legend
+
+
+def _check_measure(scores: pd.DataFrame, measure: str) -> None:
+    known = [name for name in MEASURES if name in scores]
+    if measure not in known:
+        raise ItaeError(f"measure={measure!r} is not one of these scores: use {' or '.join(known)}")
 
 
 @styled
@@ -26,9 +35,10 @@ def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
 
     `scores` are from `ablation_grid`, joined with the scores: kind, source, attenuation, theta, seed and `measure`.
     """
+    _check_measure(scores, measure)
     settings = scores[scores.kind == "itae"]
-    means = settings.groupby(["source", "attenuation", "theta"], sort=False)[measure].mean()
-    baseline, (source, attenuation, theta) = scores[scores.kind == "baseline"][measure].mean(), means.idxmax()
+    means = settings.groupby(["source", "attenuation", "theta"], sort=False)[measure].agg(mean)
+    baseline, (source, attenuation, theta) = mean(scores[scores.kind == "baseline"][measure]), means.idxmax()
     best = f"{source}, {attenuation}, {theta}: {MEASURES[measure]} {means.max():.3f}"
     title = (f"Largest change of {len(means)} settings: {best}" if measure == CHANGE
              else f"Best of {len(means)} settings: {best} (baseline {baseline:.3f})")
@@ -59,6 +69,7 @@ def ablation_curves(scores: pd.DataFrame, measure: str) -> Figure:
 
     The arguments are as for `ablation_heatmaps`.
     """
+    _check_measure(scores, measure)
     sources = list(dict.fromkeys(scores.source.dropna()))
     figure = ReportFigure(_curves_title(scores, measure), height=4)
     for axes, source in zip(figure.subplots(1, len(sources), squeeze=False, sharey=True)[0], sources, strict=True):
@@ -98,14 +109,14 @@ def _band(axes, rows: pd.DataFrame, measure: str, *, color: str, **style) -> Non
 
 
 def _curves_title(scores: pd.DataFrame, measure: str) -> str:
-    means = scores.groupby(["kind", "source", "theta", "attenuation"], dropna=False)[measure].mean()
-    baseline = means["baseline"].mean()
+    means = scores.groupby(["kind", "source", "theta", "attenuation"], dropna=False)[measure].agg(mean)
+    baseline = mean(scores[scores.kind == "baseline"][measure])
     auto = scores[(scores.kind == "itae") & (scores.theta == AUTO)]
     against = "" if measure == CHANGE else f"; baseline {baseline:.3f}"
     if auto.empty:
         low, high = means["itae"].min(), means["itae"].max()
         return f"The norms gave no θ; at fixed shares {MEASURES[measure]} is {low:.3f} to {high:.3f}{against}"
-    found, sources = auto.groupby(["source", "attenuation"])[measure].mean(), list(dict.fromkeys(auto.source))
+    found, sources = auto.groupby(["source", "attenuation"])[measure].agg(mean), list(dict.fromkeys(auto.source))
     control = ", ".join(f"{means['random', source, AUTO].iloc[0]:.3f}" for source in sources)
     return (f"With θ from the norms alone ({', '.join(sources)}) {MEASURES[measure]} is {found.min():.3f} to "
             f"{found.max():.3f}; with as many random patches {control}{against}")
@@ -120,12 +131,12 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
     variants = list(dict.fromkeys(scores.variant))
     metrics = [name for name in MEASURES if name in scores]
     figure = ReportFigure(title, height=1.3 + 0.32 * len(variants))
-    spread = scores.groupby("variant", sort=False)[metrics].agg(["mean", "std"]).fillna(0)
+    spread = over_seeds(scores).fillna(0)
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         for place, variant in enumerate(variants):
-            mean, sd = spread.loc[variant, metric]
-            axes.errorbar(mean, place, xerr=sd, fmt="o", capsize=3, color=AFTER if variant == "itae" else NORMAL)
-            axes.annotate(f"{mean:.3f}", (mean, place), (0, 5), textcoords="offset points", ha="center", fontsize=8,
+            value, sd = spread.loc[variant, metric]
+            axes.errorbar(value, place, xerr=sd, fmt="o", capsize=3, color=AFTER if variant == "itae" else NORMAL)
+            axes.annotate(f"{value:.3f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=8,
                           bbox={"boxstyle": "square,pad=0", "facecolor": "white", "linewidth": 0})
         axes.axvline(spread.loc["baseline", (metric, "mean")], color="black", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(variants)), variants)
@@ -139,7 +150,7 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
 def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: Sequence[str]) -> Figure:
     """Draw two-dimensional embeddings (n, 2) by variant, side by side, coloured by class."""
     shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
-    counts, n, present = np.bincount(targets), len(targets), np.unique(targets)
+    labels, counts, n, present = label_names(classes), np.bincount(targets), len(targets), np.unique(targets)
     chance = (counts * (counts - 1)).sum() / (n * (n - 1))
     title = (f"Share of the {min(NEIGHBOURS, n - 1)} nearest neighbours that are of the same class: "
              f"{', '.join(shares)} (by chance {100 * chance:.0f} %)")
@@ -150,10 +161,9 @@ def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: S
                    for label in present]
         axes.set(xticks=[], yticks=[], title=name, box_aspect=1, xlabel="t-SNE 1", ylabel="t-SNE 2")
     if len(classes) <= NAMED_CLASSES:
-        legend = figure.legend(handles, [classes[label] for label in present], loc="outside lower center", ncols=10,
-                               markerscale=2, handletextpad=0.1)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        named = [labels[label] for label in present]
+        figure.legend(handles, named, loc="outside lower center", markerscale=2, handletextpad=0.1,
+                      ncols=min(10, LEGEND_SIGNS // (5 + max(map(len, named)))))
     return figure
 
 
@@ -165,33 +175,38 @@ def confusions(tables: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Fi
         tables: counts from `confusion`, by the variant's name.
         classes: names by class number.
     """
+    labels = label_names(classes)
     shares = {name: table.div(table.sum(axis=1), axis=0) for name, table in tables.items()}
-    figure = ReportFigure(_confusions_title(shares, classes), height=5.5)
-    panels = figure.subplots(1, max(2, len(tables)), squeeze=False)[0]  # a single matrix is drawn at half width too
+    longest = max(map(len, labels)) if len(labels) <= NAMED_CLASSES else 0
+    figure = ReportFigure(_confusions_title(shares, labels), height=5.2 + 0.05 * longest)
+    # A single matrix is drawn at half width too. The rows share their names if their order is the same.
+    same_rows = len({tuple(table.index) for table in tables.values()}) == 1
+    panels = figure.subplots(1, max(2, len(tables)), squeeze=False, sharey=same_rows and len(tables) > 1)[0]
     for axes in panels[len(tables):]:
         axes.set_axis_off()
     for axes, (name, table) in zip(panels, shares.items(), strict=False):
-        drawn = axes.imshow(table, cmap=MAP, vmin=0, vmax=1)
+        drawn = axes.imshow(table, cmap=MAP, vmin=0, vmax=1, aspect="auto")  # long names need the height of squares
         matched = min(table.shape)
         axes.set(title=name, xlabel="cluster, by the class it is matched to", ylabel="class")
+        if same_rows:
+            axes.label_outer()
         if len(table) <= NAMED_CLASSES:
-            names = [shortened(classes[label]) for label in table.index]
-            axes.set_yticks(range(len(table)), names, parse_math=False)
-            rotation = 60 if max(map(len, names)) > 2 else 0
-            axes.set_xticks(range(matched), names[:matched], rotation=rotation, ha="right" if rotation else "center",
-                            parse_math=False)
+            names = [labels[label] for label in table.index]
+            axes.set_yticks(range(len(table)), names)
+            axes.set_xticks(range(matched), names[:matched], rotation=90 if longest > 2 else 0)
     figure.colorbar(drawn, ax=panels, label="share of the class", pad=0.01, shrink=0.8)
     return figure
 
 
-def _confusions_title(shares: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> str:
+def _confusions_title(shares: Mapping[str, pd.DataFrame], labels: Sequence[str]) -> str:
     worst = []
     for name, table in shares.items():
         wrong = table.to_numpy().copy()
         np.fill_diagonal(wrong, 0)
         row, column = np.unravel_index(wrong.argmax(), wrong.shape)
-        into = classes[table.index[column]] if column < min(table.shape) else "an unmatched cluster"
-        worst.append(f"{name} {100 * wrong.max():.0f} % of {classes[table.index[row]]} in {into}")
+        into = labels[table.index[column]] if column < min(table.shape) else "an unmatched cluster"
+        worst.append(f"{name} {100 * wrong.max():.0f} % of {labels[table.index[row]]} in {into}" if wrong.any()
+                     else f"{name} none")
     return f"Largest confusions: {'; '.join(worst)}"
 
 
@@ -204,22 +219,23 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
         after: the same.
         classes: names by class number.
     """
+    labels = label_names(classes)
     change = (after - before).agg(["mean", "std"]).fillna(0).T.sort_values("mean", ascending=False)
     clear = change[change["mean"].abs() > np.maximum(change["std"], SMALL_GAIN)]
     gained, lost = (clear["mean"] > 0).sum(), (clear["mean"] < 0).sum()
     title = (f"Of {len(change)} classes {gained} gain and {lost} lose more than one sd over seeds: from "
-             f"{classes[change.index[0]]}, {change['mean'].iloc[0]:+.2f}, to "
-             f"{classes[change.index[-1]]}, {change['mean'].iloc[-1]:+.2f}")
+             f"{labels[change.index[0]]}, {change['mean'].iloc[0]:+.2f}, to "
+             f"{labels[change.index[-1]]}, {change['mean'].iloc[-1]:+.2f}")
     half = NAMED_CLASSES // 2
     shown = change if len(change) <= NAMED_CLASSES else change.iloc[[*range(half), *range(-half, 0)]]
-    figure = ReportFigure(title, height=3.6)
+    names = [labels[label] for label in shown.index]
+    longest = max(map(len, names))
+    figure = ReportFigure(title, height=3.4 + 0.06 * longest)
     axes = figure.subplots()
     colors = [NORMAL if mean > 0 else ARTIFACT for mean in shown["mean"]]
     axes.bar(range(len(shown)), shown["mean"], yerr=shown["std"], color=colors, capsize=3)
-    names = [shortened(classes[label]) for label in shown.index]
-    rotation = 45 if max(map(len, names)) > 3 else 0
-    axes.set_xticks(range(len(shown)), names, rotation=rotation, ha="right" if rotation else "center",
-                    parse_math=False)
+    rotation = 45 if longest > 3 else 0
+    axes.set_xticks(range(len(shown)), names, rotation=rotation, ha="right" if rotation else "center")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylabel="change of accuracy", xlabel="class")
     return figure

@@ -2,7 +2,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from itae_utils.analysis.ablation import ablation_grid, ablation_headline, deep_settings, describe_extraction
+from itae_utils.analysis.ablation import (
+    ablation_grid,
+    ablation_headline,
+    ablation_thresholds,
+    deep_settings,
+    describe_extraction,
+)
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.observation import fit_thresholds
@@ -102,22 +108,37 @@ ALL_RUN, ALL_STORED, SOME_STORED = Extracted(a=50, b=50), Extracted(a=0, b=0), E
 
 
 def test_headline():
-    facts = ablation_headline(scores_of(0.7, 0.9), "acc", ALL_RUN)
-    assert [fact["value"] for fact in facts] == ["2 variants", "0.700 to 0.900"]
-    assert ablation_headline(scores_of(), "acc", ALL_RUN)[1]["value"] == "none"
-    assert len(ablation_headline(scores_of(0.7), "change", ALL_RUN)) == 1
-    notes = [ablation_headline(scores_of(0.7), "change", features)[0]["note"]
-             for features in (ALL_RUN, ALL_STORED, SOME_STORED)]
+    def facts(scores, measure="acc", features=ALL_RUN, seeds=5, n_init=1):
+        return ablation_headline(scores, measure, features, seeds=seeds, n_init=n_init)
+
+    assert [fact["value"] for fact in facts(scores_of(0.7, 0.9))] == ["2", "0.700 to 0.900"]
+    assert facts(scores_of())[1]["value"] == "none"
+    assert all("5 seeds" in facts(scores)[1]["note"] and "1 start" in facts(scores)[1]["note"]
+               for scores in (scores_of(), scores_of(0.7)))
+    assert "10 starts" in facts(scores_of(0.7), n_init=10)[1]["note"]
+    assert len(facts(scores_of(0.7), "change")) == 1
+    notes = [facts(scores_of(0.7), "change", features)[0]["note"] for features in (ALL_RUN, ALL_STORED, SOME_STORED)]
     assert "2.0 s" in notes[0]
-    assert all(note.startswith("2 ") and "store" in note for note in notes[1:])
+    assert all("2 were stored" in note for note in notes[1:])
+
+
+def test_each_theta_is_listed_once(fits):
+    fits = Thresholds({(block, source): fits[-1, source].norms for block in (0, 1) for source in ("query", "key")})
+    listed = ablation_thresholds(grid(fits), fits, 2, "key")
+    assert listed == {
+        **{f"‖{source}‖, last block, {percent} %": fits[-1, source].quantile(percent / 100)
+           for source in ("query", "key") for percent in (1, 2.5)},
+        "‖key‖, last block": fits[-1, "key"].threshold,
+        "‖key‖, last 2 blocks": [fits[-1, "key"].threshold] * 2}
+    assert "‖key‖, last 2 blocks" not in ablation_thresholds(grid(fits), fits, 1, "key")
 
 
 def test_variants_from_the_store_are_distinguished_from_those_that_ran():
     ran, stored, both = (describe_extraction(features, 1.5) for features in (ALL_RUN, ALL_STORED, SOME_STORED))
-    assert ran.startswith("**2 variants ran in one pass** over 50 images")
+    assert ran.startswith("**2 variants were computed together** for 50 images")
     assert "25 images per second" in ran
     assert "store" not in ran
     assert stored.startswith("**All 2 variants were read from the feature store**")
-    assert both.startswith("**1 of 3 variants ran in one pass** over 40 images")
+    assert both.startswith("**1 of 3 variants were computed together** for 40 images")
     assert "store" in both
     assert all("1.5 s" in text for text in (ran, stored, both))

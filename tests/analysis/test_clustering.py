@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
-from itae_utils.analysis import clustering
+from itae_utils.analysis import clustering, words
 from itae_utils.analysis.kmeans import cluster
 from itae_utils.analysis.metrics import evaluate_clustering, paired_bootstrap
 from itae_utils.errors import ItaeError
+from itae_utils.report.pages import mean_scores
 from itae_utils.store.housekeeping import list_entries
 from itae_utils.store.store import open_store
 
@@ -44,14 +45,15 @@ def test_pixel_size_below_one_is_refused():
 
 @pytest.mark.parametrize(("clusters", "targets", "n", "k"), [
     (7, None, 5, 7), (3, [0, 1, 1, 1], 4, 3), (None, [5, 7, 7, 9], 4, 3),
-    (None, None, 4, 2), (None, None, 7, 3), (None, None, 19, 9), (None, None, 20, 10), (None, None, 5000, 10),
+    (None, None, 4, 2), (None, None, 6, 3), (None, None, 7, 3), (None, None, 19, 9), (None, None, 20, 10),
+    (None, None, 5000, 10),
 ])
 def test_number_of_clusters(clusters, targets, n, k):
     assert clustering.number_of_clusters(clusters, None if targets is None else np.array(targets), n) == k
 
 
 @pytest.mark.parametrize(("targets", "n", "named"), [
-    (None, 3, "3 images"), ([0, 1, 2], 3, "3 images"), ([4], 1, "1 image"), ([4] * 9, 9, "9 images"),
+    (None, 3, "3 images"), ([0, 1, 2], 3, "3 images"), ([4], 1, "1 image"),
 ])
 def test_images_that_give_no_number_of_clusters_are_refused(targets, n, named):
     with pytest.raises(ItaeError, match=named):
@@ -209,12 +211,16 @@ def test_gain_is_described_with_its_interval():
     assert all(word in stability for word in ("ARI", "0.500", "0.750"))
 
 
+def headline(*arguments, **options):
+    return clustering.clustering_headline(*arguments, **{"seeds": 10, "n_init": 1} | options)
+
+
 def test_clustering_headline_counts_the_expected_results():
     gain = differences("+0.250 [+0.2, +0.3]")
-    facts = clustering.clustering_headline(scores("acc", 0.5, 0.75), gain, True, bench(missed=3))
+    facts = headline(scores("acc", 0.5, 0.75), gain, True, bench(missed=3))
     assert [fact["value"] for fact in facts] == ["0.500 → 0.750", "5 of 6 met"]
     assert "90 %" in facts[1]["note"]
-    nothing_lost = clustering.clustering_headline(scores("acc", 0.9, 0.9), gain, True, bench(ACC | {"baseline": 0.95}))
+    nothing_lost = headline(scores("acc", 0.9, 0.9), gain, True, bench(ACC | {"baseline": 0.95}))
     assert "%" not in nothing_lost[1]["note"]
 
 
@@ -223,7 +229,109 @@ def test_clustering_headline_counts_the_expected_results():
     ("agreement", None, True, []), ("agreement", None, False, []),
 ])
 def test_note_of_the_clustering_headline_does_not_repeat_its_value(metric, words, changed, numbers):
-    (fact,) = clustering.clustering_headline(scores(metric, 0.5, 0.75), words and differences(words), changed, None)
+    (fact,) = headline(scores(metric, 0.5, 0.75), words and differences(words), changed, None)
     assert fact["value"] == "0.500 → 0.750"
     assert re.findall(r"[+-]?\d\.\d+", fact["note"]) == numbers
     assert ("attenuated" in fact["note"]) == (not changed)
+
+
+def test_headline_names_the_runs_and_starts_with_the_notes():
+    note = {"label": "Clusters", "value": "4 for 4 images", "note": "as many"}
+    facts = headline(scores("acc", 0.5, 0.75), differences("+0.250"), True, None, seeds=3, n_init=7, notes=[note])
+    assert facts[0] == note
+    assert "3 seeds" in facts[1]["note"]
+    assert "7 starts" in facts[1]["note"]
+
+
+def test_the_agreement_of_a_single_run_is_not_measured():
+    table = clustering.agreement_scores({name: np.array([[0, 0, 1]]) for name in ("baseline", "itae")})
+    assert table.agreement.isna().all()
+    (fact,) = headline(table, None, True, None)
+    assert fact["value"] == "not measured"
+
+
+@pytest.mark.parametrize("targets", [None, np.zeros(9), [3, 3]])
+def test_classes_that_cannot_be_scored(targets):
+    assert clustering.scorable(targets) is None
+    text = clustering.describe_unscorable(targets, None, 3)
+    assert "k = 3" in text
+    assert "`clusters`" in text
+    assert ("no labels" in text) == (targets is None)
+    assert "`clusters`" not in clustering.describe_unscorable(targets, 3, 3)
+
+
+def test_classes_that_can_be_scored():
+    np.testing.assert_array_equal(clustering.scorable([1, 1, 4]), [1, 1, 4])
+
+
+NOISE = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("rows", "normalize", "equal"), [
+    (np.ones((16, 8)), True, True), (np.zeros((16, 8)), True, True), (np.ones((1, 8)), True, True),
+    (np.ones((12, 8)) + 1e-7 * NOISE, True, True), (np.arange(1, 5)[:, None] * np.ones(8), True, True),
+    (np.arange(1, 5)[:, None] * np.ones(8), False, False), (NOISE, True, False), (NOISE[[0] * 11 + [1]], True, False),
+    ([[1, 2], [1, 2]], False, True),
+])
+def test_equal_features(rows, normalize, equal):
+    assert clustering.all_equal(rows, normalize=normalize) == equal
+
+
+def test_notes_of_ordinary_features_are_empty():
+    labels = {"baseline": np.array([[0, 1, 2] * 4])}
+    assert clustering.cluster_notes({"baseline": NOISE}, 3, labels) == []
+    assert clustering.describe_notes([]) == ""
+
+
+def test_notes_on_clusters_that_mean_nothing():
+    def values(features, k, labels=None):
+        notes = clustering.cluster_notes(features, k, labels)
+        assert all(note["note"] in clustering.describe_notes(notes) for note in notes)
+        return [note["value"] for note in notes]
+
+    assert values({"baseline": NOISE}, 12) == ["12 for 12 images"]
+    equal = np.ones((12, 8))
+    assert values({"raw pixels": equal, "itae": NOISE}, 2, {"raw pixels": [[0] * 12], "itae": [[0, 1] * 6]}) == [
+        "all equal"]
+    (note,) = clustering.cluster_notes({"itae": NOISE, "baseline": NOISE}, 4, {
+        "itae": [[0, 1] * 6, [0, 1, 2] * 4], "baseline": [[0, 1, 2, 3] * 3]})
+    assert "3 for itae" in note["note"]
+    assert "baseline" not in note["note"]
+
+
+@pytest.mark.parametrize("right", [
+    [31, 78, 70, 72, 79, 74, 72, 70, 71, 78], [62, 76, 73, 60, 67, 77, 71, 60, 75, 74],
+    [101, 60, 60, 62, 60, 73, 70, 72, 65, 72],
+])
+def test_a_mean_is_the_same_number_everywhere(right):
+    """The mean is 0.3475. A sum in another order gives a number just above or below it, which rounds to another."""
+    acc = np.array(right) / 200
+    table = pd.DataFrame({"variant": ["itae"] * 10 + ["baseline"] * 10, "seed": [*range(10)] * 2,
+                          "acc": [*acc, *acc[::-1]]})
+    assert headline(table, differences("+0.000"), True, None)[0]["value"] == "0.347 → 0.347"
+    assert {text.partition(" ")[0] for text in clustering.score_table(table).ACC} == {"0.347"}
+    rows = words.result_rows(table, ["acc"], backbone="demo", dataset="digits", n=200)
+    assert {f"{row[0][0]:.3f}" for row in [entry["cells"] for entry in mean_scores(rows)["rows"]]} == {"0.347"}
+
+
+@pytest.mark.parametrize(("call", "named"), [
+    (lambda: clustering.score_variants(NOISE, [0, 1] * 6, seeds=[0]), "ndarray"),
+    (lambda: clustering.score_variants({"itae": NOISE}, None, seeds=[0]), "'baseline'"),
+    (lambda: clustering.score_labels([0, 1], [[0, 1]], [0]), "list"),
+    (lambda: clustering.agreement_scores({}), "dict"),
+    (lambda: clustering.difference_table([0, 1], {"itae": [[0, 1]]}), "'baseline'"),
+    (lambda: clustering.cosine_distance({"baseline": NOISE}, NOISE), "baseline"),
+    (lambda: clustering.cosine_distance(NOISE, NOISE[:3]), r"\(3, 8\)"),
+    (lambda: clustering.all_equal(NOISE[0]), r"\(8,\)"),
+    (lambda: clustering.neighbour_agreement([["a", "b"]], [0]), "type"),
+])
+def test_wrong_objects_are_named(call, named):
+    with pytest.raises(ItaeError, match=named) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+def test_lists_are_taken_as_arrays():
+    assert clustering.class_accuracy([0, 0, 1], [1, 1, 0]).to_numpy().tolist() == [[1, 1]]
+    assert clustering.neighbour_agreement([[0, 0], [0, 1], [9, 9]], [0, 0, 0]) == 1
+    assert clustering.cosine_distance([[1, 0]], [[0, 1]]) == 1

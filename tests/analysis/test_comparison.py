@@ -37,11 +37,11 @@ def test_rows_of_an_interval():
     assert difference_rows(table.rename(index={"itae": "raw pixels"}), backbone="b", dataset="d", n=3) == []
 
 
-def test_the_table_of_nothing_says_not_run_and_not_in_our_sources():
+def test_the_table_of_nothing_says_not_run_and_unknown():
     lines = lines_of([])
     assert lines["CIFAR-10", "published: DINOv2 ViT-B/14", "ITAE"] == ["0.8449", "0.8682", "0.7946"]
-    assert lines["CIFAR-10", "published: DINOv2 ViT-B/14", "baseline"] == ["not in our sources"] * 3
-    assert ("Tiny-ImageNet", "published: backbone not in our sources", "ITAE") in lines
+    assert lines["CIFAR-10", "published: DINOv2 ViT-B/14", "baseline"] == ["unknown to us"] * 3
+    assert ("Tiny-ImageNet", "published: backbone unknown to us", "ITAE") in lines
     assert lines["STL-10", "dinov2_vitb14_reg", "not run"] == ["not run"] * 3
     assert len(lines) == 4 * 4
 
@@ -55,7 +55,7 @@ def test_published_weights_and_images(tmp_path):
     assert lines[*name, "ITAE − published"] == ["-0.0449", "-0.0682", "+0.0054"]
     assert lines[*name, "ITAE − baseline [95 %]"] == ["+0.100 [+0.050, +0.150]"] * 3
     assert (*name, "not run") not in lines
-    assert not any("stand-in" in " ".join(key) for key in lines)
+    assert not any("other" in " ".join(key) for key in lines)
 
 
 def test_an_interval_with_0_is_pointed_out(tmp_path):
@@ -80,17 +80,17 @@ def test_trained_registers_and_no_artifacts(tmp_path):
     assert ("STL-10", "dinov2_vitb14_reg", "ITAE, no artifacts found") in lines
 
 
-def test_stand_ins_are_labelled(tmp_path):
+def test_what_is_not_the_papers_is_labelled(tmp_path):
     pairing = pairing_of(tmp_path, "demo", "cifar10", size=200)
     lines = lines_of([pairing])
-    assert lines["CIFAR-10", "demo (stand-in), 200 stand-in images", "ITAE − published"][0] == "-0.0449"
+    assert lines["CIFAR-10", "demo (other weights), other images: 200", "ITAE − published"][0] == "-0.0449"
     assert ("CIFAR-10", "dinov2_vitb14", "not run") in lines
-    words = comparison.stand_in_lines([pairing, pairing])
+    words = comparison.caveat_lines([pairing, pairing])
     assert len(words) == 2
-    assert words[1] == "**cifar10** is a stand-in: 200 images (test (10,000)) instead of 10,000."
+    assert words[1] == "**cifar10**: other images, 200 images (test (10,000)) instead of 10,000."
     local = pairing_of(tmp_path / "local", "dinov2_vitb14", "stl10", kind="local", source="local file x.pth")
-    (line,) = comparison.stand_in_lines([local])
-    assert "is unverified: " in line
+    (line,) = comparison.caveat_lines([local])
+    assert "weights not checked" in line
     assert "x.pth" in line
 
 
@@ -100,10 +100,21 @@ def test_other_data_sets_have_no_published_line(tmp_path):
     assert {key[2] for key in names} == {"baseline", "random control", "ITAE", "ITAE − baseline [95 %]"}
 
 
+def test_results_on_images_of_ones_own_say_nothing_about_the_paper(tmp_path):
+    pairings = [pairing_of(tmp_path / place, "demo", f"imagefolder:/{place}/cats") for place in "ab"]
+    lines = lines_of(pairings)
+    assert {key[0] for key in lines} == {"imagefolder:/a/cats", "imagefolder:/b/cats"}
+    assert not any("published" in " ".join(key) or "CIFAR" in key[0] for key in lines)
+    facts = comparison.comparison_headline(pairings, EXPECTED)
+    assert [fact["value"] for fact in facts] == ["0.700 → 0.800"] * 2
+    assert comparison.caveat_lines(pairings) == []
+    assert set(comparison.settings_table(pairings).index) < set(comparison.settings_table([]).index)
+
+
 def test_images_without_labels(tmp_path):
     rows = [{**score_rows("demo", "imagefolder:/a/cats")[0], "metric": "agreement"}]
     pairing = pairing_of(tmp_path, "demo", "imagefolder:/a/cats", rows=rows)
-    assert lines_of([pairing])["cats (stand-in)", "demo (stand-in), 30 images", "no labels"] == ["not measured"] * 3
+    assert lines_of([pairing])["cats", "demo", "no labels"] == ["not measured"] * 3
     assert comparison.comparison_numbers([pairing]).empty
     assert comparison.ablation_table(pairing_of(tmp_path, "demo", "stl10", rows=[])) is None
 
@@ -119,7 +130,7 @@ def test_numbers(tmp_path):
     row = numbers[(numbers.variant == "itae") & (numbers.metric == "acc")].iloc[0]
     assert (row["n"], row.seeds, row["mean"], row.published) == (200, 3, pytest.approx(0.8), 0.8449)
     assert (row.minus_published, row.minus_baseline, row.low, row.high) == (pytest.approx(-0.0449), 0.1, 0.05, 0.15)
-    assert row.images.startswith("stand-in: 200 images")
+    assert row.images.startswith("other images: 200 images")
     assert row.weights is None
     baseline = numbers[numbers.variant == "baseline"]
     assert baseline[["published", "minus_published", "minus_baseline"]].isna().all(axis=None)
@@ -197,7 +208,7 @@ def test_the_collection_is_described(tmp_path):
     write_pairing(tmp_path / "a", "demo", "digits")
     text = comparison.describe_collection(collect(tmp_path)[0], ["old_one is older"])
     assert "demo on digits" in text
-    assert "demo** is a stand-in" in text
+    assert "published" in text, "none of these data sets has published numbers"
     assert text.endswith(r"old\_one is older")
     assert "nothing" in comparison.describe_collection([], [])
 
@@ -222,7 +233,7 @@ def test_headline(tmp_path):
     facts = comparison.comparison_headline([real, other], EXPECTED)
     assert [fact["value"] for fact in facts] == ["1 of 8", "0.700 → 0.800", "0.700 → 0.800"]
     assert facts[1]["note"] == "baseline → ITAE on dinov2_vitb14; published 0.8449"
-    assert "demo (stand-in)" in facts[2]["note"]
+    assert "demo (other weights)" in facts[2]["note"]
 
 
 def collected(folder: Path) -> runs.Report:
@@ -251,7 +262,7 @@ def page(tmp_path_factory):
 def test_notebook_04_shows_every_kind_of_pairing(page):
     _, text = page
     for words in (
-        "not run", "not in our sources", "CIFAR-10", "0.8449", "demo (stand-in), 30 stand-in images", "cats (stand-in)",
+        "not run", "unknown to us", "CIFAR-10", "0.8449", "demo (other weights), other images: 30", "cats",
         "+0.000 [-0.100, +0.100]: ", "ITAE, no artifacts found", "baseline, with trained registers",
         "not measured", "ITAE − published", "k-means++, best of 10 starts", "demo on stl10",
         "tables/comparison.csv", "tables/settings.tex", "tables/ablation_real.csv", "2410.04801",
@@ -297,7 +308,7 @@ def test_the_paper_profile_offline_at_reduced_size(tmp_path):
     assert not made.failed, made.failed[0].error
     assert [run.label for run in made.runs] == ["demo-digits 01", "demo-digits 02", "demo-digits 03", "04"]
     text = (made.folder / made.runs[-1].page).read_text(encoding="utf-8")
-    for words in ("digits (stand-in)", "demo (stand-in)", "is a stand-in: ", "not run", "ITAE − baseline [95 %]"):
+    for words in ("digits", "No data set is the paper's", "ITAE − baseline [95 %]"):
         assert words in text, words
     assert "not in these results" not in text, "03 gives the interval"
-    assert "demo (stand-in)" in made.index.read_text(encoding="utf-8")
+    assert "0 of 8" not in made.index.read_text(encoding="utf-8")

@@ -76,3 +76,17 @@ def test_discovery_headline_where_nothing_was_found(seen):
         (fact,) = discovery.discovery_headline(nothing, "key", threshold, fit, None)
         assert fact["value"] == value
         assert fact["note"].endswith(reason)
+
+
+@pytest.mark.parametrize("names", [None, ["a.png", "猫/b.png"]])
+def test_maps_are_saved_as_arrays_with_the_names_of_the_files(seen, tmp_path, names):
+    link = discovery.save_maps(tmp_path / "new", seen, [1, 0], "key", names)
+    with np.load(tmp_path / "new" / "attention.npz") as arrays:
+        assert all(name in link for name in arrays)
+        np.testing.assert_array_equal(arrays["before"], seen.attention[[1, 0]].reshape(2, 2, 5))
+        np.testing.assert_array_equal(arrays["after"], seen.attention_after[[1, 0]].reshape(2, 2, 5))
+        np.testing.assert_array_equal(arrays["norms"], seen.norms["key"][[1, 0]].reshape(2, 2, 5))
+        np.testing.assert_array_equal(arrays["artifacts"], seen.artifacts[[1, 0]].reshape(2, 2, 5))
+        assert arrays["index"].tolist() == [1, 0]
+        assert (arrays["names"].tolist() == names[::-1]) if names else "names" not in arrays
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["attention.npz"]

@@ -49,7 +49,7 @@ def test_maps_are_those_of_the_model(tmp_path, structure):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     backbone = as_backbone(tiny_vit(structure))
-    tensor = inspection._resized(backbone, Image.open(tmp_path / "a.png"))[None]
+    tensor = backbone.preprocessing.resized(Image.open(tmp_path / "a.png"), (32, 48))[None]
     norms = qkv_norms(backbone.model, tensor)["value"][0].numpy()
     theta = float(np.median(norms))
     (image,) = inspect_images([tmp_path / "a.png"], backbone=backbone, source="value", threshold=theta).images
@@ -100,13 +100,60 @@ def test_theta_is_fitted_to_all_given_images_together(tmp_path, digits):
     ({"paths": ["missing.png"]}, "'missing.png'"),
     ({"source": "hidden"}, "source='hidden'"),
     ({"threshold": -1.0}, "threshold=-1.0"),
+    ({"on_error": "ignore"}, "on_error='ignore'"),
+    ({"image_size": 30}, "30"),
+    ({"checkpoint": "w.pth"}, "w.pth"),
 ])
 def test_bad_input_is_named(files, change, message):
     with pytest.raises(ItaeError, match=message):
         inspect_images(**{"paths": files} | change)
 
 
-def test_unreadable_image_is_named(files):
+def test_unreadable_image_is_named_or_skipped(files):
     files[1].write_bytes(files[1].read_bytes()[:60])
     with pytest.raises(ItaeError, match=r"wide\.png"):
         inspect_images(files)
+    found = inspect_images(files, on_error="skip")
+    assert [image.name for image in found.images] == ["square.png"]
+    assert "wide.png" in found.lines[-1]
+    with pytest.raises(ItaeError, match=r"wide\.png"):
+        inspect_images(files[1:], on_error="skip")
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (17, 1), (400, 20)])
+def test_images_that_are_lines_are_refused_before_the_backbone_is_loaded(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(inspection, "load_backbone", None)
+    Image.new("RGB", size).save(tmp_path / "line.png")
+    with pytest.raises(ItaeError, match=rf"line\.png has {size[0]} × {size[1]}"):
+        inspect_images([tmp_path / "line.png"])
+
+
+@pytest.mark.parametrize(("size", "shape"), [((1, 1), (28, 28)), ((16, 1), (28, 448)), ((1, 5), (140, 28))])
+def test_tiny_and_long_images_are_inspected(tmp_path, size, shape):
+    Image.new("RGB", size).save(tmp_path / "tiny.png")
+    (image,) = inspect_images(tmp_path / "tiny.png").images
+    assert image.picture.shape[:2] == shape
+
+
+def test_too_many_patches_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "MOST_PATCHES", 100)
+    Image.new("RGB", (8, 20)).save(tmp_path / "tall.png")
+    with pytest.raises(ItaeError, match=r"tall\.png .*7 × 18"):
+        inspect_images([tmp_path / "tall.png"])
+    assert inspect_images([tmp_path / "tall.png"], image_size=16).images[0].hidden.shape == (10, 4)
+
+
+def test_options_of_the_backbone_are_passed_on(files):
+    found = inspect_images(files[:1], image_size=56, device="cpu", precision="bf16")
+    assert found.images[0].hidden.shape == (14, 14)
+    with pytest.raises(ItaeError, match="image_size"):
+        inspect_images(files, backbone=as_backbone(tiny_vit()), image_size=56)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "F"])
+def test_images_of_all_modes_are_inspected(tmp_path, mode):
+    path = tmp_path / "ünï $x$\n猫.tiff"
+    Image.new(mode, (9, 8)).save(path)
+    found = inspect_images([path])
+    assert found.images[0].name == path.name
+    assert found.lines[0].startswith("ünï $x$ 猫.tiff: 9 × 8")

@@ -16,6 +16,16 @@ from tests.tiny_notebooks import RESULTS
 TAG = "<img src=x onerror=alert(1)>"
 
 
+class Own:
+    """A data set with no more than torch asks for."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        raise AssertionError("describing a data set needs no image")
+
+
 @pytest.mark.parametrize(("share", "text"), [
     (0, "0 %"), (0.0004, "< 0.1 %"), (0.004, "0.4 %"),
     (0.0885, "8.8 %"), (0.0996, "10 %"), (0.904, "90 %"), (0.9936, "99.4 %"),
@@ -33,6 +43,15 @@ def test_escaped_text_is_literal_in_markdown(text):
     assert markdown2html(f"x {words.escape(text)} y").strip() == f"<p>x {literal} y</p>"
 
 
+@pytest.mark.parametrize(("text", "shown"), [
+    ("two\nlines", "two lines"), ("# no heading\n\n- no list", "# no heading  - no list"),
+    ("latin-1 \udcff", r"latin-1 \udcff"), ("a\x1b[31mb", "a [31mb"), ("{x} %s ^2", "{x} %s ^2"),
+    ("קטה", "\u2068קטה\u2069"),
+])
+def test_escaped_text_is_one_line_of_utf_8(text, shown):
+    assert markdown2html(f"x {words.escape(text)} y").strip() == f"<p>x {shown} y</p>"
+
+
 def test_a_run_is_described_with_its_planted_artifacts():
     digits = load_dataset("digits")
     planted, clean = (words.describe_run(load_backbone(name), digits) for name in ("demo", "demo-clean"))
@@ -45,21 +64,36 @@ def test_a_run_is_described_with_its_planted_artifacts():
         assert f"{package} {metadata.version(package)}" in clean
 
 
-def test_a_run_without_labels_and_with_skipped_files():
-    images = replace(load_dataset("digits", limit=50), targets=None, classes=None, skipped=["bad.png", "worse.png"])
-    text = words.describe_run(load_backbone("demo"), images)
-    assert "50 images, without labels" in text
-    assert "2 unreadable files" in text
-    assert "bad.png" in text
+def test_a_run_without_labels():
+    images = replace(load_dataset("digits", limit=50), targets=None, classes=None)
+    assert "50 images, without labels" in words.describe_run(load_backbone("demo"), images)
     assert "3 of 10 classes" in words.describe_run(load_backbone("demo"), load_dataset("digits", limit=3))
 
 
 def test_names_in_the_description_of_a_run_are_literal():
-    images = replace(load_dataset("digits", limit=50), name=f"imagefolder:{TAG}", source=f"the folder {TAG}",
-                     skipped=[f"{TAG}/bad.png"])
+    images = Own()
+    images.name, images.source, images.notes = f"imagefolder:{TAG}", f"the folder {TAG}", (f"{TAG} was left out.",)
     page = markdown2html(words.describe_run(replace(load_backbone("demo"), source=f"local file {TAG}"), images))
     assert "<img" not in page
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") == 4
+
+
+def test_a_data_set_of_ones_own_is_described_as_far_as_it_goes():
+    own = Own()
+    assert "**Own**: 3 images, without labels" in words.describe_run(load_backbone("demo"), own)
+    own.targets, own.name = [0, 5, 5], "mine"
+    assert "**mine**: 3 images, 2 classes" in words.describe_run(load_backbone("demo"), own)
+    own.classes, own.notes = list("abcdef"), ["First *note*.", "2 files were left out."]
+    lines = words.describe_run(load_backbone("demo"), own).split("\n\n")
+    assert "2 of 6 classes" in lines[1]
+    assert lines[2:4] == [r"First \*note\*.", "2 files were left out."]
+
+
+@pytest.mark.parametrize(("seeds", "n_init", "numbers"), [
+    (5, 1, ["5 seeds", "1 start"]), (1, 10, ["1 seed ", "10 starts"]), (10, 10, ["10 seeds", "10 starts"]),
+])
+def test_runs_of_k_means_are_described(seeds, n_init, numbers):
+    assert all(number in words.describe_runs(seeds, n_init) for number in numbers)
 
 
 def test_threshold_is_described_with_its_origin():

@@ -56,9 +56,8 @@ def grids(values):
 
 
 def examples(seen):
-    pictures = [np.zeros((16, 20, 3))] * len(seen.indices)
-    return figures.attention_examples(
-        pictures, grids(seen.attention), grids(seen.attention_after), grids(seen.artifacts))
+    maps = (grids(values[:4]) for values in (seen.attention, seen.attention_after, seen.artifacts))
+    return figures.attention_examples([np.zeros((16, 20, 3))] * 4, *maps)
 
 
 def limits(figure):
@@ -127,16 +126,24 @@ def test_norm_distributions_with_a_given_theta_claims_nothing_and_keeps_to_the_n
 def test_attention_examples_share_colours_and_outline_artifacts(seen):
     figure = examples(seen)
     assert "draw 80 % of the [CLS] attention, and 0 % after ITAE" in title(figure)
-    assert limits(figure) == {(0, 0.8)}
+    assert limits(figure) == {(0, 0.8), (0, 1)}, "the maps, and the pictures and overlays"
     outlined = [axes for axes in figure.axes if axes.patches]
-    assert len(outlined) == 3 * 12
+    assert len(outlined) == 5 * 4
     assert [patch.get_xy() for patch in outlined[0].patches] == [(0, 0)]
+
+
+def test_attention_is_laid_over_the_image_on_a_scale_of_its_own(seen):
+    figure = examples(seen)
+    picture, overlay = figure.axes[4 * 4].get_images()
+    assert picture.get_cmap().name == "gray"
+    np.testing.assert_allclose(overlay.get_alpha(), grids(seen.attention_after)[0] / seen.attention_after[0].max())
+    assert overlay.get_extent() == picture.get_extent() == [0, 5, 4, 0]
 
 
 def test_attention_examples_without_artifacts_has_no_after(nothing):
     figure = examples(nothing)
     assert "No patch" in title(figure)
-    assert sum(bool(axes.get_images()) for axes in figure.axes) == 2 * 12
+    assert sum(bool(axes.get_images()) for axes in figure.axes) == 3 * 4
 
 
 def test_outline_frames_row_and_column(seen):
@@ -169,23 +176,38 @@ def test_attention_shares_are_of_the_images_with_artifacts(seen):
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == 6
 
 
+def test_inspection_draws_long_images_smaller():
+    wide, square, tall, taller = (figures.inspection([inspected(*shape)], "key", 2, "title").get_size_inches()[1]
+                                  for shape in ((1, 16), (3, 3), (6, 3), (48, 3)))
+    assert wide < square < tall == taller
+    assert 50 * 150 * (taller - 1.2) < 2**16, "the pixels of the largest image that matplotlib can save"
+
+
+def test_norms_that_differ_by_rounding_are_drawn():
+    norms = np.float32(30) + np.spacing(np.float32(30)) * np.arange(3, dtype=np.float32).repeat(1000)
+    figure = figures.norm_distributions({"key": fit_threshold(norms)}, {"key": None})
+    assert_nothing_is_clipped(figure)
+
+
 def test_inspection_has_an_after_only_with_theta():
     with_theta = figures.inspection([inspected(4, 5)], "key", 2, "title")
     without = figures.inspection([inspected(4, 5, after=False, artifact=False)], "key", 2, "title")
     titles = [axes.get_title(loc="left") for axes in with_theta.axes if axes.get_title(loc="left")]
-    assert titles == ["‖hidden‖ after block 2", "‖key‖ in the last block", "[CLS] attention", "… after ITAE"]
+    assert titles == ["a picture.png", "‖hidden‖ after block 2", "‖key‖ in the last block", "[CLS] attention",
+                      "… after ITAE", "this over the image"]
     assert "… after ITAE" not in [axes.get_title(loc="left") for axes in without.axes]
     before, after = [axes.get_images()[0].get_clim() for axes in with_theta.axes[3:5]]
     assert before == after == (0, 0.5)
 
 
 @pytest.mark.parametrize(("name", "label"), [
-    (r"$\frac$.png", r"$\frac$.png"), ("a_long_name_without_spaces.png", "a_long_name_without_spa…"),
+    (r"$\frac$.png", r"$\frac$.png"), ("a_long_name_of_a_file_without_spaces.png", "a_long_name_of…hout_spaces.png"),
+    ("a\nb.png", "a b.png"),
 ])
 def test_inspection_labels_rows_with_file_names(name, label):
     figure = figures.inspection([inspected(4, 5, name=name)], "key", 2, rf"{name} in a title of two $")
     assert_nothing_is_clipped(figure)
-    assert figure.axes[0].get_ylabel() == label
+    assert figure.axes[0].get_title(loc="left") == label
 
 
 def test_save_writes_png_and_pdf_without_dates(tmp_path, seen):

@@ -8,6 +8,7 @@ import pytest
 from itae_utils import figures
 from itae_utils.analysis.clustering import AGREEMENT, CHANGE
 from itae_utils.analysis.metrics import confusion
+from itae_utils.errors import ItaeError
 from tests.drawn import assert_nothing_is_clipped, title
 
 THETAS = {"1 %": 0.01, "5 %": 0.05, "auto": 0.03}
@@ -127,7 +128,7 @@ def test_confusions_share_colours_and_name_the_largest_confusion():
     swapped[80:84] = 3
     tables = {"baseline": confusion(targets, swapped), "itae": confusion(targets, targets)}
     figure = figures.confusions(tables, DIGITS)
-    assert "baseline 40 % of 8 in 3; itae 0 %" in title(figure)
+    assert "baseline 40 % of 8 in 3; itae none" in title(figure)
     assert [axes.get_images()[0].get_clim() for axes in figure.axes[:2]] == [(0, 1), (0, 1)]
     assert_nothing_is_clipped(figure)
 
@@ -155,6 +156,40 @@ def test_names_of_classes_are_drawn_literally():
     for figure in (embeddings, figures.confusions({"baseline": table}, classes), figures.class_gains(*gains, classes)):
         assert_nothing_is_clipped(figure)  # draws it
     assert [text.get_text() for text in embeddings.legends[0].get_texts()] == classes
+
+
+@pytest.mark.parametrize("count", [2, 20, 200])
+def test_figures_of_many_and_long_names_are_not_clipped(count):
+    classes = [f"n{place:08}_a_very_long_name_of_a_class_{place}" for place in range(count)]
+    targets = np.arange(2 * count) % count
+    points = np.random.default_rng(0).normal(size=(2 * count, 2))
+    table = confusion(targets, np.roll(targets, count // 2))
+    gains = pd.DataFrame(np.zeros((1, count))), pd.DataFrame(np.linspace(-1, 1, count)[None])
+    for figure in (figures.embeddings({"baseline": points}, targets, classes), figures.class_gains(*gains, classes),
+                   figures.confusions({"baseline": table, "itae": table}, classes)):
+        assert_nothing_is_clipped(figure)
+
+
+def test_classes_that_are_absent_have_no_name_in_the_figures():
+    targets = np.array([1, 1, 3, 3, 3])
+    points = np.random.default_rng(0).normal(size=(5, 2))
+    figure = figures.embeddings({"baseline": points}, targets, ["a", "b", "c", "d"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "d"]
+    figure = figures.confusions({"baseline": confusion(targets, targets)}, ["a", "b", "c", "d"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["b", "d"]
+
+
+def test_confusions_of_a_single_cluster():
+    figure = figures.confusions({"baseline": confusion(np.arange(6) % 3, np.zeros(6, dtype=int))}, ["a", "b", "c"])
+    assert_nothing_is_clipped(figure)
+    assert "100 % of b in a" in title(figure)
+
+
+def test_unknown_measures_are_refused():
+    with pytest.raises(ItaeError, match="'accuracy'"):
+        figures.ablation_heatmaps(ablation(), "accuracy")
+    with pytest.raises(ItaeError, match="'nmi'"):
+        figures.ablation_curves(ablation(), "nmi")
 
 
 def test_class_gains_are_sorted_and_counted():
