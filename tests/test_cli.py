@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import signal
@@ -16,11 +17,12 @@ import itae_utils
 from itae_utils import cli
 from itae_utils.data.datasets import load_dataset
 from itae_utils.extraction.features import extract_features
+from itae_utils.files import OUTPUT_MARK
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import load_backbone
 from itae_utils.report import report
 from tests.fake_execution import FakeExecute
-from tests.tiny_notebooks import use_notebooks, write_notebook, write_notebooks
+from tests.tiny_notebooks import PARAMETERS, use_notebooks, write_notebook, write_notebooks
 
 
 def run(*arguments: object):
@@ -58,6 +60,34 @@ class TestReport:
         given = json.loads((tmp_path / "o" / "01_first" / "results.json").read_text())["parameters"]
         assert {name: given[name] for name in ("backbone", "seed", "alpha")} == {
             "backbone": "demo-clean", "seed": 3, "alpha": 0.001}
+
+    @pytest.mark.parametrize("as_options", [True, False])
+    def test_loading_options_are_parameters(self, execute, tmp_path, monkeypatch, as_options):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr("itae_utils.report.plan.check_checkpoint", lambda *_: None)
+        write_notebook(tmp_path / "nb", "01_first", parameters=PARAMETERS + "options = {'alpha': 0.5}\n")
+        (tmp_path / "w.pth").touch()
+        given = {"checkpoint": "~/w.pth", "image_size": "112", "device": "cpu", "on_error": "skip", "split": "all",
+                 "preprocess": "meta-eval", "store": "~/s"}
+        options = [each for name, value in given.items()
+                   for each in (("--" + name.replace("_", "-"),) if as_options else ("-p", name)) + (value,)]
+        result = run("report", "--only", "01", "--backbone", "dinov2_vits14", *options, "--output", "~/o")
+        assert result.exit_code == 0, result.output
+        found = self.record(tmp_path, "o")["notebooks"][0]["parameters"]["options"]
+        expected = given | {"checkpoint": str(tmp_path / "w.pth"), "image_size": 112}
+        del expected["store"]
+        assert {name: found[name] for name in expected} == expected
+
+    def test_a_profile_a_folder_and_a_record_may_be_in_the_home_folder(self, execute, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "mine.yaml").write_text("common: {dataset: ~/photos, limit: 1e2}", encoding="utf-8")
+        (tmp_path / "photos").mkdir()
+        load_dataset("digits")[0][0].save(tmp_path / "photos" / "1.png")
+        monkeypatch.chdir(tmp_path / "nb")
+        assert run("report", "--profile", "~/mine.yaml", "--only", "01", "--output", "~/o").exit_code == 0
+        assert run("report", "--from", "~/o").exit_code == 0
+        given = self.record(tmp_path, "o-repeated")["notebooks"][0]["parameters"]
+        assert (given["dataset"], given["limit"]) == (f"imagefolder:{tmp_path}/photos", 100)
 
     def test_a_report_is_repeated_from_its_record(self, execute, tmp_path):
         run("report", "--only", "03", "-p", "seed", "4", "--output", "o")
@@ -139,7 +169,8 @@ def test_an_interrupt_is_status_130_kills_the_kernel_at_once_and_the_report_resu
         os.kill(int(started.read_text()), 0)
     time.sleep(3)
     assert not (folder / "survived").exists(), "a kernel that is asked to end lives on for seconds"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "01_first", "02_fails"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        report.LOCK, OUTPUT_MARK, "01_first", "02_fails"}
     write_notebook(folder, "02_fails", "x = 1")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, second, _, index = done.stdout.splitlines()
@@ -196,6 +227,42 @@ class TestExtract:
         assert set(arrays) == {"baseline", "itae", "names"}
         assert list(arrays["names"]) == ["a.png"]
 
+    @pytest.mark.parametrize("suffix", ["npz", "parquet"])
+    def test_the_names_of_files_are_stored_in_the_order_of_the_features(self, picture, suffix):
+        names = ["b/a c.png", "b/é.png", "ä/字.png"]
+        for name in reversed(names):
+            (path := picture.parent / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture.read_bytes())
+        output = picture.parent / f"features.{suffix}"
+        result = run("extract", "--dataset", picture.parent / "photos", "--limit", "1e1", "--output", output)
+        assert result.exit_code == 0, result.output
+        arrays, _ = read_features(output)
+        assert list(arrays["names"]) == names
+        assert list(arrays["targets"]) == [0, 0, 1]
+
+    @pytest.mark.parametrize(("options", "said"), [
+        (("--limit", 20), "no θ"), (("--limit", 20, "--threshold", "1e-9"), "at most θ = 1e-09"),
+        (("--limit", "2e1", "--threshold", 9), "θ = 9 ")])
+    def test_it_says_which_threshold_was_used_and_if_nothing_changed(self, tmp_path, options, said):
+        result = run("extract", *options, "--output", tmp_path / "f.npz")
+        arrays, _ = read_features(tmp_path / "f.npz")
+        assert said in result.output
+        assert ("equal to baseline" in result.output) == np.array_equal(arrays["itae"], arrays["baseline"])
+
+    def test_loading_options(self, picture, tmp_path):
+        (tmp_path / "photos" / "train").mkdir(parents=True)
+        (tmp_path / "photos" / "val").mkdir()
+        for name in ("train/1.png", "train/2.png", "val/3.png"):
+            (tmp_path / "photos" / name).write_bytes(picture.read_bytes())
+        (tmp_path / "photos" / "train" / "bad.png").write_text("no image")
+        result = run("extract", "--dataset", tmp_path / "photos", "--split", "train", "--on-error", "skip",
+                     "--image-size", 32, "--device", "cpu", "--output", tmp_path / "f.npz")
+        arrays, about = read_features(tmp_path / "f.npz")
+        assert [name.rpartition("/")[2] for name in arrays["names"]] == ["1.png", "2.png"]
+        assert len(arrays["baseline"]) == 2
+        assert "bad.png" in result.output
+        assert any("bad.png" in note for note in about["notes"])
+
     def test_a_full_disk_leaves_no_file(self, tmp_path, monkeypatch):
         def savez(file, **_arrays):
             file.write(b"half")
@@ -206,6 +273,38 @@ class TestExtract:
         assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
         assert os.strerror(errno.ENOSPC) in result.stderr
         assert not list(tmp_path.iterdir())
+
+
+def test_inspect_takes_loading_options(picture, monkeypatch):
+    bad = picture.with_name("bad.png")
+    bad.write_text("no image")
+    monkeypatch.setenv("HOME", str(picture.parent))
+    result = run("inspect", "~/a.png", bad, "--image-size", 56, "--device", "cpu", "--on-error", "skip",
+                 "--output", "~/look.png")
+    assert result.exit_code == 0, result.output
+    assert "56 × 56" in result.output
+    assert "bad.png" in result.output
+    assert (picture.parent / "look.png").is_file()
+    no_model = run("inspect", picture, "--backbone", "vit_tiny_patch16_224", "--checkpoint", "~/bad.png")
+    assert (no_model.exit_code, no_model.stderr.count("\n")) == (2, 1)
+    assert str(bad) in no_model.stderr
+
+
+@pytest.mark.parametrize(("encoding", "arguments", "status"), [
+    *((name, ["report", "--only", "01", "--output", "字"], 0) for name in ("latin-1", "cp1252", "cp437", "ascii")),
+    ("latin-1", ["report", "--only", "01", "--dry-run"], 0), ("latin-1", ["report", "-h"], 0),
+    ("latin-1", ["backbones"], 0), ("cp437", ["datasets"], 0), ("latin-1", ["store", "list", "--store", "字"], 0),
+    ("latin-1", ["report", "--profile", "字"], 2)])
+def test_what_an_encoding_lacks_is_replaced(execute, tmp_path, monkeypatch, encoding, arguments, status):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors=errors) for errors in ("strict", "backslashreplace"))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == status
+    stream = err if status else out
+    stream.flush()
+    assert len(stream.buffer.getvalue()) > 20
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg", "jpg"])

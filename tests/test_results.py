@@ -105,7 +105,8 @@ def test_provenance_fits_the_schema(monkeypatch):
     results.check_results(changed(RESULTS, "provenance", provenance))
     assert provenance["backbone"]["patch_grid"] == [7, 7]
     assert provenance["dataset"] == {
-        "name": "tiny", "split": "test (3)", "source": "made here", "size": 3, "classes": 2, "fingerprint": None}
+        "name": "tiny", "split": "test (3)", "source": "made here", "size": 3, "classes": 2, "fingerprint": None,
+        "notes": []}
     assert {"torch", "timm", "itae-utils"} <= set(provenance["versions"])
     assert provenance["fit_seconds"] == 0.5
     assert provenance["backbone"]["hub"] == "http://mirror"

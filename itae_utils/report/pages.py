@@ -89,8 +89,7 @@ def index_page(report: Report) -> Path:
         report=report,
         groups=_groups(report.runs),
         backbones=_values(report.runs, "backbone"),
-        datasets=[Path(name).name if name.startswith("imagefolder:") else name
-                  for name in _values(report.runs, "dataset")],
+        datasets=_short_names(_values(report.runs, "dataset")),
         css=_style(),
         sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
             results["provenance"]["backbone"] for results in own.values()))),
@@ -98,8 +97,8 @@ def index_page(report: Report) -> Path:
         versions=_distinct(measured, _versions),
         headline=[fact for results in collections or measured.values() for fact in results["headline"]],
         scores=mean_scores(scores[0]["rows"]) if len(scores) == 1 else None,
-        thresholds=[(label, name, value) for label, results in measured.items()
-                    for name, value in results["thresholds"].items()],
+        images=_images(own.values()),
+        thresholds=_thresholds(measured),
         parameters=_parameter_table(report.runs),
         parameter_keys=list(dict.fromkeys(run.notebook.key for run in report.runs)),
         covers={run.label: run.results["figures"][0] for run in report.runs if run.results and run.results["figures"]},
@@ -122,6 +121,30 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _values(runs: Sequence[Run], parameter: str) -> list[str]:
     """Return the distinct values of a parameter over all runs."""
     return list(dict.fromkeys(str(run.parameters[parameter]) for run in runs if parameter in run.parameters))
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Return the names of data sets; of a folder only its last part, unless others have the same."""
+    short = [Path(name).name if name.startswith("imagefolder:") else name for name in names]
+    return [name.removeprefix("imagefolder:") if short.count(last) > 1 else last
+            for name, last in zip(names, short, strict=True)]
+
+
+def _images(measured: Iterable[Mapping]) -> dict[str, list[str]]:
+    """Return sentences on the number of images and on what was left out, by data set, if there is anything to say."""
+    datasets = {about["name"]: about for about in (results["provenance"]["dataset"] for results in measured)
+                if about.get("notes")}
+    return {name: [f"{about['size']:,} images are used ({about['split']}).", *about["notes"]]
+            for name, about in zip(_short_names(list(datasets)), datasets.values(), strict=True)}
+
+
+def _thresholds(measured: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
+    """Return each θ once: what it is for, its value, and the labels of the runs that have it."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for label, results in measured.items():
+        for name, value in results["thresholds"].items():
+            found[name, "none found" if value is None else _shown(value)].append(label)
+    return [(name, value, ", ".join(labels)) for (name, value), labels in found.items()]
 
 
 def mean_scores(rows: Iterable[Mapping[str, object]]) -> dict[str, list] | None:

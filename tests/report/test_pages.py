@@ -142,6 +142,25 @@ class TestIndex:
         assert "<em>photos</em>" in heading
         assert "/long" not in heading
 
+    def test_folders_of_one_name_are_told_apart_in_its_title(self, tmp_path):
+        runs = [run_of(NOTEBOOKS[0], dataset=f"imagefolder:/{year}/photos") for year in (2023, 2024)]
+        heading = re.search(r"<h1>(.*?)</h1>", self.render(tmp_path, *runs), flags=re.DOTALL)[1]
+        assert re.findall("<em>(.*?)</em>", heading)[-2:] == ["/2023/photos", "/2024/photos"]
+
+    def test_it_says_how_many_images_were_used_and_what_was_left_out(self, tmp_path):
+        notes = changed(changed(RESULTS, "provenance.dataset.notes", ["Not read: 300 .heic <b>."]),
+                        "provenance.dataset.name", "imagefolder:/my/photos")
+        header = self.render(tmp_path, run_of(NOTEBOOKS[0], results=notes)).partition("</header>")[0]
+        assert "<strong>photos</strong>: 1,797 images are used (all). Not read: 300 .heic &lt;b&gt;." in header
+        assert "images are used" not in self.render(tmp_path, *map(run_of, NOTEBOOKS))
+
+    def test_it_lists_each_threshold_once(self, tmp_path):
+        other = changed(RESULTS, "thresholds.itae", 1.5)
+        page = self.render(tmp_path, *map(run_of, NOTEBOOKS[:2]), run_of(NOTEBOOKS[2], results=other))
+        assert "Thresholds θ (4)" in page
+        for value, labels in (("1.25", "01, 02"), ("1.5", "03"), ("none found", "01, 02, 03")):
+            assert f"<td>{value}</td><td>{labels}</td>" in page
+
     @pytest.mark.parametrize("successful", [0, 1])
     def test_it_names_each_failure_once_with_all_its_notebooks(self, tmp_path, successful):
         failed = [run_of(notebook, "ValueError: <no> (cell [2])", None) for notebook in NOTEBOOKS[successful:]]
