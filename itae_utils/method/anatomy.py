@@ -113,6 +113,7 @@ def _adapt_blocks(blocks: Sequence[nn.Module], attention_name: str, block_class:
         _check_class(f"the attention of block {index}", getattr(block, attention_name), attention_class)
         adapters.append(adapter(block))
         for projection in adapters[-1].projections:
+            _check_not_compiled(f"the projection of block {index}", projection)
             if not isinstance(projection, nn.Linear):
                 raise ItaeError(f"block {index} projects q, k, v with {type(projection).__name__}: merge LoRA weights "
                                 "(merge_and_unload()) or dequantize to a plain Linear first")
@@ -120,12 +121,16 @@ def _adapt_blocks(blocks: Sequence[nn.Module], attention_name: str, block_class:
 
 
 def _check_class(name: str, module: nn.Module, supported: type) -> None:
-    if hasattr(module, "_orig_mod"):
-        raise ItaeError(f"{name} was replaced by torch.compile(…): use the model without it, or load_backbone(name, "
-                        "compile=True)")
+    _check_not_compiled(name, module)
     if not isinstance(module, supported):
         raise ItaeError(f"{name} is of class {type(module).__name__}, which is not supported: use a model with "
                         f"{supported.__name__}")
+
+
+def _check_not_compiled(name: str, module: nn.Module) -> None:
+    if hasattr(module, "_orig_mod"):
+        raise ItaeError(f"{name} was replaced by torch.compile(…): use the model without it, or load_backbone(name, "
+                        "compile=True)")
 
 
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:

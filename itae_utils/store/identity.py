@@ -105,7 +105,7 @@ def _sample(backbone: Backbone, dataset: Dataset) -> str:
         picture = picture_of(dataset[index], index)
         digest.update(repr(picture.size).encode() + picture.tobytes())
         if type(backbone.transform) is not Preprocessing:
-            digest.update(pickle.dumps(backbone.transform(picture)))
+            digest.update(_by_value("what the backbone's transform returns", backbone.transform(picture)).encode())
     return digest.hexdigest()
 
 
@@ -118,11 +118,18 @@ def _by_value(name: str, thing: object) -> str:
     """Return a hash of a function or an object with its fields: of its pickle."""
     digest = hashlib.sha256()
     try:
-        pickle.Pickler(SimpleNamespace(write=digest.update)).dump(thing)
+        _Pickler(SimpleNamespace(write=digest.update)).dump(thing)
     except Exception as error:  # pickle raises errors of many types
         raise _unidentified(f"{name} can't be told from another by its value ({in_one_line(error)})",
                             "use an object or a function of a module") from error
     return digest.hexdigest()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors by their values; torch would write their addresses."""
+
+    def reducer_override(self, thing: object) -> object:
+        return (torch.as_tensor, (thing.numpy(force=True),)) if isinstance(thing, torch.Tensor) else NotImplemented
 
 
 def _unidentified(what: str, remedy: str) -> Unidentified:

@@ -28,8 +28,8 @@ def png(image: Image.Image) -> bytes:
 
 
 class TestPictures:
-    @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I",
-                                      "F", "I;16"])
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV",
+                                      "I", "F", "I;16"])
     def test_images_of_any_mode_become_rgb(self, mode):
         image = (RGB.convert("L") if mode in ("I", "F", "I;16", "LA", "PA", "1") else RGB)
         image = image.convert("LA").convert("PA") if mode == "PA" else (
@@ -80,8 +80,8 @@ class TestPictures:
         (TENSOR.permute(1, 2, 0), r"\(6, 5, 3\)"), (TENSOR[None], r"\(1, 3, 6, 5\)"), (GREY[0], r"\(5,\)"),
         (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"), ((RGB, 1, 2), r"\(Image, int, int\)"), (None, "NoneType"),
         ((), "picture"), (3, "int"), ((b"no image", 0), "item 4"), ((Path("nowhere.png"), 0), "nowhere"),
-        ({"a": RGB, "b": RGB}, "'a': Image, 'b': Image"), ({"image": RGB, "img": RGB}, "'img'"), ({"label": 3}, "'label'"),
-        ({"image": None}, "'image': NoneType"), ({}, "'image'"),
+        ({"a": RGB, "b": RGB}, "'a': Image, 'b': Image"), ({"image": RGB, "img": RGB}, "'img'"),
+        ({"label": 3}, "'label'"), ({"image": None}, "'image': NoneType"), ({}, "'image'"),
         (Image.fromarray(np.array([[-1, 300]], dtype=np.int32)), "mode I")])
     def test_anything_else_is_one_line_that_names_the_item(self, item, named):
         with pytest.raises(ItaeError, match=named) as error:

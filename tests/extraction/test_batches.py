@@ -52,12 +52,12 @@ class TestBatches:
     def test_items_of_another_kind_are_one_line(self, num_workers):
         with pytest.raises(ItaeError, match=r"item 1 .*\(Image, int, int\)"):
             list(image_batches([picture(), (picture(), 1, 2)], to_tensor, num_workers=num_workers))
-        with pytest.raises(ItaeError, match="item 0 .*'cat'"):
+        with pytest.raises(ItaeError, match=r"item 0 .*'cat'"):
             list(image_batches([(picture(), "cat")], to_tensor, num_workers=num_workers))
 
     def test_an_item_whose_file_is_damaged_is_one_line(self, tmp_path):
         truncated_jpeg(tmp_path / "cut.jpg")
-        with pytest.raises(ItaeError, match="item 0 .*truncated"):
+        with pytest.raises(ItaeError, match=r"item 0 .*truncated"):
             list(image_batches([Image.open(tmp_path / "cut.jpg")], to_tensor))
 
     @pytest.mark.parametrize(("name", "value"), [

@@ -1,17 +1,21 @@
 import dataclasses
 import re
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction import features as module
 from itae_utils.extraction.features import extract_features
+from itae_utils.extraction.observation import fit_thresholds, observe
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attenuate
 from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.thresholds import ThresholdFit
-from tests.conftest import as_backbone, setup, threshold_at
+from itae_utils.method.thresholds import ThresholdFit, Thresholds
+from tests.conftest import array_dataset, as_backbone, setup, threshold_at
 
 
 def test_auto_is_resolved_to_numbers_block_by_block():
@@ -90,11 +94,100 @@ def test_more_blocks_than_the_model_has_are_refused():
         extract_features(backbone, dataset, {"deep": ITAE(threshold=1.0, blocks=4)})
 
 
-@pytest.mark.parametrize("variants", [{}, ["baseline"], "baseline", ITAE(threshold=1.0)])
+@pytest.mark.parametrize("variants", [{}, ["baseline"], "baseline", ITAE(threshold=1.0), None])
 def test_variants_without_names_are_refused(variants):
     backbone, dataset, _ = setup()
     with pytest.raises(ItaeError, match=re.escape(f"variants={variants!r}")):
         extract_features(backbone, dataset, variants)
+
+
+@pytest.mark.parametrize(("variants", "named"), [
+    ({1: None}, "1: None"), ({None: ITAE(threshold=1.0)}, "None"), ({"a": 3.0}, "'a': 3.0"), ({"a": {}}, "'a': {}"),
+    ({"a": "baseline"}, "'baseline'"), ({"a": ITAE}, "ITAE"), ({"a": None, "b": [ITAE()]}, "'b'"),
+    ({"a": False}, "False")])
+def test_variants_of_another_kind_are_refused(variants, named):
+    backbone, dataset, _ = setup()
+    with pytest.raises(ItaeError, match=named) as error:
+        extract_features(backbone, dataset, variants)
+    assert "variants" in str(error.value)
+
+
+FITS = fit_thresholds(setup()[0], setup()[1])
+
+
+@pytest.mark.parametrize("thresholds", [
+    3.0, "auto", [1.0], FITS[-1, "key"], {}, {(-1, "key"): 3.0}, {"key": FITS[-1, "key"]},
+    Thresholds({(block, source): np.ones(5) for block in range(24) for source in SOURCES})])
+def test_thresholds_of_another_kind_or_model_are_refused(thresholds):
+    backbone, dataset, _ = setup()
+    with pytest.raises(ItaeError, match="thresholds"):
+        extract_features(backbone, dataset, {"it": ITAE()}, thresholds=thresholds)
+
+
+RUNS = [partial(extract_features, variants={"it": None}), fit_thresholds, observe]
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("batch_size", 2.0), ("batch_size", True), ("batch_size", "2"), ("batch_size", None), ("batch_size", 0),
+    ("num_workers", True), ("num_workers", 1.0), ("num_workers", -1), ("num_workers", None), ("num_workers", "all")])
+@pytest.mark.parametrize("run", RUNS)
+def test_numbers_of_another_kind_are_refused_before_anything_is_stored(run, name, value, tmp_path):
+    with pytest.raises(ItaeError, match=re.escape(f"{name}={value!r}")):
+        run(setup()[0], array_dataset(3), store=tmp_path, **{name: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("sample", 0), ("sample", 2.0), ("sample", True), ("sample", "all"), ("seed", -1), ("seed", None), ("seed", 0.5)])
+@pytest.mark.parametrize("run", RUNS[1:])
+def test_samples_of_another_kind_are_refused(run, name, value):
+    with pytest.raises(ItaeError, match=re.escape(f"{name}={value!r}")):
+        run(setup()[0], array_dataset(3), **{name: value})
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_backbones_and_data_sets_of_another_kind_are_refused(run):
+    backbone, dataset, _ = setup()
+    for given, named in [("demo", "'demo'"), (backbone.model, "VisionTransformer"), (None, "NoneType"),
+                         (dataset, "MadeDataset")]:
+        with pytest.raises(ItaeError, match=f"{named}.*load_backbone"):
+            run(given, dataset)
+    for given, named in [("digits", "load_dataset"), ({"test": dataset}, "'test'"), ([], "empty"),
+                         (backbone, "Backbone")]:
+        with pytest.raises(ItaeError, match=named):
+            run(backbone, given)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_model_under_attenuate_is_refused(run):
+    backbone, dataset, _ = setup()
+    with attenuate(backbone.model, ITAE(threshold=1.0, blocks=2)), pytest.raises(ItaeError, match="attenuate"):
+        run(backbone, dataset)
+    run(backbone, dataset)
+
+
+@pytest.mark.parametrize("itae", [{"threshold": 1.0}, "min", 1.0])
+def test_observe_refuses_other_settings(itae):
+    backbone, dataset, _ = setup()
+    with pytest.raises(ItaeError, match="itae="):
+        observe(backbone, dataset, itae)
+
+
+def test_pictures_in_other_forms_give_the_same_features():
+    backbone, dataset, _ = setup()
+    run = partial(extract_features, backbone, variants={"it": None})
+    expected = run(dataset=dataset)
+    pixels = np.stack([np.asarray(image) for image, _ in dataset])
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    labels = dataset.targets.tolist()
+    for other in [list(dataset), [image for image, _ in dataset], list(zip(pixels, labels, strict=True)), pixels,
+                  tensor, tensor / 255, TensorDataset(tensor, torch.tensor(labels)), Subset(dataset, range(5)),
+                  [{"img": image, "fine_label": label} for image, label in dataset],
+                  [(image, "cat") for image, _ in dataset], [(image, None) for image, _ in dataset]]:
+        found = run(dataset=other)
+        assert np.array_equal(found["it"], expected["it"])
+        assert found.targets is None or found.targets.dtype.kind == "U" or found.targets.tolist() == labels
+    assert run(dataset=list(dataset)).targets.tolist() == labels
 
 
 def test_settings_are_recorded():

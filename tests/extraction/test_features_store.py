@@ -110,9 +110,10 @@ def test_a_stopped_run_resumes_after_its_last_whole_shard(backbone, dataset, tmp
             raise KeyboardInterrupt
         return call(self, images, first)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job.OnePass, "__call__", stopping)
+    monkeypatch.setattr(job.OnePass, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
         extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
+    monkeypatch.setattr(job.OnePass, "__call__", call)
     batches.clear()
     features = extract_features(backbone, dataset, grid(3), batch_size=BATCH, store=tmp_path)
     assert sum(batches) == 11 - 4

@@ -1,10 +1,17 @@
+import re
+
+import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
+from PIL import Image
 from torch import nn
 
 from itae_utils.errors import ItaeError
 from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid, tokens_entering
+from itae_utils.method.artifacts import qkv_norms, token_norms
+from itae_utils.method.attention import attention_map
 from tests import reference
 from tests.conftest import STRUCTURES, as_backbone, images, tiny_vit
 
@@ -27,9 +34,58 @@ def test_unsupported_models_are_named(name, named):
         adapt(model)
 
 
-def test_a_backbone_in_place_of_its_model_is_refused():
-    with pytest.raises(ItaeError, match=r"Backbone .*\.model"):
-        adapt(as_backbone(tiny_vit()))
+class Wrapper(nn.Module):
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+@pytest.mark.parametrize(("wrap", "places"), [
+    (as_backbone, [".model"]), (nn.DataParallel, [".module"]), (nn.Sequential, ["[0]"]),
+    (lambda vit: nn.Sequential(nn.Identity(), nn.DataParallel(vit)), ["[1].module"]),
+    (lambda vit: Wrapper(net=vit), [".net"]),
+    (lambda vit: Wrapper(head=nn.Linear(2, 2), net=Wrapper(vit=vit)), [".net.vit"]),
+    (lambda vit: Wrapper(student=vit, teacher=Wrapper(backbone=tiny_vit())), [".student", ".teacher.backbone"]),
+    (lambda vit: nn.ModuleDict({"image": vit}), [".image"]),
+    (lambda vit: torch.compile(vit, backend="eager"), ["._orig_mod"]),
+    (lambda vit: torch.compile(nn.DataParallel(vit), backend="eager"), ["._orig_mod.module"]),
+    (torch.optim.swa_utils.AveragedModel, [".module"])])
+def test_a_wrapper_is_refused_and_the_places_of_its_models_are_named(wrap, places):
+    model = wrap(tiny_vit())
+    with pytest.raises(ItaeError) as error:
+        adapt(model)
+    assert type(model).__name__ in str(error.value)
+    assert str(error.value).endswith(f": pass its {' or '.join(places)}")
+    for place in places:
+        assert adapt(eval(f"model{place}")).blocks
+
+
+def test_a_wrapped_model_that_can_t_be_used_says_why():
+    model = tiny_vit()
+    model.blocks[0].attn.qkv = Wrapper(base_layer=model.blocks[0].attn.qkv)
+    with pytest.raises(ItaeError, match=r"block 0 .*Wrapper.*merge_and_unload"):
+        adapt(Wrapper(base_model=Wrapper(model=model)))
+
+
+@pytest.mark.parametrize("model", ["demo", None, tiny_vit, torch.zeros(3), nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ItaeError, match=type(model).__name__):
+        adapt(model)
+
+
+def test_a_model_of_another_package_is_named_with_it():
+    with pytest.raises(ItaeError, match=r"torchvision.*VisionTransformer is not supported"):
+        adapt(torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 32))
+
+
+def test_a_block_or_attention_replaced_by_compiled_code_is_refused():
+    for index, part in enumerate(["", ".attn", ".attn.qkv"]):
+        model = tiny_vit()
+        name = f"blocks.{index}{part}"
+        model.set_submodule(name, torch.compile(model.get_submodule(name), backend="eager"))
+        with pytest.raises(ItaeError, match=rf"block {index} .*torch\.compile"):
+            adapt(model)
 
 
 def test_unsupported_attention_and_projection_classes_are_named():
@@ -45,8 +101,9 @@ def test_unsupported_attention_and_projection_classes_are_named():
 def test_block_index():
     model = tiny_vit()
     assert [block_index(model, block) for block in (-3, -1, 0, 2)] == [0, 2, 0, 2]
-    for block in (3, -4):
-        with pytest.raises(ItaeError, match=f"block {block}"):
+    assert block_index(model, np.int64(-1)) == 2
+    for block in (3, -4, None, 1.0, True, "last", [1], float("nan")):
+        with pytest.raises(ItaeError, match=re.escape(f"block {block!r}: ")):
             block_index(model, block)
 
 
@@ -55,8 +112,26 @@ def test_patch_grid_and_its_errors():
     for height, nearest in [(30, "24 or 32"), (5, "8 or 16"), (0, "8 or 16")]:
         with pytest.raises(ItaeError, match=f"size {height} .*{nearest}"):
             patch_grid(tiny_vit(), torch.zeros(1, 3, height, 32))
-    with pytest.raises(ItaeError, match=r"\(3, 32, 32\)"):
-        patch_grid(tiny_vit(), images(1)[0])
+    assert patch_grid(tiny_vit(in_chans=1), torch.zeros(1, 1, 8, 8)) == (1, 1)
+    assert patch_grid(tiny_vit().half(), images(1).half()) == (4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert patch_grid(tiny_vit(), images(1).bfloat16()) == (4, 4)
+
+
+PIXELS = images(2)
+
+
+@pytest.mark.parametrize(("given", "named"), [
+    (PIXELS[0], r"\(3, 32, 32\)"), (PIXELS.permute(0, 2, 3, 1), r"\(2, 32, 32, 3\).*channels first"),
+    (PIXELS[:, :1], r"\(2, 1, 32, 32\)"), (PIXELS[:, [0, 1, 2, 2]], r"\(2, 4, 32, 32\)"), (PIXELS.byte(), "uint8"),
+    (PIXELS.double(), "float64"), (PIXELS.half(), "float16"), (PIXELS.to("meta"), "meta"), (PIXELS.numpy(), "ndarray"),
+    (list(PIXELS), "list"), (Image.new("RGB", (32, 32)), "Image"), ({"pixel_values": PIXELS}, "dict"),
+    (None, "NoneType"), ("dog.jpg", "str"), ((PIXELS, 0), "tuple")])
+@pytest.mark.parametrize("measure", [token_norms, qkv_norms, attention_map])
+def test_images_of_another_kind_are_one_line(measure, given, named):
+    with pytest.raises(ItaeError, match=named) as error:
+        measure(tiny_vit(), given)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

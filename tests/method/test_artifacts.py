@@ -123,3 +123,14 @@ def test_precision_and_recall():
     assert all(math.isnan(value) for value in precision_recall(found & False, truth & False))
     with pytest.raises(ItaeError, match=r"\(1, 3\)"):
         precision_recall(found, truth[:, :3])
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.tensor, list, lambda mask: np.asarray(mask, dtype=int)])
+def test_precision_and_recall_of_masks_in_other_forms(form):
+    assert precision_recall(form([True, True, False]), form([True, False, False])) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("other", [[0.5, 1.0], np.array([2, 0]), torch.tensor([0.0, 1.0]), ["a"], None, {"a": [True]}])
+def test_precision_and_recall_of_other_values_are_refused(other):
+    with pytest.raises(ItaeError, match="truth"):
+        precision_recall(np.array([True, False]), other)

@@ -1,6 +1,11 @@
+import copy
 import dataclasses
 import gc
+import io
+import json
 import math
+import pickle
+import re
 import weakref
 
 import numpy as np
@@ -163,6 +168,108 @@ def test_contexts_may_close_in_any_order():
     assert hook_count(model) == 0
 
 
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [
+    copy.deepcopy, pickled, lambda model: pickle.loads(pickle.dumps(model)),
+    lambda model: torch.optim.swa_utils.AveragedModel(model).module])
+@pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb", "eva02_split"])
+def test_a_copy_made_inside_a_context_runs_without_the_method(structure, copied):
+    model, batch = tiny_vit(structure), images(2)
+    plain, attenuated = model(batch), ITAE("key", 1e9, blocks=2)
+    edited = output(model, batch, attenuated)
+    with attenuate(model, attenuated):
+        twin = copied(model)
+        assert torch.equal(twin(batch), plain)
+        with attenuate(twin, attenuated):
+            assert torch.equal(twin.forward_features(batch), edited)
+        assert torch.equal(model.forward_features(batch), edited)
+    assert torch.equal(twin(batch), plain)
+    assert torch.equal(output(twin, batch, attenuated), edited)
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def blocks_in_place(model):
+    for block in model.blocks:
+        block.compile(backend="eager")
+    return model
+
+
+def parts_in_place(model):
+    model.blocks.compile(backend="eager")
+    model.blocks[1].attn.compile(backend="eager")
+    model.blocks[2].mlp.compile(backend="eager")
+    return model
+
+
+def methods_replaced(model):
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager")
+    return model
+
+
+def outside(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.fixture
+def _no_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
+@pytest.mark.parametrize(("compiled", "compile_first", "run_first"), [
+    (in_place, True, True), (blocks_in_place, True, True), (parts_in_place, True, True), (methods_replaced, True, True),
+    (outside, True, True), (outside, True, False), (in_place, False, True), (blocks_in_place, False, False)])
+def test_compiled_models_are_attenuated_too(compiled, compile_first, run_first):
+    model, batch = tiny_vit("registers"), images(2)
+    plain, setting = model(batch), ITAE("key", 1e9, blocks=2)
+    with attenuate(model, setting):
+        edited = model(batch)
+    run = compiled(model) if compile_first else model
+    if run_first:
+        run(batch)
+    with attenuate(model, setting):
+        run = run if compile_first else compiled(model)
+        assert (run(batch) - edited).abs().max() < 1e-4
+    assert (run(batch) - plain).abs().max() < 1e-4
+    assert (edited - plain).abs().max() > 1e-2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # compiled code is in use again
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
+@pytest.mark.parametrize("compiled", [in_place, blocks_in_place, parts_in_place])
+def test_measurements_of_models_compiled_in_place(compiled):
+    model, plain, batch = compiled(tiny_vit("registers")), tiny_vit("registers"), images(2)
+    model(batch)
+    for measure in (token_norms, attention_map, lambda *inputs: qkv_norms(*inputs)["key"]):
+        assert (measure(model, batch) - measure(plain, batch)).abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
+def test_contexts_of_compiled_models_may_close_in_any_order():
+    model, batch = in_place(tiny_vit()), images(2)
+    plain, edited = model(batch), output(tiny_vit(), batch, ITAE("key", 1e9))
+    first, second = (attenuate(model, ITAE("key", 1e9)) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (model.forward_features(batch) - edited).abs().max() < 1e-4
+    assert (model(batch) - edited[:, 0]).abs().max() < 1e-4
+    second.__exit__(None, None, None)
+    assert (model(batch) - plain).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("structure", ["registers", "dinov3_qkvb", "eva02_split"])
 def test_images_without_artifacts_keep_the_model_s_result_to_the_bit(structure):
     model, batch = tiny_vit(structure), images(4)
@@ -277,13 +384,30 @@ def test_bad_settings_are_refused_in_one_line(name, value, select):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("source", "KEY"), ("source", ["key"]), ("source", None), ("rows", True), ("alpha", True), ("alpha", None),
+    ("threshold", "Auto"), ("threshold", [True]), ("threshold", {"key": 1.0}), ("blocks", True), ("blocks", "1"),
+    ("blocks", np.float64(1)), ("seed", 0.0), ("seed", True), ("select", 1), ("attenuation", "Min")])
+def test_values_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(ItaeError, match=name):
+        ITAE(**{name: value})
+
+
+def test_numbers_of_numpy_are_stored_as_python_s():
+    setting = ITAE("key", 1.0, "scale", alpha=np.float32(0.5), blocks=np.int64(2), seed=np.uint8(3))
+    assert json.loads(json.dumps(dataclasses.asdict(setting)))["seed"] == 3
+    assert setting == ITAE("key", 1.0, "scale", alpha=0.5, blocks=2, seed=3)
+
+
 def test_numpy_numbers_and_lists_are_thresholds():
     assert ITAE(threshold=np.float32(2)).thresholds == (2.0,)
     assert ITAE(threshold=[1, None], blocks=2).thresholds == (1, None)
 
 
 @pytest.mark.parametrize(("itae", "truth", "named"), [
-    (None, None, "itae=None"),
+    (None, None, "itae=None"), ({"threshold": 1.0}, None, "itae={'threshold'"), ("itae", None, "itae='itae'"),
+    (ITAE, None, "ITAE"), (ITAE(select="oracle"), np.ones((1, 16), bool), "truth="),
+    (ITAE(select="oracle"), torch.ones(1, 16), "truth="),
     (ITAE(), None, "fit_thresholds"),
     (ITAE(threshold=1.0, blocks=4), None, r"blocks=4 .* 3"),
     (ITAE(select="oracle"), None, "truth="),
@@ -299,8 +423,15 @@ def test_settings_that_do_not_fit_the_model_are_refused(itae, truth, named):
 def test_bad_arguments_of_measurements():
     with pytest.raises(ItaeError, match="block 3"):
         attention_map(tiny_vit(), images(1), 3)
-    with pytest.raises(ItaeError, match="heads='all'"):
-        attention_map(tiny_vit(), images(1), heads="all")
+    for heads in ("all", "max", "", None, True, 0, ["mean"]):
+        with pytest.raises(ItaeError, match=re.escape(f"heads={heads!r}")):
+            attention_map(tiny_vit(), images(1), heads=heads)
+    with pytest.raises(ItaeError, match="itae='min'"):
+        attention_map(tiny_vit(), images(1), itae="min")
+    for first in (-1, 1.5, True, None):
+        with pytest.raises(ItaeError, match=f"first_image={first}"), attenuate(tiny_vit(), ITAE(threshold=1.0),
+                                                                              first_image=first):
+            pass
     for measure in (token_norms, qkv_norms, attention_map):
         with pytest.raises(ItaeError, match="size 30"):
             measure(tiny_vit(), images(1, 32, 30))

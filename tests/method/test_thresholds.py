@@ -120,6 +120,12 @@ def test_values_that_are_not_norms_are_refused(value):
         fit_threshold(np.array([1.0, value] * 2000))
 
 
+@pytest.mark.parametrize("norms", [{"key": np.ones(9)}, "key", [np.ones(2), np.ones(3)], [None, "a"], object()])
+def test_what_is_no_array_of_numbers_is_refused(norms):
+    with pytest.raises(ItaeError, match=type(norms).__name__):
+        fit_threshold(norms)
+
+
 def test_quantile():
     fit = fit_threshold(np.arange(1, 10_001, dtype=float))
     assert fit.quantile(0.25) == pytest.approx(2500.75)

@@ -46,6 +46,28 @@ class TestPlace:
         assert open_store("~/x").place == str(tmp_path / "home" / "x")
         assert open_store(Store("memory://b")) == Store("memory://b")
 
+    def test_a_url_of_a_local_file_is_a_folder(self, tmp_path):
+        for place in (f"file://{tmp_path}/new/store", f"{tmp_path}/new/store/", Path(tmp_path, "new", ".", "store")):
+            assert open_store(place) == Store(str(tmp_path / "new" / "store"))
+        open_store(f"file://{tmp_path}/new/store").make_group("g", {})
+        assert (tmp_path / "new" / "store" / "g").is_dir()
+
+    def test_a_slash_at_the_end_of_a_url_does_not_matter(self):
+        assert open_store("memory://a/b/") == open_store("memory://a/b")
+
+    @pytest.mark.parametrize("place", ["", " ", 3, True, False, [], {"store": 1}, b"x", "~nobody-here/x", "a\0b"])
+    def test_what_is_no_place_is_one_line(self, place):
+        with pytest.raises(ItaeError, match="store") as caught:
+            open_store(place)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["file", "file/below", "file://{}/file"])
+    def test_a_file_in_its_place_is_one_line(self, name, tmp_path):
+        (tmp_path / "file").write_text("")
+        store = open_store(name.format(tmp_path) if "{" in name else tmp_path / name)
+        with pytest.raises(ItaeError, match="file"):
+            store.make_group("g", {})
+
     @pytest.mark.parametrize("url", ["nonsense://x", "abfs://x"])
     @pytest.mark.parametrize("call", [
         lambda store: store.make_array("a", KIND), lambda store: store.make_group("g", {}),
