@@ -8,6 +8,7 @@ weight keeps its random initial value. What was decided is described in words.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -167,7 +168,8 @@ def _loaded(name: str, path: Path, weights: dict[str, Tensor], **options: object
     """Return timm's model with the weights; on the meta device, only names and shapes are compared."""
     overlay = {"state_dict": weights, "num_classes": 0, "classifier": None}  # a classifier makes timm ignore gaps
     try:
-        return timm.create_model(timm_name_of(name), pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        with contextlib.redirect_stdout(None):  # timm prints a line for each bias that DINOv3 leaves out
+            return timm.create_model(timm_name_of(name), pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except (RuntimeError, KeyError, AttributeError, ValueError) as error:
         raise refused(path, f"does not fit {name}", tensors_named(error)) from error
 
@@ -306,9 +308,11 @@ def _architecture(weights: dict[str, Tensor]) -> str | None:
     if not blocks or patch_embed is None or patch_embed.ndim != 4:
         return None
     registers = next((weights[name] for name in REGISTERS if name in weights), None)
-    channels = "" if patch_embed.shape[1] == 3 else f", {patch_embed.shape[1]} colour channels"
-    return _words(patch_embed.shape[0], max(blocks) + 1, patch_embed.shape[-1],
-                  0 if registers is None else registers.shape[1]) + channels
+    unusual = {", no [CLS] token": "cls_token" not in weights, ", a distillation token": "dist_token" in weights,
+               f", {patch_embed.shape[1]} colour channel": patch_embed.shape[1] != 3}
+    registers = 0 if registers is None else registers.shape[1]
+    return (_words(patch_embed.shape[0], max(blocks) + 1, patch_embed.shape[-1], registers)
+            + "".join(each for each, there in unusual.items() if there))
 
 
 def _words(width: int, blocks: int, patch: int, registers: int) -> str:
@@ -330,7 +334,7 @@ def _check_architecture(name: str, path: Path, weights: dict[str, Tensor], model
 
 def _native_size(path: Path, weights: dict[str, Tensor], model: nn.Module) -> dict[str, int]:
     """Return timm's option `img_size` for the weights' position embedding, so that timm does not resize it."""
-    if "pos_embed" not in weights or "cls_token" not in weights or model.pos_embed is None:
+    if "pos_embed" not in weights or model.pos_embed is None:
         return {}
     num_prefix = 1 if "mask_token" in weights else 0 if model.no_embed_class else model.num_prefix_tokens
     patches = weights["pos_embed"].shape[1] - num_prefix

@@ -162,8 +162,9 @@ def read_file(path: Path) -> dict:
     except OSError as error:
         raise refused(path, "can't be read", error.strerror or in_one_line(error)) from error
     except Exception as error:  # safetensors, zipfile and pickle have no common exception class
-        raise refused(path, "is cut off, damaged or no file of weights",
-                         f"{AGAIN}, or save a model's state_dict() in it ({type(error).__name__})") from error
+        kind = "a plain pickle" if head.startswith(b"\x80") else "no file of weights"
+        raise refused(path, f"is cut off, damaged or {kind}",
+                      f"{AGAIN}, or write it by torch.save(model.state_dict(), FILE) ({type(error).__name__})") from error
     if not isinstance(content, dict) or not content:
         raise refused(path, "holds no state dict", "save a model's state_dict()")
     return content

@@ -101,6 +101,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
     ({"depth": 3}, "width 24, 3 blocks, patch 14, 0 registers"),
     ({"patch_size": 7}, "width 24, 2 blocks, patch 7, 0 registers"),
     ({"name": REGISTERS}, "width 24, 2 blocks, patch 14, 4 registers"),
+    ({"in_chans": 1}, "0 registers, 1 colour channel"),
+    ({"class_token": False, "global_pool": "avg"}, r"0 registers, no \[CLS\] token"),
 ])
 def test_another_architecture_is_described(options, words, tmp_path):
     refused(saved(tmp_path, tiny(**options).state_dict()), f"{words}.* width 24, 2 blocks, patch 14, 0 registers")
@@ -242,6 +244,11 @@ def test_the_vit_is_found_in_what_training_saves(content, said, tmp_path):
     assert words.startswith("local file weights.pth")
     assert all(word in words for word in said)
     assert ("(" in words) == bool(said)
+
+
+def test_a_distilled_model_is_another_architecture(tmp_path):
+    weights = WEIGHTS | {"dist_token": torch.zeros(1, 1, 24), "pos_embed": torch.zeros(1, 18, 24)}
+    refused(saved(tmp_path, weights), "0 registers, a distillation token, and .* 0 registers:")
 
 
 def test_ambiguous_checkpoints_are_refused_by_naming_the_models(tmp_path):
@@ -411,7 +418,8 @@ def cut(save, count):
     (lambda path: path.write_bytes(b"\x89HDF\r\n"), "pth", "TensorFlow"),
     (lambda path: np.savez(path, a=np.zeros(3)), "npz", "Flax"),
     (lambda path: path.write_bytes(b"GGUF\3"), "bin", "GGUF"),
-    (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "pth", "cut off, damaged or no file of weights"),
+    (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "pth", "plain pickle"),
+    (lambda path: path.write_bytes(b"\xff\xfe\x00" * 99), "bin", "no file of weights"),
     (lambda path: torch.save([torch.zeros(3)], path), "pth", "no state dict"),
     (lambda path: torch.save(torch.optim.Adam([torch.zeros(3)]).state_dict(), path), "pth", "optimizer"),
     (lambda path: torch.save({"optimizer": {"state": {0: {"step": torch.zeros(1)}}}}, path), "pth", "optimizer"),
