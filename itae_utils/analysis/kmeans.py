@@ -84,7 +84,7 @@ def cluster_seeds(
     max_memory: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run `cluster` for every seed (a number means that many, from 0): labels (seeds, n) and inertias (seeds,)."""
-    features, seeds = _matrix(features), seed_list(seeds)
+    features, seeds = as_matrix(features), seed_list(seeds)
     if algorithm not in ALGORITHMS:
         raise ItaeError(f"algorithm={algorithm!r} is not known: use {', '.join(ALGORITHMS)}")
     _check_counts(k, n_init, len(features))
@@ -288,7 +288,8 @@ def _all_rows(blocks: Iterable[tuple[int, np.ndarray]], count: int) -> Iterator[
                         "lambda: features.parts(name) does")
 
 
-def _matrix(features: np.ndarray) -> np.ndarray:
+def as_matrix(features: np.ndarray) -> np.ndarray:
+    """Return features as a matrix; raise an `ItaeError` that says what to give if they are none."""
     if isinstance(features, Mapping):
         raise ItaeError(f"features of {len(features)} variants were given: choose one, such as "
                         f"features[{next(iter(features), 'baseline')!r}]")

@@ -10,20 +10,22 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from itae_utils.analysis.kmeans import cluster_seeds, seed_list
+from itae_utils.analysis.kmeans import as_matrix, cluster_seeds, seed_list
 from itae_utils.errors import ItaeError
 
 METRICS = ("acc", "nmi", "ari")
+TINY = 1e-12  # entropies below this are rounding errors of 0
 
 
 def evaluate_clustering(
     features: np.ndarray, targets: np.ndarray, *, k: int | None = None, seeds: int | Sequence[int] = 10,
-    n_init: int = 10, normalize: bool = True, max_memory: int | None = None,
+    n_init: int = 10, normalize: bool = True, algorithm: str = "exact", device: str = "auto",
+    max_memory: int | None = None,
 ) -> pd.DataFrame:
     """Run k-means on features (n, dim) and score it against the classes `targets` (n,).
 
-    `features`, `n_init`, `normalize` and `max_memory` are as for `cluster`. k is by default the number of classes. Each
-    of `seeds` is one run of k-means; a number means that many, from 0.
+    k is by default the number of classes. Each of `seeds` is one run of k-means; a number means that many, from 0. The
+    other arguments are as for `cluster`.
 
     Returns:
         One row per seed; columns seed, acc, nmi, ari, inertia.
@@ -33,11 +35,13 @@ def evaluate_clustering(
     """
     if targets is None:
         raise ItaeError("targets=None: ACC, NMI and ARI need labels; without labels use agreement() between seeds")
+    features = as_matrix(features)
     if len(targets) != len(features):
         raise ItaeError(f"{len(targets):,} targets for {len(features):,} rows of features: give one target per row")
     k = len(np.unique(targets)) if k is None else k
     seeds = seed_list(seeds)
-    runs = cluster_seeds(features, k, seeds=seeds, n_init=n_init, normalize=normalize, max_memory=max_memory)
+    runs = cluster_seeds(features, k, seeds=seeds, n_init=n_init, normalize=normalize, algorithm=algorithm,
+                         device=device, max_memory=max_memory)
     return pd.DataFrame([{"seed": seed, **score(targets, labels), "inertia": inertia}
                          for seed, labels, inertia in zip(seeds, *runs, strict=True)])
 
@@ -115,23 +119,18 @@ def paired_bootstrap(
     """
     if draws < 1:
         raise ItaeError(f"draws={draws} is too few: use 1,000 or so")
-    classes, class_codes = np.unique(targets, return_inverse=True)
     sides = [np.atleast_2d(labels_a), np.atleast_2d(labels_b)]
     for labels in sides:
-        if labels.shape[-1] != len(class_codes):
-            raise ItaeError(f"labels of shape {labels.shape} don't match {len(class_codes):,} targets: give (seeds, n)")
-    codes = [np.unique(labels_of_seed, return_inverse=True)[1] for labels in sides for labels_of_seed in labels]
-    shape = (len(codes), len(classes), 1 + max(code.max() for code in codes))
-    # one number per (run, class, cluster), so that a single bincount counts the tables of all runs
-    places = np.stack([(run * shape[1] + class_codes) * shape[2] + code for run, code in enumerate(codes)])
+        if labels.shape[-1] != len(targets):
+            raise ItaeError(f"labels of shape {labels.shape} don't match {len(targets):,} targets: give (seeds, n)")
+    tables = _Tables(targets, [run for labels in sides for run in labels])
 
     def difference(images: np.ndarray) -> np.ndarray:
-        tables = np.bincount(places[:, images].ravel(), minlength=np.prod(shape)).reshape(shape)
-        scores = _scores_of_tables(tables)
+        scores = tables.scores(np.bincount(images, minlength=len(targets)))
         return scores[len(sides[0]) :].mean(axis=0) - scores[: len(sides[0])].mean(axis=0)
 
     rng = np.random.default_rng(seed)
-    total = len(class_codes)
+    total = len(targets)
     resampled = np.stack([difference(rng.integers(total, size=total)) for _ in range(draws)])
     low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
     observed = difference(np.arange(total))
@@ -144,31 +143,56 @@ def describe_difference(row: Mapping[str, float] | pd.Series) -> str:
     return f"{words}: no clear difference (the interval contains 0)" if row["low"] <= 0 <= row["high"] else words
 
 
-def _scores_of_tables(tables: np.ndarray) -> np.ndarray:
-    """Return ACC, NMI and ARI (T, 3) of contingency tables (T, classes, clusters) of equal totals.
+class _Tables:
+    """The contingency tables of several runs of k-means, for fast scores of resampled images.
 
-    scikit-learn computes the same numbers for one table per call, a hundred times slower.
+    scikit-learn computes the same scores a hundred times slower: for one table per call, with its empty cells.
+
+    Args:
+        targets: classes (n,).
+        runs: cluster labels (n,) of each run.
     """
-    total = tables[0].sum()
-    rows, columns = tables.sum(axis=2), tables.sum(axis=1)
-    accuracies = np.array([table[_match(table)].sum() for table in tables]) / total
 
-    def entropy(counts: np.ndarray) -> np.ndarray:
-        shares = counts.reshape(len(tables), -1) / total
-        return -np.sum(shares * np.log(shares, out=np.zeros_like(shares), where=shares > 0), axis=1)
+    def __init__(self, targets: np.ndarray, runs: Sequence[np.ndarray]) -> None:
+        self.runs = len(runs)
+        self.classes = np.unique(targets, return_inverse=True)[1]
+        clusters = np.stack([np.unique(labels, return_inverse=True)[1] for labels in runs])
+        shape = self.runs, 1 + self.classes.max(), 1 + clusters.max()
+        places = np.ravel_multi_index((np.arange(self.runs)[:, None], self.classes, clusters), shape)
+        self.images = places.argsort(axis=1, kind="stable").ravel()  # sorted by cell
+        self.cells, self.first_images = np.unique(np.sort(places, axis=1), return_index=True)
+        run, _, cluster = np.unravel_index(self.cells, shape)
+        self.first_cells = np.searchsorted(run, np.arange(self.runs))
+        self.columns = run * shape[2] + cluster
+        counts = np.arange(len(targets) + 1)
+        self.logs, self.pairs = counts * np.log(np.maximum(counts, 1)), counts * (counts - 1) / 2
+        self.costs = np.zeros(shape)
 
-    def pairs(counts: np.ndarray) -> np.ndarray:
-        counts = counts.reshape(len(tables), -1).astype(float)
-        return np.sum(counts * (counts - 1) / 2, axis=1)
+    def scores(self, weights: np.ndarray) -> np.ndarray:
+        """Return ACC, NMI and ARI of all runs (runs, 3), if each image counts as often as `weights` (n,) says."""
+        total = weights.sum()
+        cells = np.add.reduceat(weights[self.images], self.first_images)
+        rows = np.bincount(self.classes, weights).astype(int)
+        columns = np.bincount(self.columns, cells, self.runs * self.costs.shape[2]).astype(int).reshape(self.runs, -1)
 
-    # NMI and ARI are 0 / 0, and 1 by convention, if both partitions are trivial in the same way
-    mean_entropy = (entropy(rows) + entropy(columns)) / 2
-    information = np.maximum(entropy(rows) + entropy(columns) - entropy(tables), 0)
-    nmi = np.divide(information, mean_entropy, out=np.ones_like(mean_entropy), where=mean_entropy > 0)
-    expected = pairs(rows) * pairs(columns) / max(total * (total - 1) / 2, 1)
-    reach = (pairs(rows) + pairs(columns)) / 2 - expected
-    ari = np.divide(pairs(tables) - expected, reach, out=np.ones_like(reach), where=reach != 0)
-    return np.stack([accuracies, nmi, ari], axis=1)
+        def sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """Return the sums of `values` of all counts in tables, rows and columns of each run."""
+            return np.add.reduceat(values[cells], self.first_cells), values[rows].sum(), values[columns].sum(axis=1)
+
+        # NMI and ARI are 0 / 0, and 1 by convention, if both partitions are trivial in the same way
+        joint, of_rows, of_columns = (np.maximum(np.log(total) - each / total, 0) for each in sums(self.logs))
+        mean = (of_rows + of_columns) / 2
+        nmi = np.divide(np.maximum(2 * mean - joint, 0), mean, out=np.ones(self.runs), where=mean > TINY)
+        joint, of_rows, of_columns = sums(self.pairs)
+        expected = of_rows * of_columns / max(total * (total - 1) / 2, 1)
+        reach = (of_rows + of_columns) / 2 - expected
+        ari = np.divide(joint - expected, reach, out=np.ones(self.runs), where=reach != 0)
+        return np.stack([self._matched(cells) / total, nmi, ari], axis=1)
+
+    def _matched(self, cells: np.ndarray) -> np.ndarray:
+        """Return how many images the best match has in each run, given the counts of all cells with images."""
+        self.costs.flat[self.cells] = -cells  # the other cells stay empty
+        return np.array([-cost[linear_sum_assignment(cost)].sum() for cost in self.costs])
 
 
 def _contingency(targets: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

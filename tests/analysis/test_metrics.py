@@ -89,7 +89,8 @@ class TestEvaluate:
     @pytest.mark.parametrize(("change", "named"), [
         ({"targets": None}, "targets=None"), ({"targets": np.zeros(59)}, "59 targets .* 60 rows"),
         ({"seeds": 0}, "seeds=0"), ({"seeds": -1}, "seeds=-1"), ({"seeds": []}, r"seeds=\[\]"),
-        ({"max_memory": 60 * 5 * 4 - 1}, "max_memory"),
+        ({"max_memory": 60 * 5 * 4 - 1}, "max_memory"), ({"algorithm": "fast"}, "'fast'"),
+        ({"features": {"baseline": 1, "itae": 2}}, r"2 variants .*features\['baseline'\]"),
     ])
     def test_bad_input(self, change, named):
         features, targets = blobs()
@@ -190,11 +191,10 @@ class TestBootstrap:
     @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (3, 1), (60, 60), (60, 1)])
     def test_trivial_partitions_score_as_sklearn_has_them(self, rows, columns):
         targets, labels = np.arange(60) % rows, np.arange(60) % columns
-        table = np.zeros((1, rows, columns), dtype=int)
-        np.add.at(table[0], (targets, labels), 1)
         expected = [accuracy_by_trying_all(targets, labels) if max(rows, columns) < 5 else accuracy(targets, labels),
                     normalized_mutual_info_score(targets, labels), adjusted_rand_score(targets, labels)]
-        np.testing.assert_allclose(metrics._scores_of_tables(table)[0], expected, atol=1e-12)
+        found = metrics._Tables(targets, [labels]).scores(np.ones(60, dtype=int))[0]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
     @pytest.mark.parametrize(("dropped", "draws", "named"), [(1, 20, r"\(3, 119\) .* 120 targets"), (0, 0, "draws=0")])
     def test_bad_input(self, dropped, draws, named):
