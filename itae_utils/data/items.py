@@ -96,6 +96,22 @@ def targets_of(dataset: Dataset) -> np.ndarray | None:
     return labels if is_per_item else None
 
 
+def read_item(dataset: Dataset, index: int) -> tuple[Image.Image, object]:
+    """Return the RGB picture of an item of a data set, and the item itself.
+
+    Raises:
+        ItaeError: as `picture_of`; or the item can't be read.
+    """
+    try:
+        item = dataset[index]
+        picture = picture_of(item, index)
+        picture.load()  # Pillow reads the pixels of an open file when they are needed
+    except (OSError, LookupError) as error:
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
+        raise ItaeError(f"item {index} of the data set can't be read ({reason}): repair it, or leave it out") from error
+    return picture, item
+
+
 def picture_of(item: object, index: int) -> Image.Image:
     """Return the RGB picture of item `index` of a data set.
 
@@ -122,9 +138,6 @@ def picture_of(item: object, index: int) -> Image.Image:
             return to_rgb(Image.fromarray(_levels(picture)))
     except ItaeError as error:
         raise ItaeError(f"item {index} of the data set: {error}") from error
-    except OSError as error:
-        raise ItaeError(f"item {index} of the data set can't be read ({in_one_line(error)}): repair or leave it out"
-                        ) from error
     if isinstance(item, Mapping):
         kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in item.items())
         raise ItaeError(f"item {index} of the data set is {{{kinds}}}: give its picture the name 'image'")

@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from itae_utils.data.items import as_dataset, label_of, picture_of
+from itae_utils.data.items import as_dataset, label_of, read_item
 from itae_utils.errors import ItaeError
-from itae_utils.files import in_one_line
 from itae_utils.machine import available_cores, available_memory
 from itae_utils.method.attention import is_attenuated
 from itae_utils.method.setting import whole_number
@@ -311,13 +310,10 @@ class _Prepared:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | ItaeError:
         try:
-            item = self.dataset[index]
-            return self.transform(picture_of(item, index)), self.label(item, index)
+            picture, item = read_item(self.dataset, index)
+            return self.transform(picture), self.label(item, index)
         except ItaeError as error:
             return error
-        except OSError as error:  # Pillow reads the pixels of an open file when they are needed
-            return ItaeError(f"item {index} of the data set can't be read ({in_one_line(error)}): repair its file, or "
-                             "leave it out")
 
 
 def _no_label(_item: object, _index: int) -> int:

@@ -89,6 +89,8 @@ def connect(where: Client | str) -> Iterator[Client]:
     if isinstance(where, Client):
         yield where
         return
+    if not isinstance(where, str):
+        raise ItaeError(f"client={where!r} is not a Dask cluster: pass a Client, an address or local:N")
     if where.startswith("local:"):
         with local_cluster(where) as cluster, Client(cluster) as client:
             yield client

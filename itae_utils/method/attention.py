@@ -75,7 +75,8 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
     In each edited block, the attention output of the `[CLS]` query (with rows="all", of every query) is recomputed with
     the edited logits and replaced before the output projection. The model's own
     attention stays fused, and its weights and code are not changed. Images without artifacts keep the model's result
-    to the bit. Gradients are recorded as usual. Contexts can be nested: only the innermost acts.
+    to the bit. Gradients are recorded as usual. Contexts can be nested: only the innermost acts. While a context is
+    open, torch.compile's code is not used. Copies that are made of the model run without the method.
 
     Args:
         model: a timm VisionTransformer or Eva (EVA, DINOv3) with a `[CLS]` token, or a transformers Dinov2Model or

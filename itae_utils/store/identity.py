@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.data.datasets import ImageDataset
 from itae_utils.data.fingerprint import fingerprint
-from itae_utils.data.items import picture_of
+from itae_utils.data.items import read_item
 from itae_utils.errors import ItaeError
 from itae_utils.files import in_one_line
 from itae_utils.models.backbones import Backbone
@@ -31,28 +31,30 @@ class Unidentified(ItaeError):
     """Features can't be stored, because something that decides them is not known by its value."""
 
 
-def model_identity(model: nn.Module, compiled: bool) -> dict[str, object]:
-    """Return the structure and the weights of a model as they are now, and the hooks on it.
+def model_identity(backbone: Backbone) -> dict[str, object]:
+    """Return the structure and the weights of a backbone's model as they are now, and hooks and replaced methods.
 
     Raises:
-        Unidentified: the model is in training mode, or hooks or a replaced `forward` can't be pickled.
+        Unidentified: the model is in training mode, or a hook or a replaced method can't be pickled.
     """
-    own = []
+    model, own = backbone.model, []
+    in_key = [name for name, is_in in [("forward", backbone.compiled), ("_pos_embed", backbone.pos_embed == "meta")]
+              if is_in]  # methods that load_backbone replaces
     for module in model.modules():
         if module.training:
             raise _unidentified("the model is in training mode", "call model.eval()")
         own += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module) and not compiled:
-            own.append(vars(module)["forward"])
+        own += [value for name, value in vars(module).items()
+                if callable(value) and hasattr(type(module), name) and name not in in_key]
     structure = f"{type(model).__module__} {' '.join(repr(model).split())}"
     return {"structure": hashlib.sha256(structure.encode()).hexdigest(), "weights": _weights_now(model),
-            "hooks": [_by_value("a hook or a replaced forward of the model", each) for each in own]}
+            "hooks": [_by_value("a hook or a replaced method of the model", each) for each in own]}
 
 
 def _weights_now(model: nn.Module) -> str:
     """Return a hash of all weights and buffers as they are now: of the sums of their bits over rows and columns.
 
-    It takes a tenth of the time of a SHA-256 over the weights, which are read again for each extraction.
+    The weights are read again for each extraction. A SHA-256 over them would take about four times as long.
     """
     sums = []
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -102,7 +104,7 @@ def _sample(backbone: Backbone, dataset: Dataset) -> str:
     """Return a hash of a few items, spread over the data set, as the model gets them."""
     digest = hashlib.sha256()
     for index in np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED)).astype(int).tolist():
-        picture = picture_of(dataset[index], index)
+        picture, _ = read_item(dataset, index)
         digest.update(repr(picture.size).encode() + picture.tobytes())
         if type(backbone.transform) is not Preprocessing:
             digest.update(_by_value("what the backbone's transform returns", backbone.transform(picture)).encode())

@@ -54,7 +54,7 @@ def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str, devic
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
         "heads": backbone.model.blocks[0].attn.num_heads,  # the weights' shapes do not show it
-        "model": model_identity(backbone.model, backbone.compiled),
+        "model": model_identity(backbone),
         "resize": backbone.resize,
         "pos_embed": backbone.pos_embed,
         **images_identity(backbone, dataset),

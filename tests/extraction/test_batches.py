@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -59,6 +60,8 @@ class TestBatches:
         truncated_jpeg(tmp_path / "cut.jpg")
         with pytest.raises(ItaeError, match=r"item 0 .*truncated"):
             list(image_batches([Image.open(tmp_path / "cut.jpg")], to_tensor))
+        with pytest.raises(ItaeError, match=r"item 0 .*KeyError"):
+            list(image_batches(pd.DataFrame({"image": [picture()]}), to_tensor))
 
     @pytest.mark.parametrize(("name", "value"), [
         ("batch_size", 0), ("batch_size", 2.0), ("batch_size", True), ("batch_size", "auto"), ("num_workers", -1),

@@ -173,6 +173,8 @@ def test_invalid_clusters(client, tmp_path, monkeypatch):
     for where in ("tcp://127.0.0.1:9", "nonsense", "tcp://", "local:0", "local:", "local:x", "local:-1"):
         with pytest.raises(ItaeError, match=f"'{where}'"):
             extract(tmp_path, where)
+    with pytest.raises(ItaeError, match="client=4"):
+        extract(tmp_path, 4)
 
 
 def test_a_cluster_without_workers(tmp_path, monkeypatch):

@@ -226,14 +226,14 @@ def test_a_model_edited_after_it_was_loaded_has_another_key(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_bit_of_any_weight_changes_the_key(dtype):
-    model = tiny_vit("registers").to(dtype)
-    before = model_identity(model, False)
-    for parameter in model.parameters():
+    backbone = as_backbone(tiny_vit("registers").to(dtype))
+    before = model_identity(backbone)
+    for parameter in backbone.model.parameters():
         bits = parameter.data.view(torch.int32 if dtype == torch.float32 else torch.int16).flatten()
         bits[-1] ^= 1
-        assert model_identity(model, False) != before
+        assert model_identity(backbone) != before
         bits[-1] ^= 1
-    assert model_identity(model, False) == before
+    assert model_identity(backbone) == before
 
 
 def zeroed(_module, _args, output):
@@ -251,9 +251,17 @@ def test_hooks_and_replaced_code_of_a_model():
         key_of(backbone)
     handle.remove()
     last.attn.forward = lambda x, **_: x
-    with pytest.raises(ItaeError, match="forward"):
+    with pytest.raises(ItaeError, match="method"):
         key_of(backbone)
     del last.attn.forward
+    backbone.model.forward_features = lambda images: images
+    with pytest.raises(ItaeError, match="method"):
+        key_of(backbone)
+    del backbone.model.forward_features
+    last.compile(backend="eager")
+    with pytest.raises(ItaeError, match="method"):
+        key_of(backbone)
+    last._compiled_call_impl = None
     assert key_of(backbone) == plain
     backbone.model.train()
     with pytest.raises(ItaeError, match=r"eval\(\)"):
