@@ -235,11 +235,7 @@ def stock_model(name: str) -> nn.Module:
     if timm_name is None:
         with torch.device("meta"):
             return demo.build_model()
-    try:
-        known = timm.is_model(timm_name) and get_pretrained_cfg(timm_name)
-    except RuntimeError:  # timm's answer to an unknown tag
-        known = None
-    if not known:
+    if not _in_timm(timm_name):
         raise _unknown(name)
     with torch.device("meta"):
         model = timm.create_model(timm_name, num_classes=0)
@@ -247,15 +243,22 @@ def stock_model(name: str) -> nn.Module:
     return model
 
 
+def _in_timm(name: str) -> bool:
+    try:
+        return timm.is_model(name) and get_pretrained_cfg(name) is not None
+    except RuntimeError:  # timm's answer to an unknown tag
+        return False
+
+
 def _unknown(name: str) -> ItaeError:
     """Return the error for an unknown name, which suggests ours for those of the hub and for other spellings."""
     if os.path.exists(name) or name.endswith(ENDINGS):
         return ItaeError(f"backbone {name!r} is a file or folder, not a name: give it as checkpoint, and the name "
                          "of its architecture as the backbone")
-    plain = name.rpartition("/")[2].casefold().replace("-", "_").replace("with_registers_", "reg_")
-    plain = re.sub(r"^dinov2_(reg_)?(small|base|large|giant)$",
-                   lambda found: f"dinov2_vit{found[2][0]}14{'_reg' if found[1] else ''}", plain)
-    if plain in BACKBONES or timm.is_model(plain):
+    plain = name.rpartition("/")[2].casefold().replace("-", "_")
+    if found := re.fullmatch(r"dinov2_(with_registers_)?(small|base|large|giant)(_reg)?", plain):
+        plain = f"dinov2_vit{found[2][0]}14{'_reg' if found[1] or found[3] else ''}"
+    if plain in BACKBONES or _in_timm(plain):
         return ItaeError(f"unknown backbone {name!r}: use {plain}")
     return unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode, functional
 
+from itae_utils.data.images import to_rgb
 from itae_utils.errors import ItaeError
 from itae_utils.models.registry import RESIZES
 
@@ -44,12 +45,12 @@ class Preprocessing:
 
     def __call__(self, image: Image) -> Tensor:
         """Return the model's input for an image: (3, S, S) float."""
-        image = self._narrowed(image)
+        image = self._narrowed(_rgb(image))
         return self.cropped(self.resized(image, self.resized_shape(image.height, image.width)))
 
     def resized(self, image: Image, shape: tuple[int, int]) -> Tensor:
         """Return the image at `shape` (height, width), uncropped and normalised: (3, height, width) float."""
-        return self._normalized(self._resized(image, shape))
+        return self._normalized(self._resized(_rgb(image), shape))
 
     def undo(self, tensor: Tensor) -> np.ndarray:
         """Return a preprocessed image (3, H, W) as a picture (H, W, 3) in [0, 1]."""
@@ -61,7 +62,7 @@ class Preprocessing:
         Images that take more bytes than the resulting float tensor, or are longer than 4:1, are resized here with PIL.
         This limits the copy to the device and the device's memory.
         """
-        image = self._narrowed(image)
+        image = self._narrowed(_rgb(image))
         larger = image.width * image.height > 4 * self.image_size**2  # a float has 4 bytes
         if larger or max(image.size) > LONGEST * min(image.size):
             image = self._resized(image, self.resized_shape(image.height, image.width))
@@ -93,6 +94,13 @@ class Preprocessing:
     def _normalized(self, image: Image) -> Tensor:
         levels = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
         return functional.normalize(levels, list(self.mean), list(self.std))
+
+
+def _rgb(image: Image) -> Image:
+    if not isinstance(image, Image):
+        raise ItaeError(f"the transform of a backbone takes a PIL image, not a {type(image).__name__}: use "
+                        "PIL.Image.fromarray for arrays (H, W, 3) of uint8")
+    return image if image.mode == "RGB" else to_rgb(image)
 
 
 class PaddedPreprocessing(Preprocessing):

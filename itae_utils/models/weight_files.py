@@ -30,18 +30,18 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 NO_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|adapter_model).*")
 LONGEST_HEADER = 100_000_000  # bytes, of safetensors: its length stands before it
 ADAPTER = "adapter_config.json"
-# What a file is by its first bytes or its ending, and the remedy.
+# First bytes and endings, both in small letters, what such a file is, and the remedy.
 AGAIN = "download it again"
 KINDS: list[tuple[tuple[bytes, ...], tuple[str, ...], str, str]] = [
     ((b"version https://git-lfs",), (), "a Git LFS pointer, not the weights",
      "run `git lfs pull` in its folder, or download the file itself"),
     ((b"<!doctype", b"<html", b"<?xml"), (".html",), "a web page", "download the file itself, not its page"),
-    ((b"GGUF",), (".gguf",), "a GGUF file", "download model.safetensors instead"),
-    ((b"\x89HDF",), (".h5", ".hdf5", ".keras", ".pb", ".tflite"), "a TensorFlow or Keras file",
+    ((b"gguf",), (".gguf",), "a GGUF file", "download model.safetensors instead"),
+    ((b"\x89hdf",), (".h5", ".hdf5", ".keras", ".pb", ".tflite"), "a TensorFlow or Keras file",
      "download model.safetensors instead"),
     ((), (".msgpack", ".npz"), "a JAX or Flax file", "download model.safetensors instead"),
     ((b"\x08",), (".onnx",), "an ONNX file", "save the state_dict() of the PyTorch model that it was exported from"),
-    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd"), (".zip",), "an archive",
+    ((b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"7z\xbc\xaf", b"rar!", b"\x28\xb5\x2f\xfd"), (".zip",), "an archive",
      "unpack it and give the file in it"),
 ]
 
@@ -80,7 +80,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[str]]:
             raise refused(folder, "holds no snapshot that is in use", "give one of the folders in snapshots")
         return _in_folder(found[0])
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    weights = sorted(name for name in names if name.endswith(ENDINGS) and not NO_WEIGHTS.fullmatch(name))
+    weights = sorted(filter(_has_weights, names))
     chosen = next((name for name in STANDARD if name in names), None)
     if chosen is None:  # parts without an index, or one file of any name
         sets = sorted({match.expand(r"\1-*-of-\3\4") if (match := PART.fullmatch(name)) else name for name in weights})
@@ -95,18 +95,28 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[str]]:
     return files, [] if alone else [f"{files[0].name} taken" + (f", {some(left)} left out" if left else "")]
 
 
+def _has_weights(name: str) -> bool:
+    return name.lower().endswith(ENDINGS) and not NO_WEIGHTS.fullmatch(name)
+
+
+def _kind(name: str, head: bytes = b"") -> tuple[str, str] | None:
+    """Return what a file is and the remedy, if it is known to be no file of torch or safetensors."""
+    name, head = name.lower(), head.lstrip().lower()
+    return next(((what, remedy) for starts, endings, what, remedy in KINDS
+                 if head.startswith(starts) or name.endswith(endings)), None)
+
+
 def _no_weights(folder: Path, names: set[str]) -> ItaeError:
     if ADAPTER in names:
         return refused(folder, "holds a LoRA adapter, not the model",
                           "merge it with merge_and_unload() and save the model's state_dict()")
     for name in sorted(names):
-        for _, endings, what, remedy in KINDS:
-            if name.endswith(endings):
-                return refused(folder, f"holds no weights but {what}, {name}", remedy)
+        if kind := _kind(name):
+            return refused(folder, f"holds no weights but {kind[0]}, {name}", kind[1])
     if any(path.suffix == ".distcp" for path in folder.iterdir()):
         return refused(folder, "holds a distributed checkpoint", "join it to one file with "
                           "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`")
-    below = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*")) if path.name.endswith(ENDINGS)]
+    below = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*")) if _has_weights(path.name)]
     where = f"give one of {some(below)}" if below else "give a folder with model.safetensors, or a file"
     return refused(folder, "holds no weights", where)
 
@@ -163,8 +173,8 @@ def read_file(path: Path) -> dict:
         raise refused(path, "can't be read", error.strerror or in_one_line(error)) from error
     except Exception as error:  # safetensors, zipfile and pickle have no common exception class
         kind = "a plain pickle" if head.startswith(b"\x80") else "no file of weights"
-        raise refused(path, f"is cut off, damaged or {kind}",
-                      f"{AGAIN}, or write it by torch.save(model.state_dict(), FILE) ({type(error).__name__})") from error
+        remedy = f"{AGAIN}, or write it with torch.save(model.state_dict(), FILE)"
+        raise refused(path, f"is cut off, damaged or {kind}", f"{remedy} ({type(error).__name__})") from error
     if not isinstance(content, dict) or not content:
         raise refused(path, "holds no state dict", "save a model's state_dict()")
     return content
@@ -185,9 +195,8 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
     """Refuse what is known to be no file of torch."""
     if not size:
         raise refused(path, "is empty, 0 bytes", AGAIN)
-    for starts, endings, what, remedy in KINDS:
-        if head.lstrip().lower().startswith(tuple(start.lower() for start in starts)) or path.name.endswith(endings):
-            raise refused(path, f"is {what}", remedy)
+    if kind := _kind(path.name, head):
+        raise refused(path, f"is {kind[0]}", kind[1])
     if path.suffix == ".safetensors" and head.startswith((b"PK", b"\x80")):
         raise refused(path, "is a file of torch.save, not of safetensors", "rename it to end in .pth")
     if head.startswith(b"PK"):

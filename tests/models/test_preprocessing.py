@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from itae_utils.data.images import to_rgb
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
 from itae_utils.models.preprocessing import (
@@ -218,3 +219,20 @@ def test_the_representation_of_a_transform_is_part_of_stored_keys():
     for preprocess, text in {"resize": f"{start}None{end}", "meta-eval": f"{start}32{end}",
                              "pad": f"Padded{start}None{end}"}.items():
         assert repr(make_transform(28, preprocess, config())) == text
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA", "I;16"])
+def test_images_of_other_modes_are_prepared_as_their_rgb_picture(mode):
+    image, transform = sharp(9, 12).convert("L").convert(mode), make_transform(28, "resize", config())
+    expected = to_rgb(image)
+    assert torch.equal(transform(image), transform(expected))
+    assert torch.equal(transform.resized(image, (14, 28)), transform.resized(expected, (14, 28)))
+    assert torch.equal(transform.decode(image), transform.decode(expected))
+
+
+@pytest.mark.parametrize("image", [np.zeros((9, 9, 3), np.uint8), torch.zeros(3, 9, 9), "photo.jpg", None])
+def test_what_is_no_pil_image_is_refused(image):
+    transform = make_transform(28, "pad", config())
+    for prepare in (transform, transform.decode):
+        with pytest.raises(ItaeError, match=rf"PIL image, not a {type(image).__name__}"):
+            prepare(image)
