@@ -249,8 +249,8 @@ def check_clusters(step: Step) -> None:
     if images is None:  # only the hub knows
         return
     if images < FEWEST_IMAGES:
-        raise ItaeError(f"images: {images:,} is too few to cluster: use at least {FEWEST_IMAGES}, or leave out "
-                        f"notebook {step.notebook.key}")
+        raise ItaeError(f"images: {images:,} of {step.setting('dataset')} is too few to cluster: use at least "
+                        f"{FEWEST_IMAGES}, or leave out notebook {step.notebook.key}")
     if clusters and clusters > images:
         raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
 
