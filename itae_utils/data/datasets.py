@@ -307,13 +307,23 @@ def unpacked_folder(name: str) -> Path | None:
 
 def image_count(name: str, limit: int | None = None, split: str | None = None, **columns: str | None) -> int | None:
     """Return the number of images in a data set, at most `limit`; None if only the hub knows. They are not decoded."""
+    return size(name, limit, split, **columns)[0]
+
+
+def size(
+    name: str, limit: int | None = None, split: str | None = None, **columns: str | None
+) -> tuple[int | None, int | None]:
+    """Return the numbers of images, at most `limit`, and of classes; None where they are unknown without the hub."""
     name = dataset_name(name)
     if _is_on_hub(name):
-        return None
+        return None, None
     if name in DATASETS:
         _check_part(name, split, **columns)
-    images = DATASETS[name].images if name in DATASETS else len(_read(name, split, **columns).images)
-    return min(images, limit or images)
+        images, classes = DATASETS[name].images, DATASETS[name].classes
+    else:
+        contents = _read(name, split, **columns)
+        images, classes = len(contents.images), contents.classes and len(contents.classes)
+    return min(images, limit or images), classes
 
 
 def download(name: str, split: str | None = None, **columns: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from functools import cache
 
 import torch
 
-from itae_utils.data.datasets import DATASETS, image_count, unpacked_folder
+from itae_utils.data.datasets import DATASETS, size, unpacked_folder
+from itae_utils.data.huggingface import PREFIX
 from itae_utils.extraction.observation import SAMPLE
 from itae_utils.models.backbones import stock_model
 from itae_utils.models.hub import cached_weights
@@ -17,9 +19,12 @@ from itae_utils.models.registry import BACKBONES
 from itae_utils.report.plan import Plan, Step
 
 RUN_MB = 5  # page, figures and numbers of one run of a notebook
-START = 8  # seconds that a kernel takes to import everything
-MODEL_EFFICIENCY, KMEANS_EFFICIENCY = 0.5, 0.2  # of a matrix product's rate; measured on a CPU: 0.7, and 0.06 to 0.3
-ITERATIONS = 30  # per start of k-means
+START = 10  # seconds for imports and figures
+MODEL_EFFICIENCY, KMEANS_EFFICIENCY = 0.5, 0.7  # of a matrix product's rate
+USUAL_ROUNDS = 5  # of products of all centres, which a start of k-means takes
+SCORE = 12_000  # operations per start, image and cluster that k-means takes beside its products: it waits for memory
+DRAWS = 1000  # of an interval
+TABLE, MATCH = 1.5e-8, 3e-11  # seconds per image in a contingency table, and per cubed class in a match
 SPREAD = 3  # the estimate may be wrong by this factor, in either direction
 
 
@@ -34,10 +39,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of the model, on its device, and of k-means, on the CPU."""
+    """Floating-point operations of the model, on its device, and of k-means, on the CPU; seconds for intervals."""
 
     model: float
     kmeans: float
+    interval_seconds: float
 
 
 def dry_run(plan: Plan, unchanged: Collection[str] = ()) -> list[str]:
@@ -50,7 +56,7 @@ def dry_run(plan: Plan, unchanged: Collection[str] = ()) -> list[str]:
     to_run = tuple(step for step in plan.steps if step.folder not in unchanged)
     downloads = _downloads([step for step in to_run if not step.notebook.collects])
     missing = [megabytes for _, megabytes, present in downloads if not present]
-    unknown = " and a file of unknown size" if 0 in missing else ""
+    unknown = f" and {missing.count(0)} of unknown size" if 0 in missing else ""
     return [
         f"profile {plan.profile}: {len(plan.steps)} run{'s' if len(plan.steps) > 1 else ''} of notebooks",
         *_runs(plan, unchanged),
@@ -79,14 +85,16 @@ def _runs(plan: Plan, unchanged: Collection[str]) -> list[str]:
 def _downloads(steps: list[Step]) -> list[tuple[str, int, bool]]:
     """Return name, size in MB (0 if unknown) and presence of all weights and images that come over the network."""
     found = {}
-    for settings in (step.settings for step in steps):
-        backbone, dataset = settings.get("backbone"), settings.get("dataset")
+    for step in steps:
+        backbone, dataset = step.setting("backbone"), step.setting("dataset")
         entry = BACKBONES.get(backbone)
-        if backbone and not settings.get("checkpoint") and not (entry and entry.timm_name is None):
+        if backbone and not step.setting("checkpoint") and not (entry and entry.timm_name is None):
             name = entry.timm_name if entry else backbone
             found[f"weights {backbone}"] = (entry.size_mb if entry else 0, cached_weights(name) is not None)
         if folder := unpacked_folder(dataset):
             found[f"images {dataset}"] = (DATASETS[dataset].megabytes, folder.is_dir())
+        elif str(dataset).startswith(PREFIX) and size(dataset, **step.chosen)[0] is None:
+            found[f"images {dataset}"] = (0, False)
     return [(name, *about) for name, about in found.items()]
 
 
@@ -95,7 +103,8 @@ def _disk(steps: tuple[Step, ...], downloads: list[tuple[str, int, bool]]) -> st
     weights = sum(megabytes for name, megabytes, present in downloads if not present and name.startswith("weights"))
     total = weights + 2 * images + RUN_MB * len(steps)
     amount = f"{total / 1000:,.1f} GB" if total >= 1000 else f"{total:,.0f} MB"
-    return (f"disk: about {amount} more (weights; archives and as much again for their contents; {RUN_MB} MB per run "
+    least = "at least" if any(not megabytes and not present for _, megabytes, present in downloads) else "about"
+    return (f"disk: {least} {amount} more (weights; archives and as much again for their contents; {RUN_MB} MB per run "
             "for the report)")
 
 
@@ -104,27 +113,30 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rates = {name: matmul_rate(name) for name in {device, "cpu"}}
     sizes: dict[tuple, Size] = {}
-    seconds = 0.0
-    count = cache(image_count)  # a folder is read once
+    seconds, unknown = 0.0, {}
+    count = cache(size)  # a folder is read once
     for step in steps:
         seconds += START
         settings = step.settings
         if step.notebook.collects or not {"backbone", "dataset"} <= set(settings):
             continue
-        images = count(settings["dataset"], settings.get("limit"))
+        images, classes = count(settings["dataset"], settings.get("limit"), **step.chosen)
+        if images is None:  # only the hub knows
+            unknown[settings["dataset"]] = None
+            continue
         key = (settings["backbone"], settings.get("image_size"))
         sizes[key] = sizes.get(key) or backbone_size(*key)
-        needed = work(step.notebook.key, settings, sizes[key], images)
+        needed = work(step.notebook.key, settings, sizes[key], images, classes or 10)
         seconds += needed.model / (MODEL_EFFICIENCY * rates[device])
-        seconds += needed.kmeans / (KMEANS_EFFICIENCY * rates["cpu"])
+        seconds += needed.kmeans / (KMEANS_EFFICIENCY * rates[device]) + needed.interval_seconds
     return [
         f"time: about {_duration(seconds)} on this machine's {device}, rough: {_duration(seconds / SPREAD)} to "
-        f"{_duration(seconds * SPREAD)}, downloads not counted",
-        "  estimated from 2 × parameters × tokens operations per image and 2 × images × width × clusters × "
-        f"{ITERATIONS} per start of k-means, at {100 * MODEL_EFFICIENCY:.0f} and {100 * KMEANS_EFFICIENCY:.0f} % of "
-        "the rate of a matrix product, measured now "
-        f"({', '.join(f'{name} {rate / 1e9:,.0f} GFLOP/s' for name, rate in rates.items())}), and {START} s to start "
-        "each run",
+        f"{_duration(seconds * SPREAD)}, downloads not counted"
+        + (f", nor {', '.join(unknown)}, whose number of images is unknown" if unknown else ""),
+        "  estimated from the operations of the model and of k-means, at "
+        f"{100 * MODEL_EFFICIENCY:.0f} and {100 * KMEANS_EFFICIENCY:.0f} % of the rate of a matrix product, measured "
+        f"now ({', '.join(f'{name} {rate / 1e9:,.0f} GFLOP/s' for name, rate in rates.items())}), from the matches of "
+        f"intervals, and {START} s per run for imports and figures",
     ]
 
 
@@ -138,25 +150,29 @@ def backbone_size(name: str, image_size: int | None) -> Size:
     return Size(parameters, model.embed_dim, patches + model.num_prefix_tokens)
 
 
-def work(key: str, parameters: Mapping[str, object], size: Size, images: int) -> Operations:
+def work(key: str, parameters: Mapping[str, object], size: Size, images: int, classes: int) -> Operations:
     """Return the operations that notebook `key` needs."""
     def number(name: str, default: int) -> int:
         return int(parameters.get(name) or default)
 
-    fit = min(images, SAMPLE)
-    starts = number("seeds", 1) * number("n_init", 1)
+    fit, k, seeds, comparisons = min(images, SAMPLE), number("clusters", classes), number("seeds", 1), 0
     if key == "01":
         passes, clusterings = fit + min(images, number("sample", 2000)), 0
     elif key == "02":  # the deeper settings run the last blocks by themselves
         columns = len(parameters.get("percents", ())) + 1
-        settings = len(parameters.get("sources", ())) * columns * (len(parameters.get("attenuations", ())) + 1)
-        passes, clusterings = fit + 1.6 * images, settings * starts
+        clusterings = len(parameters.get("sources", ())) * columns * (len(parameters.get("attenuations", ())) + 1)
+        passes = fit + 1.6 * images
     else:  # the model, and the same with random weights; raw pixels and the variants are clustered
-        passes, clusterings = fit + 2 * images, 6 * starts
-    known = DATASETS.get(str(parameters["dataset"]))
-    classes = number("clusters", (known and known.classes) or 10)
-    return Operations(2.0 * size.parameters * size.tokens * passes,
-                2.0 * images * size.dim * classes * ITERATIONS * clusterings)
+        passes, clusterings, comparisons = fit + 2 * images, 6, 5
+    kmeans = clusterings * kmeans_operations(images, size.dim, k, seeds * number("n_init", 1))
+    intervals = comparisons * DRAWS * 2 * seeds * (TABLE * images + MATCH * k**3)
+    return Operations(2.0 * size.parameters * size.tokens * passes, kmeans, intervals)
+
+
+def kmeans_operations(n: int, dim: int, k: int, starts: int) -> float:
+    """Return the operations of some starts of k-means: products of centres or pairs of images, and their scores."""
+    products = n * min(n / 2, starts * k * (2 + math.log(k) + USUAL_ROUNDS))
+    return 2.0 * dim * products + SCORE * starts * n * k
 
 
 def matmul_rate(device: str, *, side: int = 1024, seconds: float = 0.3) -> float:

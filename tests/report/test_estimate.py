@@ -4,6 +4,7 @@ from PIL import Image
 from itae_utils.models.registry import BACKBONES
 from itae_utils.report import estimate, report
 from itae_utils.report.estimate import Size, backbone_size, dry_run, matmul_rate, work
+from tests.report.test_plan import write_weights
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,8 @@ def test_the_paper_profile_is_described_completely(tmp_path):
 
 
 def test_the_demo_and_a_local_checkpoint_download_nothing(tmp_path):
-    (tmp_path / "weights.pth").touch()
-    local = {"backbone": "dinov2_vits14", "parameters": {"checkpoint": str(tmp_path / "weights.pth")}}
+    weights = write_weights(tmp_path / "weights.pth", "vit_tiny_patch16_224")
+    local = {"backbone": "vit_tiny_patch16_224", "parameters": {"checkpoint": weights}}
     for asked in ({}, local):
         text = text_of(**asked)
         assert "nothing to download" in text
@@ -45,10 +46,15 @@ def test_present_files_are_not_counted(tmp_path):
     assert " 587 MB\n" in text
 
 
-def test_a_download_of_unknown_size_is_named():
-    text = text_of(backbone="vit_tiny_patch16_224")
-    assert "weights vit_tiny_patch16_224 " in text
+@pytest.mark.parametrize(("asked", "named"), [
+    ({"backbone": "vit_tiny_patch16_224"}, "weights vit_tiny_patch16_224 "), ({"dataset": "hf:a/b"}, "images hf:a/b ")])
+def test_a_download_of_unknown_size_is_named(asked, named):
+    text = text_of(**asked)
+    assert named in text
     assert "size unknown  missing" in text
+    assert "0 MB and 1 of unknown size" in text
+    assert "disk: at least 15 MB" in text
+    assert ("number of images is unknown" in text) == ("dataset" in asked)
 
 
 def test_a_folder_of_images_has_an_estimate(tmp_path):
@@ -67,15 +73,18 @@ def test_sizes_are_those_of_the_structure(name):
 
 
 def test_work_grows_with_images_seeds_and_classes():
-    size, base = Size(100, 8, 10), {"dataset": "cifar10", "sample": 2000, "seeds": 2, "n_init": 3,
-                                    "sources": ["key"], "percents": [1, 2], "attenuations": ["min"]}
-    assert work("01", base, size, 10_000).kmeans == 0
+    size, base = Size(100, 8, 10), {"sample": 2000, "seeds": 2, "n_init": 3, "sources": ["key"], "percents": [1, 2],
+                                    "attenuations": ["min"]}
+    assert work("01", base, size, 10_000, 10).kmeans == 0
     for key in ("02", "03"):
-        few = work(key, base, size, 10_000)
-        assert work(key, base, size, 20_000).kmeans == 2 * few.kmeans
-        assert 1.9 < work(key, base, size, 20_000).model / few.model < 2
-        assert work(key, base | {"seeds": 4}, size, 10_000).kmeans == 2 * few.kmeans
-        assert work(key, base | {"dataset": "cifar100"}, size, 10_000).kmeans == 10 * few.kmeans
+        few = work(key, base, size, 10_000, 10)
+        assert 1.9 < work(key, base, size, 20_000, 10).kmeans / few.kmeans < 2.1
+        assert 1.9 < work(key, base, size, 20_000, 10).model / few.model < 2
+        assert 1.9 < work(key, base | {"seeds": 4}, size, 10_000, 10).kmeans / few.kmeans < 2.1
+        assert 9 < work(key, base, size, 10_000, 100).kmeans / few.kmeans < 12
+        assert work(key, base | {"clusters": 100}, size, 10_000, 10) == work(key, base, size, 10_000, 100)
+    few, many = (work("03", base, size, 10_000, k).interval_seconds for k in (10, 200))
+    assert 0 < 2 * few < many
 
 
 def test_the_rate_of_a_matrix_product_has_a_plausible_size():
