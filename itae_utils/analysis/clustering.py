@@ -13,8 +13,10 @@ from sklearn.preprocessing import normalize as unit_rows
 from torch.utils.data import Dataset
 
 from itae_utils.analysis import remembered
+from itae_utils.analysis.kmeans import as_matrix
 from itae_utils.analysis.metrics import agreement, confusion, describe_difference, paired_bootstrap, score
 from itae_utils.analysis.words import describe_runs, percent
+from itae_utils.data.items import picture_of
 from itae_utils.errors import ItaeError
 from itae_utils.method.artifacts import precision_recall
 from itae_utils.store.store import Store
@@ -39,7 +41,8 @@ def pixel_features(dataset: Dataset, size: int) -> np.ndarray:
     if size < 1:
         raise ItaeError(f"size={size} is not a number of pixels: use 1 or more")
     side = min(size, LARGEST_SIDE)
-    pixels = np.stack([np.asarray(image.resize((side, side)), dtype=np.float32) for image, _ in dataset]) / 255
+    pictures = (picture_of(dataset[index], index) for index in range(len(dataset)))
+    pixels = np.stack([np.asarray(picture.resize((side, side)), dtype=np.float32) for picture in pictures]) / 255
     is_grey = (pixels == pixels[..., :1]).all()
     return (pixels[..., :1] if is_grey else pixels).reshape(len(pixels), -1)
 
@@ -80,7 +83,7 @@ def all_equal(features: np.ndarray, *, normalize: bool = True) -> bool:
 
     scikit-learn's t-SNE of equal rows ends in a segmentation fault.
     """
-    rows = _matrix(features)
+    rows = as_matrix(features)
     rows = unit_rows(rows) if normalize else rows
     return bool(np.ptp(rows, axis=0).max() <= ROUNDING * np.abs(rows).max())
 
@@ -157,7 +160,7 @@ def agreement_scores(labels: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 def cosine_distance(rows: np.ndarray, others: np.ndarray) -> float:
     """Return the mean of 1 − cos over corresponding rows of two (n, dim) arrays."""
-    rows, others = _matrix(rows), _matrix(others)
+    rows, others = as_matrix(rows), as_matrix(others)
     if rows.shape != others.shape:
         raise ItaeError(f"features of shapes {rows.shape} and {others.shape} can't be compared: give the same images")
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(others, axis=1)
@@ -215,7 +218,7 @@ def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 
 def neighbour_agreement(points: np.ndarray, targets: np.ndarray, neighbours: int = NEIGHBOURS) -> float:
     """Return the share of nearest neighbours with the same class as the point, averaged over all points (n, d)."""
-    points, targets = _matrix(points), np.asarray(targets)
+    points, targets = as_matrix(points), np.asarray(targets)
     neighbours = min(neighbours, len(points) - 1)
     nearest = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors(return_distance=False)
     return float((targets[nearest] == targets[:, None]).mean())
@@ -228,16 +231,6 @@ def _check_variants(given: object, name: str, needed: Sequence[str] = ()) -> Non
     for variant in needed:
         if variant not in given:
             raise ItaeError(f"{name} of {', '.join(map(str, given))} lack {variant!r}: add it")
-
-
-def _matrix(features: object) -> np.ndarray:
-    if isinstance(features, Mapping):
-        raise ItaeError(f"these are the features of {', '.join(map(str, features))}: give those of one variant, as "
-                        "features['baseline']")
-    rows = np.asarray(features)
-    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.number):
-        raise ItaeError(f"features of shape {rows.shape} and type {rows.dtype}: give a matrix of numbers (images, dim)")
-    return rows
 
 
 RECOVERED = "ITAE recovers at least 80 % of the ACC lost by planting"

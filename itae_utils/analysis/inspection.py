@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itae_utils.analysis.words import printable
-from itae_utils.data.images import open_image
+from itae_utils.data.images import open_image, shown
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.observation import measure_batch
 from itae_utils.method.attention import attenuated_logits, cls_attention
@@ -102,7 +101,7 @@ def _sizes(paths: Sequence[Path], on_error: str) -> tuple[dict[Path, tuple[int, 
     sizes, skipped = {}, []
     for path in paths:
         if not path.is_file():
-            raise ItaeError(f"{printable(path)!r} is not a file: give image files")
+            raise ItaeError(f"{shown(path)!r} is not a file: give image files")
         try:
             width, height = sizes[path] = open_image(path).size
         except ItaeError as error:
@@ -111,7 +110,7 @@ def _sizes(paths: Sequence[Path], on_error: str) -> tuple[dict[Path, tuple[int, 
             skipped.append(f"left out: {error}")
             continue
         if max(width, height) > LONGEST * min(width, height):
-            raise ItaeError(f"{printable(path.name)} has {width} × {height} pixels, so its long side is more than "
+            raise ItaeError(f"{shown(path.name)} has {width} × {height} pixels, so its long side is more than "
                             f"{LONGEST} times its short side: crop it")
     if not sizes:
         raise ItaeError(f"none of the {len(paths)} images can be read: {skipped[0]}")
@@ -124,7 +123,7 @@ def _shape(backbone: Backbone, path: Path, size: tuple[int, int]) -> tuple[int, 
     scale, patches = backbone.image_size / min(size), backbone.model.patch_embed.patch_size
     rows, columns = (round(side * scale / patch) for side, patch in zip((height, width), patches, strict=True))
     if rows * columns > MOST_PATCHES:
-        raise ItaeError(f"{printable(path.name)} would have {columns:,} × {rows:,} patches, more than {MOST_PATCHES:,}"
+        raise ItaeError(f"{shown(path.name)} would have {columns:,} × {rows:,} patches, more than {MOST_PATCHES:,}"
                         ": use a smaller image_size, or crop it")
     return rows * patches[0], columns * patches[1]
 
@@ -173,7 +172,7 @@ def _inspected(
 
 def _describe(image: InspectedImage, size: tuple[int, int]) -> str:
     (rows, columns), (height, width, _) = image.hidden.shape, image.picture.shape
-    words = (f"{printable(image.name)}: {size[0]} × {size[1]} shown to the model as {width} × {height}, "
+    words = (f"{shown(image.name)}: {size[0]} × {size[1]} shown to the model as {width} × {height}, "
              f"{columns} × {rows} patches")
     if image.after is None:
         return words

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import Dataset
 
+from itae_utils.data.images import shown
+from itae_utils.data.items import targets_of
 from itae_utils.method.thresholds import ThresholdFit
 from itae_utils.models.backbones import Backbone
 from itae_utils.results import versions
@@ -24,18 +26,12 @@ ISOLATE, END_OF_ISOLATE = "\N{FIRST STRONG ISOLATE}", "\N{POP DIRECTIONAL ISOLAT
 MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_[]~|$"})
 
 
-def printable(text: object) -> str:
-    """Return a name in one line: spaces for control characters, escapes for bytes that are not UTF-8."""
-    plain = "".join(" " if unicodedata.category(sign) in ("Cc", "Zl", "Zp") else sign for sign in str(text))
-    return plain.encode("utf-8", "backslashreplace").decode()
-
-
 def escape(text: object) -> str:
     """Return a name or path as literal text for Markdown: neither HTML nor Markdown in it takes effect.
 
     A name that is written from right to left is isolated, so that it does not reorder the words around it.
     """
-    literal = html.escape(printable(text), quote=False).translate(MARKDOWN)
+    literal = html.escape(shown(text), quote=False).translate(MARKDOWN)
     leftward = any(unicodedata.bidirectional(sign) in ("R", "AL") for sign in literal)
     return f"{ISOLATE}{literal}{END_OF_ISOLATE}" if leftward else literal
 
@@ -60,7 +56,7 @@ def describe_run(backbone: Backbone, dataset: Dataset) -> str:
     them, and each of its `notes` is a line.
     """
     rows, columns = backbone.patch_grid
-    targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", None)
+    targets, classes = targets_of(dataset), getattr(dataset, "classes", None)
     if targets is None:
         labels = "without labels"
     else:

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from itae_utils.analysis.words import escape, printable
+from itae_utils.analysis.words import escape
+from itae_utils.data.images import shown
 from itae_utils.errors import ItaeError
 from itae_utils.files import make_folder, replacing
 
@@ -84,7 +85,7 @@ def describe_numbered(names: Sequence[object]) -> str:
 
 def _drawn(name: object) -> str:
     """Return a name with composed accents, as most fonts have them, and without invisible marks such as bidi ones."""
-    return "".join(sign for sign in unicodedata.normalize("NFC", printable(name))
+    return "".join(sign for sign in unicodedata.normalize("NFC", shown(name))
                    if sign in JOINERS or unicodedata.category(sign) != "Cf")
 
 

@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
@@ -335,3 +336,18 @@ def test_lists_are_taken_as_arrays():
     assert clustering.class_accuracy([0, 0, 1], [1, 1, 0]).to_numpy().tolist() == [[1, 1]]
     assert clustering.neighbour_agreement([[0, 0], [0, 1], [9, 9]], [0, 0, 0]) == 1
     assert clustering.cosine_distance([[1, 0]], [[0, 1]]) == 1
+
+
+@pytest.mark.parametrize("kind", ["rows", "arrays", "tensors", "grey", "alone"])
+def test_pixels_of_items_in_any_form(kind):
+    pictures = [image for image, _ in images(3, 8)]
+    arrays = [np.asarray(picture) for picture in pictures]
+    forms = {"rows": [{"image": picture, "label": 1} for picture in pictures],
+             "arrays": [(array, 0) for array in arrays],
+             "tensors": [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays], "alone": pictures,
+             "grey": [picture.convert("L") for picture in pictures]}
+    expected = clustering.pixel_features([(picture, 0) for picture in pictures], 8)
+    found = clustering.pixel_features(forms[kind], 8)
+    assert found.shape == (3, 64 if kind == "grey" else 192)
+    if kind != "grey":
+        np.testing.assert_array_equal(found, expected)

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import itae_utils as itae
 from itae_utils.analysis import discovery
 from itae_utils.extraction.observation import Observation
 from itae_utils.method.thresholds import ThresholdFit, fit_threshold
@@ -90,3 +91,15 @@ def test_maps_are_saved_as_arrays_with_the_names_of_the_files(seen, tmp_path, na
         assert arrays["index"].tolist() == [1, 0]
         assert (arrays["names"].tolist() == names[::-1]) if names else "names" not in arrays
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["attention.npz"]
+
+
+def test_images_with_artifacts_are_drawn_by_their_counts():
+    """As the README's example does: the first digits of the data set have no artifacts."""
+    backbone, dataset = itae.load_backbone("demo"), itae.load_dataset("digits", limit=60)
+    theta = itae.fit_thresholds(backbone, dataset)[-1, "key"].threshold
+    setting = itae.ITAE(source="key", threshold=theta)
+    features = itae.extract_features(backbone, dataset, {"baseline": None, "itae": setting})
+    chosen = np.flatnonzero(features.artifact_counts["itae"])[:8]
+    images, _ = next(itae.image_batches(dataset, backbone.transform, batch_size=8, indices=chosen))
+    before, after = (itae.attention_map(backbone.model, images, itae=each) for each in (None, setting))
+    assert (before != after).any(dim=(1, 2)).all()

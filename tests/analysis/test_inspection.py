@@ -156,4 +156,4 @@ def test_images_of_all_modes_are_inspected(tmp_path, mode):
     Image.new(mode, (9, 8)).save(path)
     found = inspect_images([path])
     assert found.images[0].name == path.name
-    assert found.lines[0].startswith("ünï $x$ 猫.tiff: 9 × 8")
+    assert found.lines[0].startswith(r"ünï $x$\n猫.tiff: 9 × 8")

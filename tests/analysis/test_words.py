@@ -44,8 +44,8 @@ def test_escaped_text_is_literal_in_markdown(text):
 
 
 @pytest.mark.parametrize(("text", "shown"), [
-    ("two\nlines", "two lines"), ("# no heading\n\n- no list", "# no heading  - no list"),
-    ("latin-1 \udcff", r"latin-1 \udcff"), ("a\x1b[31mb", "a [31mb"), ("{x} %s ^2", "{x} %s ^2"),
+    ("two\nlines", r"two\nlines"), ("# no heading\n\n- no list", r"# no heading\n\n- no list"),
+    ("latin-1 \udcff", r"latin-1 \udcff"), ("a\x1b[31mb", r"a\x1b[31mb"), ("{x} %s ^2", "{x} %s ^2"),
     ("קטה", "\u2068קטה\u2069"),
 ])
 def test_escaped_text_is_one_line_of_utf_8(text, shown):

@@ -202,7 +202,7 @@ def test_inspection_has_an_after_only_with_theta():
 
 @pytest.mark.parametrize(("name", "label"), [
     (r"$\frac$.png", r"$\frac$.png"), ("a_long_name_of_a_file_without_spaces.png", "a_long_name_of…hout_spaces.png"),
-    ("a\nb.png", "a b.png"),
+    ("a\nb.png", r"a\nb.png"),
 ])
 def test_inspection_labels_rows_with_file_names(name, label):
     figure = figures.inspection([inspected(4, 5, name=name)], "key", 2, rf"{name} in a title of two $")
