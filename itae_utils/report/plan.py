@@ -145,7 +145,7 @@ def _selected(
     chosen = select(notebooks, only)
     grid = settings.grid and any(not notebook.collects for notebook in chosen)
     ready = [notebook for notebook in chosen if not notebook.collects or grid or has_source(notebook)]
-    if only is not None and len(ready) < len(chosen):
+    if len(ready) < len(chosen) and (only is not None or not ready):
         missing = next(notebook.name for notebook in chosen if notebook not in ready)
         raise ItaeError(f"{missing} collects the results of a report: name its folder with -p results_dir FOLDER, "
                         "or run it together with others over a profile's grid")

@@ -64,6 +64,12 @@ def test_collecting_alone_needs_a_folder(folder, tmp_path):
         assert [step.given for step in plan.steps] == [{"results_dir": str(tmp_path / "old")}]
         assert plan.name == "04_collects-old"
     assert folders(make_plan(folder, "demo", None, {"results_dir": "old"}))[-1] == "04_collects"
+    for notebook in ("01_first", "03_scores"):
+        (folder / f"{notebook}.ipynb").rename(tmp_path / notebook)
+    with pytest.raises(ItaeError, match=r"04_collects.*results_dir"):
+        make_plan(folder, "demo", None, {})
+    for notebook in ("01_first", "03_scores"):
+        (tmp_path / notebook).rename(folder / f"{notebook}.ipynb")
     write_profile(folder, "again", f"'04': {{results_dir: {tmp_path}}}\n")
     assert folders(make_plan(folder, "again", None, {})) == ["01_first", "03_scores", "04_collects"]
 
