@@ -297,11 +297,13 @@ def inspect(
     """Draw norms, attention and artifacts of images."""
     from itae_utils import figures
     from itae_utils.analysis.inspection import inspect_images
+    from itae_utils.data.images import shown
 
     figures.check_figure_path(output)
     found = inspect_images(images, backbone=backbone, source=source, threshold=threshold, **_given(**loading))
     figures.save_as(figures.inspection(found.images, found.source, found.block, found.threshold), output)
-    click.echo("\n".join([*found.lines, f"{output} written"]))
+    numbered = figures.describe_numbered([image.name for image in found.images], shown)
+    click.echo("\n".join([*found.lines, *filter(None, [numbered]), f"{output} written"]))
 
 
 @main.group("store")

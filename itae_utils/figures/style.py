@@ -73,11 +73,14 @@ def label_names(names: Sequence[object], *, longest: int = LONGEST_NAME) -> list
             for place, (name, label) in enumerate(zip(written, short, strict=True), start=1)]
 
 
-def describe_numbered(names: Sequence[object]) -> str:
-    """Return Markdown that lists the names for which figures show numbers, or nothing if there are none."""
+def describe_numbered(names: Sequence[object], write: Callable[[object], str] = escape) -> str:
+    """Return Markdown that lists the names for which figures show numbers, or nothing if there are none.
+
+    `write` turns a name into text; for a terminal that is `shown`.
+    """
     with matplotlib.rc_context():
         labels = label_names(names)
-    listed = [f"{label} is {escape(name)}" for place, (label, name) in enumerate(zip(labels, names, strict=True), 1)
+    listed = [f"{label} is {write(name)}" for place, (label, name) in enumerate(zip(labels, names, strict=True), 1)
               if label == f"#{place}" != str(name)]
     return ("No installed font has the characters of some names, or they are too long for an axis, so figures show "
             f"numbers: {', '.join(listed)}." if listed else "")

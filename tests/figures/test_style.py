@@ -46,6 +46,7 @@ def test_a_name_without_a_font_becomes_a_number_that_the_page_explains(installed
     installed()
     assert labels("cat", name) == ["cat", "#2"]
     assert f"#2 is {name}" in style.describe_numbered(["cat", name])
+    assert f"#1 is _{name}." in style.describe_numbered([f"_{name}"], str)
 
 
 def test_names_that_look_the_same_when_cut_become_numbers(installed):
