@@ -83,7 +83,6 @@ def index_page(report: Report) -> Path:
     environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
     measured = {run.label: run.results for run in report.runs if run.results}
     own = {label: results for label, results in measured.items() if not is_collection(results)}
-    collections = [results for results in measured.values() if is_collection(results)]
     scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
     page = environment.get_template("index.html.j2").render(
         report=report,
@@ -95,7 +94,7 @@ def index_page(report: Report) -> Path:
             results["provenance"]["backbone"] for results in own.values()))),
         facts=_facts(measured, named=bool(report.grid)),
         versions=_distinct(measured, _versions),
-        headline=[fact for results in collections or measured.values() for fact in results["headline"]],
+        headline=_headline(measured, named=bool(report.grid)),
         scores=mean_scores(scores[0]["rows"]) if len(scores) == 1 else None,
         images=_images(own.values()),
         thresholds=_thresholds(measured),
@@ -134,8 +133,19 @@ def _images(measured: Iterable[Mapping]) -> dict[str, list[str]]:
     """Return sentences on the number of images and on what was left out, by data set, if there is anything to say."""
     datasets = {about["name"]: about for about in (results["provenance"]["dataset"] for results in measured)
                 if about.get("notes")}
-    return {name: [f"{about['size']:,} images are used ({about['split']}).", *about["notes"]]
+    def used(about: Mapping) -> str:
+        drawn = f" ({about['split']})" if "drawn" in about["split"] else ""  # by `limit`
+        return f"{about['size']:,} images are used{drawn}."
+
+    return {name: [used(about), *about["notes"]]
             for name, about in zip(_short_names(list(datasets)), datasets.values(), strict=True)}
+
+
+def _headline(measured: Mapping[str, Mapping], named: bool) -> list[Mapping]:
+    """Return the main results: those of a collection, else of all runs, with their labels if `named`."""
+    collected = [fact for results in measured.values() if is_collection(results) for fact in results["headline"]]
+    return collected or [{**fact, "note": f"{label}: {fact['note']}" if named else fact["note"]}
+                         for label, results in measured.items() for fact in results["headline"]]
 
 
 def _thresholds(measured: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:

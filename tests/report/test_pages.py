@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -151,8 +152,15 @@ class TestIndex:
         notes = changed(changed(RESULTS, "provenance.dataset.notes", ["Not read: 300 .heic <b>."]),
                         "provenance.dataset.name", "imagefolder:/my/photos")
         header = self.render(tmp_path, run_of(NOTEBOOKS[0], results=notes)).partition("</header>")[0]
-        assert "<strong>photos</strong>: 1,797 images are used (all). Not read: 300 .heic &lt;b&gt;." in header
+        assert "<strong>photos</strong>: 1,797 images are used. Not read: 300 .heic &lt;b&gt;." in header
         assert "images are used" not in self.render(tmp_path, *map(run_of, NOTEBOOKS))
+
+    def test_main_results_of_several_pairings_have_their_labels(self, tmp_path):
+        runs = tuple(replace(run_of(NOTEBOOKS[0]), pairing=pairing) for pairing in ("a-b", "c-d"))
+        index_page(Report(tmp_path, "grid", "", runs, {"backbone": ["a", "c"]}))
+        page = (tmp_path / "index.html").read_text(encoding="utf-8")
+        assert "a-b 01: of 1" in page
+        assert "c-d 01: of 1" in page
 
     def test_it_lists_each_threshold_once(self, tmp_path):
         other = changed(RESULTS, "thresholds.itae", 1.5)
