@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
 from itae_utils.analysis.clustering import RECOVERED
 from itae_utils.data.datasets import load_dataset
+from itae_utils.files import OUTPUT_MARK
 from itae_utils.report.report import run_report
 from itae_utils.results import read_results
 
@@ -74,7 +76,7 @@ def test_results_figures_and_description(case, name):
     assert results["notebook"] == name
     assert results["rows"]
     assert results["headline"]
-    saved = {path.name for path in (case.folder / name / "figures").iterdir()}
+    saved = {path.name for path in (case.folder / name / "figures").iterdir() if path.name != OUTPUT_MARK}
     assert saved == {f"{figure}.{suffix}" for figure in results["figures"] for suffix in ("png", "pdf")}
     shown = [each for each in case.outputs[name] if "image/png" in each.get("data", {})]
     assert len(shown) == len(results["figures"])
@@ -96,6 +98,19 @@ def test_discovery_shows_what_was_found(case):
         assert rows["key", "precision"] >= 0.99
         assert rows["key", "recall"] >= 0.98
         assert rows["baseline", "attention_on_artifacts"] > 0.5 > 10 * rows["itae", "attention_on_artifacts"]
+
+
+def test_maps_of_the_example_images_are_saved(case):
+    with np.load(case.folder / NAMES[0] / "attention.npz") as arrays:
+        assert arrays["before"].shape == arrays["after"].shape == (3, 7, 7)
+        assert arrays["artifacts"].any() == case.planted
+        assert ("names" in arrays) == (not case.labelled)
+
+
+def test_each_theta_of_the_ablation_is_listed_once(case):
+    thresholds = case.results[NAMES[1]]["thresholds"].values()
+    numbers = [theta for theta in thresholds if isinstance(theta, float)]
+    assert len(set(numbers)) == len(numbers) == 6 + case.planted
 
 
 def test_ablation_measures_all_variants(case):
