@@ -28,6 +28,8 @@ from benchmarks import pipeline
 from benchmarks.figure import benchmark
 from benchmarks.memory import measure_memory
 from benchmarks.passes import measure_passes
+from benchmarks.shares import measure_shares
+from benchmarks.study import STUDY, measure_growth, measure_study
 from benchmarks.summary import summarize, table
 from benchmarks.timing import Conditions
 from itae_utils.files import make_folder, replacing, write_json
@@ -37,8 +39,10 @@ ENOUGH_REPEATS = 5
 SIZES = ("S", "B", "L")
 PARTS: dict[str, Callable[[str, Conditions], dict[str, object] | None]] = {
     "passes": measure_passes, "memory": measure_memory, "files": pipeline.measure_files,
-    "kmeans": pipeline.measure_kmeans, "scaling": pipeline.measure_scaling, "store": pipeline.measure_store,
+    "scaling": pipeline.measure_scaling, "store": pipeline.measure_store, "study": measure_study,
+    "growth": measure_growth, "shares": measure_shares,
 }
+OTHER_SIZES = {"study": [*STUDY], "growth": ["k-means"], "shares": ["demo", "paper"]}
 
 
 class _Names(click.ParamType):
@@ -59,7 +63,7 @@ class _Names(click.ParamType):
 
 @click.command()
 @click.option("--sizes", type=_Names(SIZES, hidden=["tiny"]), default=",".join(SIZES), show_default=True,
-              help="ViT-S, B and L. Files, scaling and store use the first one only, kmeans the demo.")
+              help="ViT-S, B and L. Files, scaling and store use the first one only; study, growth, shares none.")
 @click.option("--parts", type=_Names([*PARTS]), default=",".join(PARTS), show_default=True, help="Parts to measure.")
 @click.option("--repeats", type=click.IntRange(1), default=ENOUGH_REPEATS, show_default=True)
 @click.option("--batch", type=click.IntRange(1), help="Batch size; default S 8, B 4, L 2, on a GPU 256, 128, 64.")
@@ -109,9 +113,7 @@ def main(sizes: list[str], parts: list[str], repeats: int, batch: int | None, de
 
 
 def _sizes(part: str, sizes: list[str]) -> list[str]:
-    if part == "kmeans":
-        return ["demo"]
-    return sizes if part in ("passes", "memory") else sizes[:1]
+    return OTHER_SIZES.get(part, sizes if part in ("passes", "memory") else sizes[:1])
 
 
 def _read(output: Path) -> dict[str, list]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm
 import torch
@@ -28,6 +28,7 @@ COUNTS = (0, 1, 8, 48)  # numbers of variants in the one pass
 PLAIN = "plain forward_features"
 PREFIX = "prefix alone"
 TRANSFORMERS = "transformers Dinov2Model, SDPA"
+CONTROLS = "ours, 48 variants, 16 of them random controls"
 EAGER = "eager attention with a hook, 1 variant"
 
 
@@ -140,7 +141,8 @@ def make_variants(work: Workload, count: int, conditions: Conditions) -> dict[st
 
 def contender_names(size: str) -> list[str]:
     """Return the names of the contenders at that size, in the order of `make_contenders`."""
-    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), EAGER, loop(SIZES[size].looped)]
+    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), CONTROLS, EAGER,
+            loop(SIZES[size].looped)]
 
 
 def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contender]:
@@ -152,16 +154,19 @@ def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contend
     def first(count: int) -> dict[str, ITAE]:
         return dict(itertools.islice(variants.items(), count))
 
-    def one_pass(count: int) -> Contender:
-        extraction = OnePass(model, {"baseline": None, **first(count)})
+    def one_pass(chosen: dict[str, ITAE]) -> Contender:
+        extraction = OnePass(model, {"baseline": None, **chosen})
         return lambda images: {name: features for name, (features, _) in extraction(images, 0).items()}
 
+    controls = {f"{name} {number}": replace(itae, select="random") if number % 3 == 2 else itae
+                for number, (name, itae) in enumerate(first(48).items())}
     looped, (paper, itae) = first(SIZES[work.size].looped), next(iter(variants.items()))
     return {
         PLAIN: lambda images: {"baseline": model.forward_features(images)[:, 0]},
         PREFIX: lambda images: {"prefix": block_inputs(model, images, [last])[last].tokens[:, 0]},
         TRANSFORMERS: lambda images: {"other weights": transformers_model()(images).last_hidden_state[:, 0]},
-        **{ours(count): one_pass(count) for count in COUNTS},
+        **{ours(count): one_pass(first(count)) for count in COUNTS},
+        CONTROLS: one_pass(controls),
         EAGER: lambda images: {paper: hooked_once(model, images, itae)},
         loop(len(looped)): lambda images: {name: looped_once(model, images, each) for name, each in looped.items()},
     }

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.contenders import COUNTS, ours
 from itae_utils.figures.style import PALETTE, ReportFigure, styled
 
 NEAR = (0.75, 1.25)  # plain passes on the linear scale
@@ -58,7 +59,7 @@ def _dots(axes: Axes, rows: Sequence[Mapping[str, object]], names: Sequence[str]
 
 
 def _title(times: Sequence[Mapping[str, object]]) -> str:
-    most = [row for row in times if row["what"].startswith("ours")]
-    last = most[-1]["what"]
-    of_last = ", ".join(f"{row['ratio']:.2f} (ViT-{row['size']})" for row in most if row["what"] == last)
+    last = ours(max(COUNTS))
+    most = [row for row in times if row["what"] == last]
+    of_last = ", ".join(f"{row['ratio']:.2f} (ViT-{row['size']})" for row in most)
     return f"{last.removeprefix('ours, ').capitalize()} in one pass take {of_last} of the time of one plain pass"

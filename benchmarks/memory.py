@@ -38,7 +38,8 @@ def measure_memory(size: str, conditions: Conditions) -> dict[str, object] | Non
         conditions.log(f"skipped: {CLEAR} is needed to measure peak memory")
         return None
     conditions = replace(conditions, batch=conditions.batch or SIZES[size].batches[conditions.kind])
-    measure = partial(_in_child, size, conditions) if conditions.kind == "cpu" else growths(size, conditions)
+    own = ("benchmarks.memory", size, conditions.batch, conditions.precision)
+    measure = partial(in_child, *own) if conditions.kind == "cpu" else growths(size, conditions)
     growth_of = {}
     for name in contender_names(size):
         conditions.log(name)
@@ -58,9 +59,9 @@ def growths(size: str, conditions: Conditions) -> Callable[[str], int]:
     return measure
 
 
-def _in_child(size: str, conditions: Conditions, name: str) -> int:
-    """Measure the growth of a contender on the CPU in a new process with the same number of threads."""
-    command = [sys.executable, "-m", "benchmarks.memory", size, str(conditions.batch), conditions.precision, name]
+def in_child(module: str, *arguments: object) -> int:
+    """Return the number that a module prints when it is run in a new process with the same number of threads."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = os.environ | UNPOOLED | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout)
@@ -69,16 +70,21 @@ def _in_child(size: str, conditions: Conditions, name: str) -> int:
 def growth(run: Contender, images: Tensor) -> int:
     """Return by how many bytes memory grows at the peak of `run(images)`, after a warm-up with one image."""
     run(images[:1])
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-        torch.cuda.reset_peak_memory_stats(images.device)
-        before = torch.cuda.memory_allocated(images.device)
-        run(images)
-        torch.cuda.synchronize(images.device)
-        return torch.cuda.max_memory_allocated(images.device) - before
+    return peak(lambda: run(images), images.device)
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int:
+    """Return by how many bytes memory on a device grows at the peak of a call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     CLEAR.write_text("5")  # resets the peak
     before = resident("VmRSS")
-    run(images)
+    call()
     return resident("VmHWM") - before
 
 

@@ -1,4 +1,4 @@
-"""Time the whole pipeline: files to features, the share of k-means, scaling, and a run from a warm store."""
+"""Time the whole pipeline: files to features, scaling, and a run from a warm store."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from torch.utils.data import Dataset
 
 from benchmarks.contenders import SIZES, Workload, make_variants, make_workload
 from benchmarks.timing import Conditions, interleaved
-from itae_utils.analysis.kmeans import cluster_seeds
 from itae_utils.data.datasets import load_dataset
 from itae_utils.extraction.batches import image_batches
 from itae_utils.extraction.features import extract_features
-from itae_utils.extraction.observation import fit_thresholds
 from itae_utils.method.artifacts import qkv_norms
 from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ITAE
@@ -32,8 +30,6 @@ BATCHES = {"cpu": 8, "cuda": 64}  # batches of files: seconds of work, so that s
 PICTURES = 256  # different files; all others are links to them
 FEW_IMAGES, FEW_VARIANTS = 179, 5  # the small run; the large one has ten times as many, almost all digits
 SMALL, LARGE = 70, 224  # image sizes with 25 and 256 patches
-SEEDS = N_INIT = 10  # as in notebook 03
-DIGITS = None  # number of digits for k-means; None for all
 
 
 def measure_files(size: str, conditions: Conditions) -> dict[str, object]:
@@ -69,27 +65,6 @@ def measure_store(size: str, conditions: Conditions) -> dict[str, object]:
                 for runs in seconds.values():
                     runs.append(conditions.seconds(run))
     return {"images": len(dataset), "batch": batch, "seconds": seconds}
-
-
-def measure_kmeans(_size: str, conditions: Conditions) -> dict[str, object]:
-    """Time notebook 03's work on the demo: θ and features of four variants, and k-means on these features."""
-    backbone = load_backbone("demo", device=conditions.device, precision=conditions.precision)
-    dataset = load_dataset("digits", limit=DIGITS)
-    found: dict[str, np.ndarray] = {}
-
-    def extract() -> None:
-        fits = fit_thresholds(backbone, dataset)
-        variants = {"baseline": None, "itae": ITAE(), "random control": ITAE(select="random"),
-                    "oracle": ITAE(select="oracle")}
-        found.update(_extract(backbone, dataset, variants, thresholds=fits))
-
-    def kmeans() -> None:
-        for features in found.values():
-            cluster_seeds(features, len(dataset.classes), seeds=SEEDS, n_init=N_INIT)
-
-    extract()
-    seconds = interleaved({"features": extract, "k-means": kmeans}, conditions)
-    return {"images": len(dataset), "variants": len(found), "seeds": SEEDS, "n_init": N_INIT, "seconds": seconds}
 
 
 def measure_scaling(size: str, conditions: Conditions) -> dict[str, object]:

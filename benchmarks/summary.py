@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 
 from benchmarks.contenders import COUNTS, EAGER, PLAIN, SIZES, loop, ours
+from benchmarks.study import ELKAN, LLOYD, OURS, STUDY
 
 TIME = {ours(1): {"S": 0.92, "B": 0.92, "L": 0.98}, ours(48): {"S": 0.97, "B": 0.97, "L": 1.02}}  # upper limits
 MEMORY = {ours(count): 1.1 for count in COUNTS}  # upper limits
 FASTER = 45  # lower limit: time of the loop over 48 variants ÷ time of the one pass
 FROM_FILES = 0.95  # lower limit on a GPU
+STUDY_FASTER = {"k=100": 6, "k=200": 8, "ablation": 3}  # lower limits: time of scikit-learn's faster algorithm ÷ ours
+INERTIA = 1.001  # upper limit: mean inertia ÷ scikit-learn's
 HEADINGS = {
     "passes": "time ÷ plain forward_features",
     "loop": "time ÷ ours with as many variants",
     "rate": "share of a matrix product's rate",
     "memory": "peak memory above the weights ÷ plain forward_features",
     "files": "images per second ÷ bare forward",
-    "kmeans": "share of the time",
     "scaling": "time ÷ time of the smaller run",
     "store": "time ÷ cold",
+    "study": "time ÷ our k-means",
+    "inertia": "inertia ÷ that of scikit-learn lloyd",
+    "shares": "share of a report's time",
+    "estimate": "the dry run's estimate ÷ time",
 }
+ORDER = [*SIZES, "demo", *(size for size in STUDY if size != "demo"), "k-means", "paper"]
 
 Row = dict[str, object]
 
@@ -37,17 +45,21 @@ def summarize(run: Mapping[str, object]) -> list[Row]:
         the repeats), target ("≤ 0.92", or None) and verdict ("met", "missed by 0.030", or None).
     """
     on_gpu = run["environment"]["on_gpu"]
-    sections = {"passes": _passes, "memory": _memory, "kmeans": _kmeans, "scaling": _scaling, "store": _store,
-                "files": lambda size, found: _files(size, found, on_gpu)}
+    sections = {"passes": _passes, "memory": _memory, "scaling": _scaling, "growth": _scaling, "store": _store,
+                "study": _study, "shares": _shares, "files": lambda size, found: _files(size, found, on_gpu)}
     rows = [row for part, rows_of in sections.items() for size, found in run.get(part, {}).items()
             for row in rows_of(size, found)]
-    return sorted(rows, key=lambda row: (list(HEADINGS).index(row["heading"]), [*SIZES, "demo"].index(row["size"])))
+    return sorted(rows, key=lambda row: (list(HEADINGS).index(row["heading"]), ORDER.index(row["size"])))
 
 
 def table(run: Mapping[str, object]) -> Iterator[str]:
     """Yield a run as lines of text: the models, then every ratio below its heading."""
     for size, found in run.get("passes", {}).items():
         yield from _described(size, found)
+    for size, found in run.get("study", {}).items():
+        yield from _described_study(size, found)
+    for size, found in run.get("shares", {}).items():
+        yield f"report, {size}: " + ", ".join(f"{what} {seconds:.3g} s" for what, seconds in found["seconds"].items())
     shown = None
     for row in run.get("summary", []):
         if row["heading"] != shown:
@@ -55,7 +67,7 @@ def table(run: Mapping[str, object]) -> Iterator[str]:
             yield from ("", HEADINGS[shown])
         spread = f"{row['low']:.3f} – {row['high']:.3f}" if row["low"] < row["high"] else ""
         target = f"{row['target']}: {row['verdict']}" if row["target"] else ""
-        yield f"  {row['size']:<5}{row['what']:<50}{row['ratio']:>8.3f}  {spread:<17}  {target}".rstrip()
+        yield f"  {row['size']:<9}{row['what']:<50}{row['ratio']:>8.3f}  {spread:<17}  {target}".rstrip()
 
 
 def _described(size: str, found: Mapping) -> Iterator[str]:
@@ -93,21 +105,48 @@ def _files(size: str, found: Mapping, on_gpu: bool) -> Iterator[Row]:
                at_least=FROM_FILES if on_gpu else None)
 
 
-def _kmeans(size: str, found: Mapping) -> Iterator[Row]:
-    seconds = found["seconds"]
-    what = f"k-means on {found['variants']} variants, {found['seeds']} seeds × {found['n_init']} starts"
-    yield _row("kmeans", size, what, seconds["k-means"], np.sum([*seconds.values()], axis=0))
-
-
 def _scaling(size: str, found: Mapping) -> Iterator[Row]:
-    for what, (few, many) in found["counts"].items():
-        of = "demo" if what == "images" else size
-        yield _row("scaling", of, f"{few:,} to {many:,} {what}", found["seconds"][f"{many} {what}"],
-                   found["seconds"][f"{few} {what}"])
+    for what, counts in found["counts"].items():
+        of = "demo" if what == "images" and size in SIZES else size
+        for few, many in pairwise(counts):
+            yield _row("scaling", of, f"{few:,} to {many:,} {what}", found["seconds"][f"{many} {what}"],
+                       found["seconds"][f"{few} {what}"])
 
 
 def _store(size: str, found: Mapping) -> Iterator[Row]:
     yield _row("store", size, "warm store", found["seconds"]["warm"], found["seconds"]["cold"])
+
+
+def _study(size: str, found: Mapping) -> Iterator[Row]:
+    seconds, inertia = found["seconds"], found["inertia"]
+    faster = min((LLOYD, ELKAN), key=lambda name: np.median(seconds[name]))
+    for name in seconds:
+        if name != OURS:
+            yield _row("study", size, name, seconds[name], seconds[OURS],
+                       at_least=STUDY_FASTER.get(size) if name == faster else None)
+        if name not in (LLOYD, ELKAN):
+            yield _row("inertia", size, f"{name}, mean of the runs", np.mean(inertia[name]), np.mean(inertia[LLOYD]),
+                       at_most=INERTIA if name == OURS else None)
+    rate = found["flop"] / np.array(seconds[OURS])
+    yield _row("rate", size, "our k-means, its matrix products", rate, found["matmul_flop_per_second"])
+
+
+def _described_study(size: str, found: Mapping) -> Iterator[str]:
+    yield "k-means, {0}: {matrices} × {n:,} × {dim}, k={k}, {seeds} runs of {n_init} starts".format(
+        size, **found["work"])
+    for name, seconds in found["seconds"].items():
+        inertia, memory = np.array(found["inertia"][name]), found["memory"].get(name)
+        yield (f"  {name:<20}{np.median(seconds):>7.2f} s ({min(seconds):.2f} – {max(seconds):.2f}), inertia: mean "
+               f"{inertia.mean():.1f}, sd {inertia.std(axis=1).mean():.1f}, best {inertia.min(axis=1).mean():.1f}, "
+               + ("memory not measured" if memory is None else f"memory {memory / 1e6:,.0f} MB"))
+
+
+def _shares(size: str, found: Mapping) -> Iterator[Row]:
+    total = sum(found["seconds"].values())
+    for what, seconds in found["seconds"].items():
+        yield _row("shares", size, what, seconds, total)
+    for what, (estimated, measured) in found["estimate"].items():
+        yield _row("estimate", size, what, estimated, measured)
 
 
 def _row(heading: str, size: str, what: str, measured: object, unit: object, *, at_most: float | None = None,

@@ -2,16 +2,21 @@ import itertools
 import json
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench, memory, pipeline
+from benchmarks import bench, memory, passes, pipeline, shares, study
 from benchmarks.contenders import (
+    CONTROLS,
     EAGER,
     PLAIN,
     SIZES,
@@ -23,18 +28,25 @@ from benchmarks.contenders import (
     ours,
 )
 from benchmarks.passes import check_agreement, flop
+from benchmarks.study import ELKAN, FAISS, LLOYD, OURS, Clustering
 from benchmarks.summary import HEADINGS, summarize, table
 from benchmarks.timing import Conditions, interleaved
 from itae_utils.method.artifacts import qkv_norms
 from itae_utils.method.setting import ATTENUATIONS, SOURCES
 
 CPU = Conditions()
+SMALL = Clustering(n=240, dim=16, k=4, seeds=2)
 
 
 @pytest.fixture(autouse=True)
 def _restored_environment(monkeypatch):
     for name in ("ITAE_PROGRESS", "ITAE_CACHE"):  # set by the command
         monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+@pytest.fixture(autouse=True)
+def _small_product(monkeypatch):
+    monkeypatch.setattr(passes, "MATMUL_SIDE", {"cpu": 64})
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +63,13 @@ def outputs(work):
 @pytest.fixture
 def run_bench(tmp_path, monkeypatch):
     """Return a function that runs the command on the tiny model and returns the result and the numbers written."""
-    for name, small in {"SEEDS": 1, "N_INIT": 1, "DIGITS": 60, "FEW_IMAGES": 12, "BATCHES": {"cpu": 1}}.items():
+    for name, small in {"FEW_IMAGES": 12, "BATCHES": {"cpu": 1}}.items():
         monkeypatch.setattr(pipeline, name, small)
+    monkeypatch.setattr(study, "STUDY", {"k=10": SMALL, "ablation": replace(SMALL, n_init=3, matrices=2)})
+    monkeypatch.setitem(bench.OTHER_SIZES, "study", ["k=10", "ablation"])
+    monkeypatch.setattr(study, "BASE", SMALL)
+    monkeypatch.setattr(study, "GROWTH", {"images": ("n", (60, 120, 240)), "starts": ("seeds", (1, 2))})
+    monkeypatch.setattr(study, "in_child", lambda *arguments: 2e6)
 
     def run(*options: str, exit_code=0):
         output = tmp_path / "bench.json"
@@ -73,7 +90,7 @@ def scaling(seconds: float) -> dict:
     return {"counts": {"images": [10, 100]}, "seconds": {"10 images": [1.0], "100 images": [seconds]}}
 
 
-def passes(size: str, **seconds) -> dict:
+def made_passes(size: str, **seconds) -> dict:
     """Return measured passes in which every contender is as slow as a plain pass, except for those given."""
     times = {name: [1.0] * 3 for name in contender_names(size)} | seconds
     return {"model": "m", "batch": 2, "image_size": 56, "seconds": times, "flop_per_image": 3e9,
@@ -95,6 +112,10 @@ def test_contenders_give_the_same_features(outputs):
     for one, other in [(EAGER, ours(1)), (loop(8), ours(8)), (ours(8), ours(48))]:
         for name in outputs[one]:
             torch.testing.assert_close(outputs[one][name], outputs[other][name], atol=1e-4, rtol=0)
+    controls, settings = outputs[CONTROLS], outputs[ours(48)]
+    same = [name for name in controls if torch.equal(controls[name], settings[name.rpartition(" ")[0] or name])]
+    assert len(controls) == 49
+    assert 33 <= len(same) < 49  # the baseline and 32 settings; a control may change nothing
     assert len(outputs[loop(8)]) == 8
     for name, features in outputs[loop(8)].items():
         assert (features - baseline).abs().max() > 1e-2, name
@@ -151,14 +172,14 @@ def test_operations_are_those_that_torch_counts(work):
 class TestSummary:
     def test_ratios_are_taken_within_a_repeat(self):
         """In the second repeat the machine is slower, for both contenders alike."""
-        rows = summary(passes={"S": passes("S", **{PLAIN: [1.0, 3.0, 1.0], ours(1): [0.9, 2.7, 0.91]})})
+        rows = summary(passes={"S": made_passes("S", **{PLAIN: [1.0, 3.0, 1.0], ours(1): [0.9, 2.7, 0.91]})})
         row = rows["passes", "S", ours(1)]
         assert (row["ratio"], row["low"], row["high"]) == tuple(map(pytest.approx, (0.9, 0.9, 0.91)))
         assert (row["target"], row["verdict"]) == ("≤ 0.92", "met")
         assert rows["rate", "S", PLAIN]["ratio"] == pytest.approx(2 * 3e9 / 12e9)
 
     def test_a_target_is_met_or_missed_by_a_difference(self):
-        rows = summary(passes={"S": passes("S", **{loop(48): [44.0] * 3}), "L": passes("L")},
+        rows = summary(passes={"S": made_passes("S", **{loop(48): [44.0] * 3}), "L": made_passes("L")},
                        memory={"S": {"growth": dict.fromkeys(contender_names("S"), 100) | {ours(8): 150}}})
         assert rows["passes", "S", ours(48)]["verdict"] == "missed by 0.030"
         assert rows["passes", "L", ours(48)]["verdict"] == "met"
@@ -166,7 +187,7 @@ class TestSummary:
         assert rows["memory", "S", ours(8)]["verdict"] == "missed by 0.400"
 
     def test_a_loop_over_8_variants_is_extrapolated_to_48(self):
-        rows = summary(passes={"B": passes("B", **{loop(8): [8.0] * 3, ours(8): [1.0] * 3, ours(48): [1.5] * 3})})
+        rows = summary(passes={"B": made_passes("B", **{loop(8): [8.0] * 3, ours(8): [1.0] * 3, ours(48): [1.5] * 3})})
         measured, extrapolated = rows["loop", "B", loop(8)], rows["loop", "B", f"{loop(48)} (extrapolated from 8)"]
         assert (measured["ratio"], measured["target"]) == (pytest.approx(8), None)
         assert (extrapolated["ratio"], extrapolated["verdict"]) == (pytest.approx(32), "missed by 13.000")
@@ -177,8 +198,26 @@ class TestSummary:
         assert (on_cpu["ratio"], on_cpu["target"]) == (pytest.approx(0.9), None)
         assert (on_gpu["target"], on_gpu["verdict"]) == ("≥ 0.95", "missed by 0.050")
 
+    def test_the_target_of_the_study_is_against_the_faster_algorithm_of_scikit_learn(self):
+        found = {"seconds": {OURS: [1.0] * 3, LLOYD: [9.0] * 3, ELKAN: [8.5, 7.5, 7.0], FAISS: [2.0] * 3},
+                 "inertia": {OURS: [[101.0, 100.0]], LLOYD: [[100.0, 100.0]], ELKAN: [[100.0, 100.0]],
+                             FAISS: [[103.0, 102.0]]}, "flop": 3e9, "matmul_flop_per_second": 12e9}
+        rows = summary(study={"k=200": found})
+        of = lambda heading, what: rows[heading, "k=200", what]  # noqa: E731
+        assert of("study", ELKAN)["verdict"] == "missed by 0.500"
+        assert [of("study", name)["target"] for name in (LLOYD, FAISS)] == [None, None]
+        assert of("inertia", f"{OURS}, mean of the runs")["ratio"] == pytest.approx(1.005)
+        assert of("inertia", f"{OURS}, mean of the runs")["verdict"] == "missed by 0.004"
+        assert of("rate", "our k-means, its matrix products")["ratio"] == pytest.approx(0.25)
+
+    def test_growth_is_a_ratio_per_step(self):
+        found = {"counts": {"clusters": [2, 4, 8]}, "seconds": {"2 clusters": [1.0], "4 clusters": [3.0],
+                                                                "8 clusters": [12.0]}}
+        rows = summary(growth={"k-means": found})
+        assert [row["ratio"] for row in rows.values()] == [3, 4]
+
     def test_the_table_has_a_line_per_row_below_its_heading(self):
-        run = {"environment": {"on_gpu": False}, "passes": {"S": passes("S", **{ours(1): [0.8, 0.9, 1.0]})}}
+        run = {"environment": {"on_gpu": False}, "passes": {"S": made_passes("S", **{ours(1): [0.8, 0.9, 1.0]})}}
         run["summary"] = summarize(run)
         lines = list(table(run))
         place = next(place for place, line in enumerate(lines) if ours(1) in line)
@@ -188,16 +227,19 @@ class TestSummary:
 
 class TestCommand:
     def test_it_writes_numbers_and_a_figure(self, run_bench, tmp_path):
-        result, contents = run_bench("--parts", "passes,files,kmeans,scaling,store", "--repeats", "2")
+        result, contents = run_bench("--parts", "passes,files,scaling,store,study,growth", "--repeats", "2")
         (run,) = contents["runs"]
         assert run["environment"]["torch"] == torch.__version__.partition("+")[0]
         seconds = run["passes"]["tiny"]["seconds"]
         assert list(seconds) == contender_names("tiny")
         assert {len(times) for times in seconds.values()} == {2}
         assert run["scaling"]["tiny"]["counts"] == {"images": [12, 120], "variants": [5, 50], "tokens": [26, 257]}
-        assert set(run["kmeans"]["demo"]["seconds"]) == {"features", "k-means"}
+        assert run["growth"]["k-means"]["counts"] == {"images": [60, 120, 240], "starts": [1, 2]}
+        assert {"k=10", "ablation"} == set(run["study"])
+        assert np.shape(run["study"]["ablation"]["inertia"][OURS]) == (2, 2)
+        assert all(name in result.stdout for name in (OURS, LLOYD, ELKAN))
         assert run["files"]["tiny"]["images"] == SIZES["tiny"].batches["cpu"]
-        assert {row["heading"] for row in run["summary"]} == set(HEADINGS) - {"memory"}
+        assert {row["heading"] for row in run["summary"]} == set(HEADINGS) - {"memory", "shares", "estimate"}
         assert all(np.isfinite(row["ratio"]) and row["ratio"] > 0 for row in run["summary"])
         assert (tmp_path / "figures" / "bench.png").stat().st_size > 10_000
         assert HEADINGS["passes"] in result.stdout
@@ -207,7 +249,7 @@ class TestCommand:
             assert private not in written
 
     def test_a_later_run_replaces_only_what_it_measures(self, run_bench, monkeypatch):
-        measured(monkeypatch, scaling=scaling(9.0), passes=passes("tiny"))
+        measured(monkeypatch, scaling=scaling(9.0), passes=made_passes("tiny"))
         run_bench("--parts", "passes")
         run_bench("--parts", "scaling")
         measured(monkeypatch, scaling=scaling(8.0))
@@ -258,6 +300,90 @@ def test_a_warm_store_spares_every_image(monkeypatch):
     seconds = pipeline.measure_store("tiny", Conditions(repeats=2))["seconds"]
     assert computed == [{4}, {4}, {0}, {4}, {0}]  # the first call is a warm-up without a store
     assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+class TestStudy:
+    @pytest.mark.parametrize("name", [OURS, LLOYD, ELKAN, pytest.param(FAISS, marks=pytest.mark.skipif(
+        study.faiss is None, reason="needs faiss"))])
+    def test_every_contender_finds_separated_classes(self, name):
+        points, classes = study.made_features(replace(SMALL, k=3))
+        points += 10 * np.eye(16, dtype=np.float32)[classes]
+        (runs,) = study.labels_of(name, replace(SMALL, k=3, n_init=5), [points])
+        assert runs.shape == (2, 240)
+        assert all(adjusted_rand_score(classes, labels) == 1 for labels in runs)
+
+    def test_features_are_unit_vectors_of_every_class(self):
+        points, classes = study.made_features(SMALL)
+        assert (points.shape, points.dtype) == ((240, 16), np.float32)
+        np.testing.assert_allclose(np.linalg.norm(points, axis=1), 1, rtol=1e-6)
+        assert set(classes) == set(range(4))
+
+    def test_inertia_is_that_of_scikit_learn(self):
+        points = study.made_features(SMALL)[0] + 3
+        found = KMeans(4, n_init=1, tol=0, random_state=0).fit(points)
+        assert study.inertia(points, found.labels_, 4) == pytest.approx(found.inertia_, rel=1e-6)
+        assert study.inertia(points, found.labels_, 9) == pytest.approx(found.inertia_, rel=1e-6)  # some are empty
+
+    def test_it_runs_without_faiss(self, monkeypatch):
+        messages = []
+        monkeypatch.setattr(study, "faiss", None)
+        monkeypatch.setattr(study, "in_child", lambda *arguments: 0)
+        monkeypatch.setattr(study, "STUDY", {"k=10": SMALL})
+        found = study.measure_study("k=10", Conditions(repeats=5, log=messages.append))
+        assert list(found["seconds"]) == [OURS, LLOYD, ELKAN]
+        assert {len(times) for times in found["seconds"].values()} == {3}
+        assert any("faiss-cpu" in message for message in messages)
+
+    @pytest.mark.skipif(not os.access(memory.CLEAR, os.W_OK), reason=f"needs {memory.CLEAR}")
+    @pytest.mark.slow
+    def test_memory_is_measured_in_a_child(self):
+        work = Clustering(n=20_000, dim=8, k=20, seeds=5)
+        scores = 4 * work.n * work.k * work.seeds
+        assert scores < study._memory([OURS], work, CPU)[OURS] < 20 * scores
+
+
+class TestShares:
+    def test_every_statement_is_timed_as_one_kind_of_work(self, tmp_path):
+        code = nbformat.v4.new_code_cell
+        parameters = code("seeds = 3\nlimit = None", metadata={"tags": ["parameters"]})
+        notebook = shares.split(nbformat.v4.new_notebook(cells=[
+            nbformat.v4.new_markdown_cell("# A title"), code("import numpy as np\nfrom math import pi"), parameters,
+            code("fits = itae.fit_thresholds(\n    vit)\nfeatures = itae.extract_features(vit)"),
+            code("if targets is None:\n    pass\nelse:\n    run.show(figures.embeddings(points), 'tsne')"),
+            code("points = {name: remembered.tsne(each) for name in names}\nMarkdown('a')")]))
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert len(cells) == 8
+        assert parameters in cells
+        for number, cell in enumerate(cells):
+            cell.metadata["papermill"] = {"duration": 2.0**number}
+        nbformat.write(notebook, tmp_path / "n.ipynb")
+        assert shares.statement_seconds(tmp_path / "n.ipynb") == {
+            "imports": 3, "θ": 8, "features": 16, "figures": 32, "t-SNE": 64, "rest": 4 + 128}
+
+    def test_every_kind_of_work_occurs_in_the_notebooks(self):
+        statements = [cell.source for path in Path(bench.ROOT / "notebooks").glob("*.ipynb")
+                      for cell in shares.split(nbformat.read(path, 4)).cells if cell.cell_type == "code"]
+        assert set(shares.KINDS) == {shares.kind_of(statement) for statement in statements} - {"rest"}
+
+    def test_a_cell_of_the_papers_size_is_multiplied_up(self, monkeypatch):
+        monkeypatch.setattr(shares, "MODEL", "tiny")
+        monkeypatch.setattr(shares, "CELL", SMALL)
+        monkeypatch.setattr(Conditions, "seconds", lambda self, call: (call(), 1.0)[1])  # every call takes a second
+        found = shares.measure_shares("paper", CPU)
+        assert found["seconds"] == {"θ": 512 / 4, "features": 2 * 240 / 4, "k-means": 6, "scores": 6, "intervals": 5}
+        assert [measured for _, measured in found["estimate"].values()] == [6, 5]
+        assert all(row["ratio"] > 0 for row in summary(shares={"paper": found}).values())
+
+    def test_the_dry_run_of_the_demo_is_read_in_seconds(self):
+        assert 1 < shares.estimated_report({"profile": "demo"}) < 3600
+
+    @pytest.mark.slow
+    def test_the_shares_of_a_report_add_up_to_its_time(self, monkeypatch):
+        monkeypatch.setattr(shares, "REPORT", {"only": ["03"], "parameters": {"limit": 100, "seeds": 2, "n_init": 1}})
+        found = shares.measure_shares("demo", CPU)
+        assert set(found["seconds"]) == {*shares.KINDS, "rest", "kernels", "pages"}
+        assert all(seconds > 0 for seconds in found["seconds"].values())
+        assert sum(found["seconds"].values()) == pytest.approx(found["estimate"]["whole report"][1])
 
 
 class TestMemory:
