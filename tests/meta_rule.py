@@ -1,4 +1,4 @@
-"""The position embedding of Meta's DINOv2 at another size, as loops: slow and plain.
+"""The position embedding of Meta's DINOv2 at another size, by the rules of Meta and of `transformers`: slow and plain.
 
 Nothing here is shared with the package or calls an interpolation. The weights of every sample are computed one by one.
 """
@@ -51,7 +51,7 @@ def antialiased_weights(old: int, new: int) -> list[dict[int, float]]:
     return rows
 
 
-def meta_position(position: Tensor, rows: int, columns: int, registers: bool) -> Tensor:
+def meta_position(position: Tensor, rows: int, columns: int, registers: bool, offset: float = 0.1) -> Tensor:
     """Resize Meta's `pos_embed` (1, 1 + M², C) to a grid of patches: (1, 1 + rows · columns, C)."""
     side = math.isqrt(position.shape[1] - 1)
     if (rows, columns) == (side, side):
@@ -59,7 +59,7 @@ def meta_position(position: Tensor, rows: int, columns: int, registers: bool) ->
     if registers:
         down, across = antialiased_weights(side, rows), antialiased_weights(side, columns)
     else:
-        down, across = plain_weights(side, rows, 0.1), plain_weights(side, columns, 0.1)
+        down, across = plain_weights(side, rows, offset), plain_weights(side, columns, offset)
     grid = position[0, 1:].double().reshape(side, side, -1)
     patches = []
     for row_mix in down:

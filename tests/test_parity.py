@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from itae_utils.extraction.features import extract_features
 from itae_utils.models.backbones import load_backbone
 from itae_utils.models.checkpoints import model_from_checkpoint
-from itae_utils.models.pos_embed import use_meta_rule
+from itae_utils.models.pos_embed import use_rule
 from tests.conftest import MadeDataset, as_backbone, dataset_tensor, images
 from tests.dinov2 import STRUCTURES, meta_weights, save_as, theirs, timm_name
 from tests.meta_rule import meta_position
@@ -58,11 +58,21 @@ def difference(model, reference, batch) -> float:
 def test_all_structures_at_native_and_other_sizes(size, registers, layout, tmp_path):
     reference = tiny_theirs(size, registers)
     model = ours(size, registers, save_as(layout, reference, tmp_path / "weights"))
-    use_meta_rule(model)
+    use_rule(model, "meta")
     assert difference(model, reference, images(3, SIDE, SIDE)) < 1e-4
     for rows, columns in [(4, 4), (5, 3), (9, 9), (6, 10)]:
         batch = images(3, 14 * rows, 14 * columns)
         assert difference(model, with_meta_s_position(reference, rows, columns), batch) < 1e-4, (rows, columns)
+
+
+@pytest.mark.parametrize(("size", "registers"), STRUCTURES)
+def test_the_rule_of_transformers_is_that_of_the_library(size, registers, tmp_path):
+    reference = tiny_theirs(size, registers)
+    model = ours(size, registers, save_as("meta", reference, tmp_path / "weights"))
+    use_rule(model, "transformers")
+    for rows, columns in [(7, 7), (4, 4), (5, 3), (9, 9), (6, 10)]:
+        batch = images(3, 14 * rows, 14 * columns)
+        assert difference(model, reference, batch) < 1e-4, (rows, columns)
 
 
 @pytest.mark.parametrize(("registers", "differs"), [(False, True), (True, False)])
@@ -87,7 +97,7 @@ def test_a_file_in_timm_s_layout(size, registers, tmp_path):
 def test_extracted_features_are_equal_too(tmp_path):
     reference = tiny_theirs("base", False)
     model = ours("base", False, save_as("transformers 5", reference, tmp_path / "weights"))
-    use_meta_rule(model)
+    use_rule(model, "meta")
     dataset, backbone = MadeDataset(5), as_backbone(model.requires_grad_(False), image_size=56)
     found = extract_features(backbone, dataset, {"baseline": None})["baseline"]
     expected = with_meta_s_position(reference, 4, 4)(dataset_tensor(backbone, dataset)).pooler_output

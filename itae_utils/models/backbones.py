@@ -27,7 +27,7 @@ from itae_utils.models import demo
 from itae_utils.models.checkpoints import loading_options, model_from_checkpoint, read_checkpoint, tensors_named
 from itae_utils.models.compiled import compile_blocks
 from itae_utils.models.hub import published_weights
-from itae_utils.models.pos_embed import resolve_pos_embed, use_meta_rule
+from itae_utils.models.pos_embed import resolve_pos_embed, use_rule
 from itae_utils.models.preprocessing import Preprocessing, make_transform, resolve_resize
 from itae_utils.models.registry import BACKBONES, PRECISIONS, PREPROCESSING, timm_name_of
 from itae_utils.models.weight_files import ENDINGS
@@ -109,7 +109,7 @@ def load_backbone(
     pretrained: bool = True,
     image_size: int | None = None,
     preprocess: Literal["resize", "meta-eval", "pad"] = "resize",
-    pos_embed: Literal["auto", "meta", "timm"] = "auto",
+    pos_embed: Literal["auto", "meta", "transformers", "timm"] = "auto",
     device: str | torch.device = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     resize: Literal["auto", "pil", "device"] = "auto",
@@ -129,7 +129,8 @@ def load_backbone(
             crops the centre (256 and 224 at the usual size). "pad" keeps the aspect ratio: the long side is resized to
             that size, and the rest is padded with the mean colour. Padding makes patches of its own.
         pos_embed: rule that resizes the position embedding if the image size is not the model's own. "auto" is Meta's
-            for DINOv2, whose checkpoints were published with it, and timm's for all others.
+            for DINOv2, whose checkpoints were published with it, and timm's for all others. "transformers" is that of
+            this library since September 2024.
         device: a name of torch's, or a `torch.device`; "auto" is CUDA if available, else the CPU.
         precision: "auto" is fp32 on a CPU and bf16 on CUDA.
         resize: "pil" resizes and normalises a data set's images one by one on the CPU, "device" in batches; the two
@@ -170,8 +171,8 @@ def load_backbone(
             model, source, kind = _load_demo(name, checkpoint, pretrained)
         else:
             model, source, kind = _load_timm(name, checkpoint, pretrained)
-    if pos_embed == "meta":
-        use_meta_rule(model)
+    if pos_embed != "timm":
+        use_rule(model, pos_embed)
     if compile:
         compile_blocks(model)
     return Backbone(

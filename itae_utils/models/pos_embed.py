@@ -1,9 +1,10 @@
-"""Meta's rule for resizing DINOv2's position embedding, on a stock timm ViT.
+"""Other rules than timm's for resizing DINOv2's position embedding, on a stock timm ViT.
 
-Meta and timm differ at image sizes other than 518 pixels. For models without registers, Meta resizes the embedding by
-the *factor* (rows + 0.1) / 37, without antialiasing; for models with registers, to the *size*, with antialiasing. timm
-resizes both to the size, with antialiasing. The features differ clearly, so each checkpoint gets the rule it was
-published with.
+The rules differ at image sizes other than 518 pixels, for models without registers. Meta resizes their embedding by the
+*factor* (rows + 0.1) / 37, without antialiasing. So did the library `transformers` until its pull request 33226 of
+September 2024; since then it resizes to the *size*, without antialiasing. timm resizes to the size, with antialiasing.
+For models with registers, all three resize to the size, with antialiasing. The features differ clearly, so each
+checkpoint gets the rule it was published with.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OFFSET = 0.1  # Meta adds this to the number of patches along each side
 
 
 def resolve_pos_embed(pos_embed: str, timm_name: str | None) -> str:
-    """Return "meta" or "timm"; "auto" is Meta's rule for DINOv2 and timm's for all other models."""
+    """Return "meta", "transformers" or "timm"; "auto" is Meta's rule for DINOv2 and timm's for all other models."""
     if pos_embed not in POS_EMBEDS:
         raise ItaeError(f"pos_embed={pos_embed!r} is not known: use one of {', '.join(POS_EMBEDS)}")
     if pos_embed == "auto":
@@ -30,8 +31,8 @@ def resolve_pos_embed(pos_embed: str, timm_name: str | None) -> str:
     return pos_embed
 
 
-def use_meta_rule(model: nn.Module) -> None:
-    """Make a timm VisionTransformer resize its position embedding by Meta's rule, in place.
+def use_rule(model: nn.Module, rule: str) -> None:
+    """Make a timm VisionTransformer resize its position embedding by the rule "meta" or "transformers", in place.
 
     Only the method `_pos_embed` is replaced, and at the model's own image size the result is unchanged.
 
@@ -40,14 +41,14 @@ def use_meta_rule(model: nn.Module) -> None:
     """
     rows, columns = model.patch_embed.grid_size
     if not isinstance(model, VisionTransformer) or model.pos_embed is None or rows != columns:
-        raise ItaeError(f"pos_embed='meta' needs a VisionTransformer with a square position embedding, and this "
+        raise ItaeError(f"pos_embed={rule!r} needs a VisionTransformer with a square position embedding, and this "
                         f"{type(model).__name__} has none: use pos_embed='timm'")
-    model._pos_embed = partial(_pos_embed, model)  # a copy's partial holds the copy; a closure would hold this one
+    model._pos_embed = partial(_pos_embed, model, rule)  # a copy's partial holds the copy, a closure would not
 
 
-def _pos_embed(model: nn.Module, patches: Tensor) -> Tensor:
+def _pos_embed(model: nn.Module, rule: str, patches: Tensor) -> Tensor:
     """Replace timm's `_pos_embed` for `patches` (B, rows, columns, C); only the resize of the embedding differs."""
-    position = meta_resized(model, *patches.shape[1:3])
+    position = resized(model, *patches.shape[1:3], rule)
     tokens = patches.flatten(1, 2)
     prefix = [token.expand(len(tokens), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
     if model.no_embed_class:
@@ -57,17 +58,16 @@ def _pos_embed(model: nn.Module, patches: Tensor) -> Tensor:
     return model.pos_drop(tokens)
 
 
-def meta_resized(model: nn.Module, rows: int, columns: int) -> Tensor:
-    """Return the position embedding (1, T, C) of `model` for rows × columns patches, resized by Meta's rule."""
+def resized(model: nn.Module, rows: int, columns: int, rule: str) -> Tensor:
+    """Return the position embedding (1, T, C) of `model` for rows × columns patches, resized by a rule."""
     side, _ = model.patch_embed.grid_size
     if (rows, columns) == (side, side):
         return model.pos_embed
     num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     prefix, grid = model.pos_embed[:, :num_prefix], model.pos_embed[:, num_prefix:]
-    if model.reg_token is None:
-        options = {"scale_factor": ((rows + OFFSET) / side, (columns + OFFSET) / side), "antialias": False}
-    else:
-        options = {"size": (rows, columns), "antialias": True}
+    options = {"size": (rows, columns), "antialias": model.reg_token is not None}
+    if rule == "meta" and model.reg_token is None:
+        options = {"scale_factor": ((rows + OFFSET) / side, (columns + OFFSET) / side)}
     image = grid.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    resized = interpolate(image, mode="bicubic", **options).permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([prefix, resized.to(grid.dtype)], dim=1)
+    position = interpolate(image, mode="bicubic", **options).permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.cat([prefix, position.to(grid.dtype)], dim=1)

@@ -58,4 +58,4 @@ def timm_name_of(name: str) -> str | None:
 
 PREPROCESSING = ("resize", "meta-eval", "pad")
 RESIZES = ("pil", "device")
-POS_EMBEDS = ("auto", "meta", "timm")
+POS_EMBEDS = ("auto", "meta", "transformers", "timm")

@@ -117,7 +117,7 @@ OPTIONS: dict[str, object] = {
     "checkpoint": None,       # local weights instead of a download
     "image_size": None,       # pixels per side; None is the backbone's default
     "preprocess": "resize",   # "meta-eval": short side to 8/7 of the size, centre crop; "pad": whole image, padded
-    "pos_embed": "auto",      # how the position embedding is resized: "meta" or "timm"; auto by the model
+    "pos_embed": "auto",      # how the position embedding is resized: "meta", "transformers", "timm"; auto by the model
     "precision": "auto",      # "fp32" or "bf16"
     "device": "auto",         # "cpu", "cuda" or "cuda:1"
     "on_error": "raise",      # "skip" leaves out unreadable files of a folder

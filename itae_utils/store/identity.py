@@ -38,7 +38,7 @@ def model_identity(backbone: Backbone) -> dict[str, object]:
         Unidentified: the model is in training mode, or a hook or a replaced method can't be pickled.
     """
     model, own = backbone.model, []
-    in_key = [name for name, is_in in [("forward", backbone.compiled), ("_pos_embed", backbone.pos_embed == "meta")]
+    in_key = [name for name, is_in in [("forward", backbone.compiled), ("_pos_embed", backbone.pos_embed != "timm")]
               if is_in]  # methods that load_backbone replaces
     for module in model.modules():
         if module.training:

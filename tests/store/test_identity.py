@@ -40,6 +40,7 @@ def test_all_that_decides_features_is_in_their_key(tmp_path, monkeypatch):
         "precision": {"backbone": as_backbone(backbone.model, precision="bf16")},
         "preprocessing": {"backbone": as_backbone(backbone.model, image_size=64)},
         "pos_embed": {"backbone": dataclasses.replace(backbone, pos_embed="meta")},
+        "another pos_embed": {"backbone": dataclasses.replace(backbone, pos_embed="transformers")},
         "resize": {"backbone": dataclasses.replace(backbone, resize="device")},
         "compiled": {"backbone": dataclasses.replace(backbone, compiled=True)},
         "images": {"dataset": array_dataset(11, seed=1)},
