@@ -71,6 +71,6 @@ def _remembered(kind: str, features: np.ndarray, settings: Mapping[str, object],
     features = np.ascontiguousarray(features)
     about = {"features": hashlib.sha256(features).hexdigest(), "shape": list(features.shape),
              "dtype": str(features.dtype)}
-    versions = {name: metadata.version(name) for name in ("scikit-learn", "numpy")}
-    code = code_digest([PACKAGE / "analysis/kmeans.py", PACKAGE / "analysis/remembered.py"])
+    versions = {name: metadata.version(name) for name in ("torch", "scikit-learn", "numpy")}
+    code = code_digest([PACKAGE / f"analysis/{name}.py" for name in ("kmeans", "lloyd", "remembered")])
     return place.remembered(kind, {**about, **settings, "versions": versions, "code": code}, compute)

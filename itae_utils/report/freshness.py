@@ -25,6 +25,7 @@ from itae_utils.environment import data_folder, hub_server
 from itae_utils.files import PACKAGE, write_json
 from itae_utils.models.hub import cached_weights
 from itae_utils.models.registry import BACKBONES
+from itae_utils.models.weight_files import weight_files
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.plan import Step
 from itae_utils.report.rules import recorded
@@ -181,9 +182,11 @@ def _images(dataset: str, split: str | None) -> str | list | None:
 def _weights(backbone: str, checkpoint: str | None) -> str | list | None:
     """Return the hash of a checkpoint, or path, size and time of the file in the hub's cache, named by its SHA-256."""
     if checkpoint is not None:
-        path = Path(checkpoint)
-        files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
-        return files_digest(files, path.parent)
+        path = Path(checkpoint).expanduser()
+        if path.is_dir():
+            return files_digest([each for each in path.rglob("*") if each.is_file()], path.parent)
+        files, config = weight_files(path)[0], path.with_name("config.json")
+        return files_digest([*files, *([config] if config.is_file() else [])], path.parent)
     entry = BACKBONES.get(backbone)
     if entry and entry.timm_name is None:
         return "embedded"

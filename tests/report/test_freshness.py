@@ -184,20 +184,24 @@ def test_a_run_whose_inputs_change_is_repeated(execute, tmp_path):
     assert ran(execute, dataset="imagefolder:pictures") == BOTH
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "folder"])
-def test_a_changed_checkpoint_runs_all(execute, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "changed"), [
+    ("weights.pth", "weights.pth"), ("folder", "folder/model.safetensors"),
+    ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+])
+def test_a_changed_checkpoint_runs_all(execute, tmp_path, monkeypatch, name, changed):
     monkeypatch.setattr("itae_utils.report.plan.check_checkpoint", lambda *_: None)
     for notebook in ("01_first", "03_scores"):
         write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "checkpoint = None\n")
-    file = tmp_path / name if name.endswith("pth") else tmp_path / name / "model.safetensors"
     options = {"backbone": "dinov2_vits14", "parameters": {"checkpoint": name}}
-    write_old(file, b"weights")
+    if "." in name:
+        write_old(tmp_path / name, b"weights")
+    write_old(file := tmp_path / changed, b"weights")
     assert ran(execute, **options) == BOTH
     assert ran(execute, **options) == []
     file.write_bytes(b"others!")
     assert ran(execute, **options) == BOTH
     (file.parent / "config.json").touch()
-    assert ran(execute, **options) == (BOTH if name == "folder" else [])
+    assert ran(execute, **options) == BOTH
 
 
 def test_published_weights_are_identified_by_the_file_in_the_hubs_cache(execute, tmp_path, monkeypatch):
