@@ -78,8 +78,9 @@ def load_dataset(
         name: a key of `DATASETS`; capitals, dashes and underscores do not matter. The path of a folder, or
             `imagefolder:PATH`, reads class folders, or images without labels. `hf:NAME` or `hf:FOLDER` reads a data set
             of the package `datasets`.
-        split: a split of a folder or a Hugging Face data set. By default the test split, else the validation split,
-            else the only one. The other data sets have one split.
+        split: "train" is the training split of CIFAR-10, CIFAR-100, STL-10 and Tiny-ImageNet; their default is the test
+            split, or validation for Tiny-ImageNet. Of a folder or a Hugging Face data set, any split; by default the
+            test split, else the validation split, else the only one. "digits" has one split.
         root: the folder for downloads, by default ITAE_DATA or ~/.cache/itae/data.
         limit: the largest number of images. The subset keeps the images' order and each class's share, to within one
             image.
@@ -113,7 +114,7 @@ def load_dataset(
         notes += more
     left_out = f" of {len(images) + len(skipped):,} files, the others unreadable" if skipped else ""
     info = DATASETS.get(name)
-    split = f"{contents.split or (info.split if info else 'all')} ({len(images):,}{left_out})"
+    split = f"{contents.split or 'all'} ({len(images):,}{left_out})"
     if limit is not None and limit < len(images):
         chosen = _choose(len(images), targets, limit, seed)
         images = take(images, chosen)
@@ -172,20 +173,31 @@ def _read(
     """Return what the data set holds; `name` is from `dataset_name`."""
     if name.startswith(PREFIX):
         return read_rows(name, split, image_column, label_column)
-    _check_part(name, split, image_column=image_column, label_column=label_column)
+    part = _part(name, split, image_column=image_column, label_column=label_column)
     if folder := image_folder(name):
         return read_folder(folder, split)
-    return DATASETS[name].read(data_folder() if root is None else Path(os.path.expanduser(root)))
+    root = data_folder() if root is None else Path(os.path.expanduser(root))
+    return DATASETS[name].read(root, part)._replace(split=part)
 
 
-def _check_part(name: str, split: str | None, **columns: str | None) -> None:
-    """Refuse columns of a data set that has none, and a split that a data set of `DATASETS` does not have."""
+def _part(name: str, split: str | None, **columns: str | None) -> str | None:
+    """Return the split of a data set of `DATASETS`, or `split` for others.
+
+    Raises:
+        ItaeError: there is no such split, or columns are given for a data set that has none.
+    """
     for option, value in columns.items():
         if value is not None:
             raise ItaeError(f"{option}={value!r} is for Hugging Face data sets, not for {name}: leave it out")
     info = DATASETS.get(name)
-    if info and split is not None and (split_kind(split) or split) != (split_kind(info.split) or info.split):
-        raise ItaeError(f"split={split!r} is not available for {name}: use {info.split!r}, or leave it out")
+    if info is None:
+        return split
+    parts = [info.split, *(["train"] if info.train else [])]
+    for part in parts:
+        if split is None or (split_kind(split) or split) == (split_kind(part) or part):
+            return part
+    known = " or ".join(map(repr, parts))
+    raise ItaeError(f"split={split!r} is not available for {name}: use {known}, or leave it out")
 
 
 def _choose(total: int, targets: np.ndarray | None, limit: int, seed: int) -> np.ndarray:
@@ -201,7 +213,7 @@ def _choose(total: int, targets: np.ndarray | None, limit: int, seed: int) -> np
     return np.sort(np.concatenate(chosen))
 
 
-def _read_digits(_root: Path) -> Contents:
+def _read_digits(_root: Path, _split: str) -> Contents:
     # imported here, like torchvision below: `itae datasets` needs neither and answers at once without them
     from sklearn.datasets import load_digits
 
@@ -211,42 +223,55 @@ def _read_digits(_root: Path) -> Contents:
     return Contents(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])
 
 
-def _read_torchvision(class_name: str, root: Path, **split) -> Contents:
+def _read_torchvision(class_name: str, root: Path, split: str) -> Contents:
     """Read one of torchvision's data sets. Torchvision unpacks and checks it; `fetch` can also time out and resume."""
     from torchvision import datasets
 
     reader = getattr(datasets, class_name)
+    part = {"split": split} if class_name == "STL10" else {"train": split == "train"}
     try:
-        data = reader(root, **split)
+        data = reader(root, **part)
     except RuntimeError:  # missing or damaged
         with one_at_a_time(root, class_name):
             try:
-                data = reader(root, **split)  # another process may have downloaded it by now
+                data = reader(root, **part)  # another process may have downloaded it by now
             except RuntimeError:
                 fetch(Archive(reader.url, reader.filename, reader.tgz_md5), root)
-                data = reader(root, **split, download=True)
+                data = reader(root, **part, download=True)
     targets = data.labels if class_name == "STL10" else data.targets
     images = data.data.transpose(0, 2, 3, 1) if class_name == "STL10" else data.data
     return Contents(images, np.asarray(targets, dtype=np.int64), list(data.classes))
 
 
-def _read_tiny_imagenet(root: Path) -> Contents:
-    """Read the labelled validation split; classes are sorted by WordNet id and called by the first of their names."""
-    folder = root / "tiny-imagenet-200"
-    if not folder.is_dir():
-        with one_at_a_time(root, folder.name):
-            if not folder.is_dir():
-                unpack(fetch(TINY_IMAGENET, root), ("tiny-imagenet-200/val/", "tiny-imagenet-200/words.txt"), folder)
+def _read_tiny_imagenet(root: Path, split: str) -> Contents:
+    """Read a labelled split; classes are sorted by WordNet id and called by the first of their names."""
+    folder = _unpacked(root, TINY, f"{TINY}/val/", f"{TINY}/words.txt")
     annotations, names = folder / "val/val_annotations.txt", folder / "words.txt"
     for needed in (annotations, names):
         if not needed.is_file():
             raise ItaeError(f"{needed} is missing: remove {folder} and run again to unpack it")
-    rows = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines()]
+    if split == "train":
+        train = _unpacked(root, f"{TINY}/train", f"{TINY}/train/")
+        rows = [(path, path.parts[-3]) for path in sorted(train.glob("*/images/*.JPEG"))]
+        if not rows:
+            raise ItaeError(f"{train} holds no image: remove it and run again to unpack it")
+    else:
+        lines = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines()]
+        rows = [(folder / "val/images" / line[0], line[1]) for line in lines]
     words = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
-    ids, targets = np.unique([row[1] for row in rows], return_inverse=True)
-    paths = [folder / "val/images" / row[0] for row in rows]
+    ids, targets = np.unique([wordnet_id for _, wordnet_id in rows], return_inverse=True)
     classes = [words[wordnet_id].split(",")[0] for wordnet_id in ids]
-    return Contents(paths, targets.astype(np.int64), classes, folder=folder)
+    return Contents([path for path, _ in rows], targets.astype(np.int64), classes, folder=folder)
+
+
+def _unpacked(root: Path, name: str, *prefixes: str) -> Path:
+    """Return the folder `name` of Tiny-ImageNet's archive, unpacked with the members that start with `prefixes`."""
+    folder = root / name
+    if not folder.is_dir():
+        with one_at_a_time(root, TINY):
+            if not folder.is_dir():
+                unpack(fetch(TINY_IMAGENET, root), prefixes, name)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -256,11 +281,12 @@ class DatasetInfo:
     Attributes:
         images: number of images; None if it depends on the user's folder.
         classes: number of classes, or None likewise.
-        split: the part of the data used.
+        split: the part of the data used by default.
         megabytes: size of the download; 0 if there is none.
         origin: a description of the source.
-        read: takes the download folder, or the user's.
+        read: takes the download folder and the split, or the user's folder.
         unpacked: name of the unpacked folder below the download folder.
+        train: number of images of the training split; None if there is none.
     """
 
     images: int | None
@@ -270,6 +296,7 @@ class DatasetInfo:
     origin: str
     read: Callable[..., Contents]
     unpacked: str | None = None
+    train: int | None = None
 
 
 DATASETS: dict[str, DatasetInfo] = {
@@ -277,23 +304,23 @@ DATASETS: dict[str, DatasetInfo] = {
         1_797, 10, "all", 0, "handwritten digits of the UCI repository, 8 × 8, inside scikit-learn", _read_digits),
     "cifar10": DatasetInfo(
         10_000, 10, "test", 170, "CIFAR-10 (Krizhevsky, 2009), 32 × 32, by torchvision",
-        partial(_read_torchvision, "CIFAR10", train=False), "cifar-10-batches-py"),
+        partial(_read_torchvision, "CIFAR10"), "cifar-10-batches-py", 50_000),
     "cifar100": DatasetInfo(
         10_000, 100, "test", 169, "CIFAR-100 (Krizhevsky, 2009), 32 × 32, by torchvision",
-        partial(_read_torchvision, "CIFAR100", train=False), "cifar-100-python"),
+        partial(_read_torchvision, "CIFAR100"), "cifar-100-python", 50_000),
     "stl10": DatasetInfo(
         8_000, 10, "test", 2_640, "STL-10 (Coates, Ng and Lee, 2011), 96 × 96, by torchvision",
-        partial(_read_torchvision, "STL10", split="test"), "stl10_binary"),
+        partial(_read_torchvision, "STL10"), "stl10_binary", 5_000),
     "tiny-imagenet": DatasetInfo(
         10_000, 200, "validation", 248, "Tiny-ImageNet (Stanford CS231n), 64 × 64", _read_tiny_imagenet,
-        "tiny-imagenet-200"),
+        "tiny-imagenet-200", 100_000),
     "imagefolder:PATH": DatasetInfo(
         None, None, "all", 0, "a folder of yours: class folders, or images without labels", read_folder),
     "hf:NAME": DatasetInfo(
         None, None, "test", 0, "of the Hugging Face hub, or hf:FOLDER; needs the package datasets", read_rows),
 }
 
-
+TINY = "tiny-imagenet-200"  # the folder in the archive
 TINY_IMAGENET = Archive(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
     248_100_043)
@@ -318,8 +345,9 @@ def size(
     if _is_on_hub(name):
         return None, None
     if name in DATASETS:
-        _check_part(name, split, **columns)
-        images, classes = DATASETS[name].images, DATASETS[name].classes
+        info = DATASETS[name]
+        images = info.train if _part(name, split, **columns) == "train" else info.images
+        classes = info.classes
     else:
         contents = _read(name, split, **columns)
         images, classes = len(contents.images), contents.classes and len(contents.classes)
@@ -334,7 +362,8 @@ def download(name: str, split: str | None = None, **columns: str | None) -> None
     """
     name = dataset_name(name)
     folder = unpacked_folder(name)
-    if _is_on_hub(name) or (folder and not folder.is_dir()):
+    is_train = name in DATASETS and _part(name, split, **columns) == "train"  # Tiny-ImageNet's is unpacked by itself
+    if _is_on_hub(name) or is_train or (folder and not folder.is_dir()):
         _read(name, split, **columns)
 
 

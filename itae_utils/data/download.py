@@ -139,12 +139,12 @@ def within(seconds: float, ask: Callable[..., Answer], *args: object, **options:
     return answer.result()
 
 
-def unpack(archive: Path, prefixes: tuple[str, ...], folder: Path) -> None:
-    """Extract the members of a zip that start with one of `prefixes`, all or none, as `folder` beside the archive."""
-    scratch = Path(tempfile.mkdtemp(prefix="unpacking-", dir=folder.parent))
+def unpack(archive: Path, prefixes: tuple[str, ...], name: str) -> None:
+    """Extract the members of a zip that start with one of `prefixes`, all or none, into its folder `name` beside it."""
+    scratch = Path(tempfile.mkdtemp(prefix="unpacking-", dir=archive.parent))
     try:
         with zipfile.ZipFile(archive) as file:
             file.extractall(scratch, [name for name in file.namelist() if name.startswith(prefixes)])
-        (scratch / folder.name).rename(folder)
+        (scratch / name).rename(archive.parent / name)
     finally:
         shutil.rmtree(scratch)

@@ -70,7 +70,9 @@ def test_digits():
     ("CIFAR11", {}, "cifar10"), ("tinyimagnet", {}, "tiny-imagenet"), ("photos/nowhere", {}, "'photos/nowhere'"),
     (Path("nowhere"), {}, "'nowhere'"), (Path("digits"), {}, "'digits'"), (__file__, {}, "file"),
     *((name, {}, type(name).__name__) for name in (None, 3, ["digits"], {"a": 1}, b"digits", "", object())),
-    ("digits", {"split": "train"}, "split='train'.*'all'"), ("cifar10", {"split": "train"}, "split='train'.*'test'"),
+    ("digits", {"split": "train"}, "split='train'.*'all'"),
+    ("cifar10", {"split": "dev"}, "split='dev'.*'test' or 'train'"), ("stl10", {"split": "unlabeled"}, "'unlabeled'"),
+    ("tiny-imagenet", {"split": "test"}, "split='test'.*'validation' or 'train'"),
     ("digits", {"split": 1}, "split=1"), ("digits", {"root": 1}, "root=1"), ("digits", {"seed": "x"}, "seed='x'"),
     ("digits", {"seed": -1}, "seed=-1"), ("digits", {"image_column": "a"}, "image_column='a'.*Hugging Face"),
     ("digits", {"label_column": "a"}, "label_column='a'"),
@@ -196,6 +198,10 @@ class TestLimit:
             (tmp_path / f"{number}.png").touch()
         assert image_count(f"imagefolder:{tmp_path}", limit) == min(3, limit or 3)
         assert image_count("digits", limit) == min(1797, limit or 1797)
+        for name, test, train in [("cifar10", 10_000, 50_000), ("CIFAR-100", 10_000, 50_000), ("stl10", 8_000, 5_000),
+                                  ("tiny-imagenet", 10_000, 100_000)]:
+            assert image_count(name, limit) == min(test, limit or test)
+            assert image_count(name, limit, "train") == min(train, limit or train)
 
 
 class TestImageFolder:

@@ -19,6 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from itae_utils.data import datasets
 from itae_utils.data.datasets import load_dataset
 from itae_utils.data.download import within
+from itae_utils.data.fingerprint import fingerprint
 from itae_utils.errors import ItaeError
 from tests.data.test_datasets import picture, save, truncate
 from tests.loopback import Loopback, closed_url
@@ -68,7 +69,7 @@ def direct(monkeypatch):
 
 
 def tiny_zip(path):
-    """Write a small archive in the layout of tiny-imagenet-200.zip: 3 classes, 6 validation images."""
+    """Write a small archive in the layout of tiny-imagenet-200.zip: 3 classes, 6 validation and 4 training images."""
     ids = ["n02000000", "n01000000", "n03000000", "n01000000", "n03000000", "n02000000"]
     with zipfile.ZipFile(path, "w") as archive:
         rows, top = [], "tiny-imagenet-200"
@@ -82,6 +83,10 @@ def tiny_zip(path):
         words = {"n01000000": "goldfish, Carassius auratus", "n02000000": "boa", "n03000000": "bus, coach", "n4": "cup"}
         archive.writestr(f"{top}/words.txt", "".join(f"{key}\t{value}\n" for key, value in words.items()))
         archive.writestr(f"{top}/train/n01000000/n01000000_boxes.txt", "")
+        for number, wordnet_id in enumerate(["n03000000", "n01000000", "n02000000", "n01000000"]):
+            content = io.BytesIO()
+            picture(10 + number, size=(64, 64)).save(content, "JPEG")
+            archive.writestr(f"{top}/train/{wordnet_id}/images/{wordnet_id}_{number}.JPEG", content.getvalue())
     return path
 
 
@@ -149,6 +154,33 @@ class TestTinyImageNet:
         with tiny.served():
             tiny.check()
         assert (tmp_path / root / "tiny-imagenet-200").is_dir()
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_the_training_split_is_unpacked_when_it_is_asked_for(self, tiny, tmp_path, before):
+        tiny.save_by_hand(tmp_path)
+        if before:
+            tiny.check(tmp_path)
+        for name in ("train", "Training"):
+            dataset = load_dataset("tiny-imagenet", split=name, root=tmp_path)
+            assert (dataset.split, dataset.classes) == ("train (4)", ["goldfish", "boa", "bus"])
+            assert [path.name for path in dataset.images] == [
+                "n01000000_1.JPEG", "n01000000_3.JPEG", "n02000000_2.JPEG", "n03000000_0.JPEG"]
+            assert dataset.targets.tolist() == [0, 0, 1, 2]
+            assert dataset[0][0].size == (64, 64)
+        tiny.check(tmp_path)
+        assert fingerprint(dataset) != fingerprint(load_dataset("tiny-imagenet", root=tmp_path))
+        for path in dataset.images:
+            path.unlink()
+        with pytest.raises(ItaeError, match=r"tiny-imagenet-200/train.* remove"):
+            load_dataset("tiny-imagenet", split="train", root=tmp_path)
+
+    def test_what_a_training_split_needs_is_fetched_before_a_run(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setenv("ITAE_DATA", str(tmp_path / "data"))
+        with tiny.served() as server:
+            for split in (None, "train", "train"):
+                datasets.download("tiny-imagenet", split)
+                assert (tmp_path / "data/tiny-imagenet-200/train").is_dir() == (split is not None)
+            assert len(server.asked) == 1
 
     def test_an_archive_saved_by_hand_needs_no_network_and_is_never_deleted(self, tiny, tmp_path):
         path = tiny.save_by_hand(tmp_path)
@@ -238,23 +270,26 @@ class TestTinyImageNet:
         assert str(tmp_path / "file/data") in refusal("tiny-imagenet", tmp_path / "file/data")
 
 
-def pack(folder, reader, pixels, targets, names):
+def pack(folder, reader, pixels, targets, names, train=None):
     """Write the archive of CIFAR10, CIFAR100 or STL10; return the attributes of `reader` that hold its checksums.
 
-    `pixels` are uint8 (n, 3, side, side), `targets` n class indices.
+    `pixels` are uint8 (n, 3, side, side), `targets` n class indices; `train` are both of the training split, if any.
+    CIFAR-10's is divided among all its files.
     """
+    parts = {"test": (pixels, targets)} | ({} if train is None else {"train": train})
     if reader is STL10:
-        contents = {
-            "test_X.bin": pixels.transpose(0, 1, 3, 2).tobytes(),  # the files hold columns
-            "test_y.bin": bytes(target + 1 for target in targets),
-            "class_names.txt": "\n".join(names).encode(),
-        }
+        contents = {"class_names.txt": "\n".join(names).encode()}
+        for part, (images, labels) in parts.items():
+            contents[f"{part}_X.bin"] = images.transpose(0, 1, 3, 2).tobytes()  # the files hold columns
+            contents[f"{part}_y.bin"] = bytes(label + 1 for label in labels)
     else:
-        labels = "labels" if reader is CIFAR10 else "fine_labels"
-        contents = {
-            reader.test_list[0][0]: pickle.dumps({"data": pixels.reshape(len(pixels), -1), labels: targets}),
-            reader.meta["filename"]: pickle.dumps({reader.meta["key"]: names}),
-        }
+        key, contents = "labels" if reader is CIFAR10 else "fine_labels", {}
+        for part, (images, labels) in parts.items():
+            files = [name for name, _ in getattr(reader, f"{part}_list")]
+            for name, rows in zip(files, np.array_split(np.arange(len(labels)), len(files)), strict=True):
+                contents[name] = pickle.dumps({"data": images[rows].reshape(len(rows), -1),
+                                               key: [labels[row] for row in rows]})
+        contents[reader.meta["filename"]] = pickle.dumps({reader.meta["key"]: names})
     path = folder / reader.filename
     with tarfile.open(path, "w:gz") as archive:
         for name, content in contents.items():
@@ -271,20 +306,25 @@ def pack(folder, reader, pixels, targets, names):
 
 @pytest.mark.parametrize("reader", [CIFAR10, CIFAR100, STL10])
 def test_torchvision_sets_are_downloaded_once_and_read(reader, tmp_path, monkeypatch):
-    targets, names, side = [2, 0, 1, 1], ["ant", "bee", "cat"], 96 if reader is STL10 else 32
-    pixels = np.random.default_rng(0).integers(256, size=(4, 3, side, side), dtype=np.uint8)
+    names, side = ["ant", "bee", "cat"], 96 if reader is STL10 else 32
+    pixels = np.random.default_rng(0).integers(256, size=(11, 3, side, side), dtype=np.uint8)
+    test, train = (pixels[:4], [2, 0, 1, 1]), (pixels[4:], [0, 1, 2, 1, 0, 0, 2])
+    fingerprints = set()
     with Server(tmp_path) as server:
         monkeypatch.setattr(reader, "url", f"{server.url}/{reader.filename}")
-        for attribute, value in pack(tmp_path, reader, pixels, targets, names).items():
+        for attribute, value in pack(tmp_path, reader, *test, names, train).items():
             monkeypatch.setattr(reader, attribute, value)
-        for _ in range(2):
-            dataset = load_dataset(reader.__name__.lower(), root=tmp_path / "data")
-            assert (dataset.classes, dataset.split) == (names, "test (4)")
+        for split, name, (images, targets) in [(None, "test (4)", test), ("test", "test (4)", test),
+                                               ("train", "train (7)", train), ("Training", "train (7)", train)]:
+            dataset = load_dataset(reader.__name__.lower(), split=split, root=tmp_path / "data")
+            assert (dataset.classes, dataset.split) == (names, name)
             assert (dataset.targets.dtype, dataset.targets.tolist()) == (np.int64, targets)
-            for (image, label), expected, target in zip(dataset, pixels, targets, strict=True):
+            for (image, label), expected, target in zip(dataset, images, targets, strict=True):
                 np.testing.assert_array_equal(np.asarray(image), expected.transpose(1, 2, 0))
                 assert label == target
+            fingerprints.add(fingerprint(dataset))
         assert len(server.asked) == 1
+    assert len(fingerprints) == 2
 
 
 class TestNoNetwork:
