@@ -195,7 +195,7 @@ class Scores:
     def renew(self, clusters: Tensor) -> None:
         """Compute the scores of some centres anew."""
         for block in clusters.split(self.step):
-            self.values[block] = self.clusters.scores(block, self.points)
+            self.values.index_copy_(0, block, self.clusters.scores(block, self.points))
         self.ages[clusters] = 0
 
     def update(self, moves: Moves) -> None:
@@ -217,8 +217,8 @@ class Scores:
         self.ages[moves.clusters] += 1
         columns = (values[:, None].split(self.step) for values in (ratios, shifts, after))
         for part, ratio, shift, size in zip(moves.split(self.step), *columns, strict=True):
-            change = part.sums(self.products).div_(size)
-            self.values[part.clusters] = self.values[part.clusters].mul_(ratio).add_(shift).add_(change)
+            values = self.values.index_select(0, part.clusters).mul_(ratio).add_(shift)
+            self.values.index_copy_(0, part.clusters, values.addcdiv_(part.sums(self.products), size))
 
     def keep(self, starts: Tensor) -> None:
         """Drop the starts for which `starts` is False, also from the clusters."""
@@ -264,7 +264,9 @@ def _relabel(scores: Tensor, labels: Tensor, is_first: bool, has_ties: bool
     # A maximum is much faster than its index, so the index is computed only for points that change.
     best = scores.amax(dim=1)
     if has_ties or is_first:
-        all_new = scores.argmax(dim=1)
+        all_new = torch.zeros_like(labels)
+        for cluster in reversed(range(scores.shape[1])):  # three times as fast as argmax
+            all_new.masked_fill_(scores[:, cluster] == best, cluster)
         changed = (all_new != labels) | is_first
     else:
         changed = best > scores.gather(1, labels[:, None])[:, 0]
