@@ -142,15 +142,20 @@ def provenance(backbone: Backbone, dataset: Dataset, **more: object) -> dict[str
     return _plain({
         **_system(),
         "backbone": {name: getattr(backbone, name) for name in BACKBONE_KEYS} | {"hub": hub_server()},
-        "dataset": {
-            "name": dataset.name, "split": dataset.split, "source": dataset.source,
-            "size": len(dataset), "classes": len(dataset.classes or ()), "fingerprint": fingerprint(dataset),
-            "notes": getattr(dataset, "notes", ()),
-        },
+        "dataset": images_provenance(dataset),
         "device": _device_name(backbone.device),
         "precision": backbone.precision,
         **more,
     })
+
+
+def images_provenance(dataset: Dataset) -> dict[str, object]:
+    """Return what identifies the images of a data set."""
+    return {
+        "name": dataset.name, "split": dataset.split, "source": dataset.source,
+        "size": len(dataset), "classes": len(dataset.classes or ()), "fingerprint": fingerprint(dataset),
+        "notes": getattr(dataset, "notes", ()),
+    }
 
 
 def collected_provenance(results: Mapping[str, Mapping[str, object]]) -> dict[str, object]:

@@ -123,7 +123,7 @@ def describe_notes(facts: Sequence[Mapping[str, str]]) -> str:
 
 def score_variants(
     features: Mapping[str, np.ndarray], targets: np.ndarray | None, *, seeds: Sequence[int], n_init: int = 1,
-    normalize: bool = True, store: str | Path | Store | None = "auto",
+    normalize: bool = True, algorithm: str = "exact", store: str | Path | Store | None = "auto",
 ) -> pd.DataFrame:
     """Return the k-means scores of each variant. Without targets, return its mean cosine distance to the baseline.
 
@@ -136,8 +136,8 @@ def score_variants(
         return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
                              for name, rows in features.items()])
     k = len(np.unique(targets))
-    labels = {name: remembered.clusters(rows, k, seeds=seeds, n_init=n_init, normalize=normalize, store=store)[0]
-              for name, rows in features.items()}
+    labels = {name: remembered.clusters(rows, k, seeds=seeds, n_init=n_init, normalize=normalize, algorithm=algorithm,
+                                        store=store)[0] for name, rows in features.items()}
     return score_labels(targets, labels, seeds)
 
 

@@ -149,6 +149,41 @@ def cluster_parts(
     return labels[0], float(inertias[0])
 
 
+def predict(
+    fitted: np.ndarray, labels: np.ndarray, features: np.ndarray, *, normalize: bool = True
+) -> np.ndarray:
+    """Give each row of `features` to the cluster of other features whose mean is nearest: labels (seeds, n).
+
+    The means are computed in float64, a block of rows at a time. Clusters without points get none.
+
+    Args:
+        fitted: features (m, dim) that were clustered, such as those of a training split.
+        labels: (seeds, m), from `cluster_seeds(fitted, …)`.
+        features: (n, dim).
+        normalize: whether rows of both are scaled to length 1 first, as for the labels.
+
+    Raises:
+        ItaeError: features that are not finite matrices of one width, or labels of other images.
+    """
+    fitted, features, labels = as_matrix(fitted), as_matrix(features), torch.as_tensor(np.atleast_2d(labels)).long()
+    if fitted.shape != (labels.shape[1], features.shape[1]):
+        raise ItaeError(f"labels {tuple(labels.shape)} of features {fitted.shape} can't be given to features "
+                        f"{features.shape}: use one label per image, and features of one width")
+    k = int(labels.max()) + 1
+    means = torch.zeros(len(labels), k, fitted.shape[1], dtype=torch.float64)
+    for first, rows in _blocks([fitted], ROWS, normalize):
+        for sums, run in zip(means, labels[:, first : first + len(rows)], strict=True):
+            sums.index_add_(0, run, torch.from_numpy(rows).double())
+    sizes = torch.stack([run.bincount(minlength=k) for run in labels])
+    means /= sizes[..., None].clamp(min=1)
+    halves = (means.square().sum(dim=2) / 2).where(sizes > 0, math.inf)
+    found = np.empty((len(labels), len(features)), dtype=np.int32)
+    for first, rows in _blocks([features], ROWS, normalize):
+        for run, centres, half in zip(found, means, halves, strict=True):
+            run[first : first + len(rows)] = (torch.from_numpy(rows).double() @ centres.T - half).argmax(dim=1)
+    return found
+
+
 def seed_list(seeds: int | Sequence[int]) -> list[int]:
     """Return the seeds as a list; a number means that many, from 0.
 

@@ -21,7 +21,7 @@ from itae_utils.store.store import Store, code_digest, open_store
 
 def clusters(
     features: np.ndarray, k: int, *, seeds: Sequence[int], n_init: int = 10, normalize: bool = True,
-    store: str | Path | Store | None = "auto",
+    algorithm: str = "exact", store: str | Path | Store | None = "auto",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `cluster_seeds` of features (n, dim), cached: labels (seeds, n) and inertias (seeds,).
 
@@ -31,9 +31,11 @@ def clusters(
         seeds: of k-means, one run each.
         n_init: k-means starts per run.
         normalize: whether rows are scaled to length 1 first.
+        algorithm: as for `cluster_seeds`.
         store: as for `extract_features`.
     """
-    settings = {"k": int(k), "seeds": [int(seed) for seed in seeds], "n_init": n_init, "normalize": bool(normalize)}
+    settings = {"k": int(k), "seeds": [int(seed) for seed in seeds], "n_init": n_init, "normalize": bool(normalize),
+                "algorithm": algorithm}
 
     def compute() -> dict[str, np.ndarray]:
         labels, inertias = cluster_seeds(features, **settings)

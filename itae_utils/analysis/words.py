@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -95,6 +95,19 @@ def describe_runs(seeds: int, n_init: int) -> str:
     """Return of which runs of k-means a score is the mean: "mean of 5 seeds of k-means, best of 10 starts each"."""
     runs = f"mean of {seeds:,} seeds of k-means" if seeds > 1 else "1 seed of k-means"
     return f"{runs}, {f'best of {n_init:,} starts' if n_init > 1 else '1 start'}{' each' * (seeds > 1)}"
+
+
+def describe_kmeans(options: Mapping[str, object], scored: str, fitted: str | None = None) -> str:
+    """Return a sentence on how features were clustered: the algorithm, normalisation, starts, and the split.
+
+    `options` are the notebook's; `scored` describes the images that were scored, and `fitted` those that k-means was
+    fitted on, by default the same.
+    """
+    rows = "scaled to length 1" if options.get("normalize", True) else "not normalised"
+    starts = int(options.get("n_init", 1))
+    where = f"the scored images, {scored}" if fitted in (None, scored) else f"{fitted}, scored on {scored}"
+    return (f"K-means ({options.get('algorithm', 'exact')}): features {rows}, "
+            f"{f'best of {starts:,} starts' if starts > 1 else '1 start'}, fitted on {where}.")
 
 
 def describe_thetas(thresholds: Sequence[float | None]) -> str:

@@ -121,12 +121,13 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
         if step.notebook.collects or not {"backbone", "dataset"} <= set(settings):
             continue
         images, classes = count(settings["dataset"], settings.get("limit"), **step.chosen)
+        fitted = sum(count(settings["dataset"], settings.get("limit"), **part)[0] or 0 for part in step.parts[1:])
         if images is None:  # only the hub knows
             unknown[settings["dataset"]] = None
             continue
         key = (settings["backbone"], settings.get("image_size"))
         sizes[key] = sizes.get(key) or backbone_size(*key)
-        needed = work(step.notebook.key, settings, sizes[key], images, classes or 10)
+        needed = work(step.notebook.key, settings, sizes[key], images, classes or 10, fitted)
         seconds += needed.model / (MODEL_EFFICIENCY * rates[device])
         seconds += needed.kmeans / (KMEANS_EFFICIENCY * rates[device]) + needed.interval_seconds
     return [
@@ -150,8 +151,10 @@ def backbone_size(name: str, image_size: int | None) -> Size:
     return Size(parameters, model.embed_dim, patches + model.num_prefix_tokens)
 
 
-def work(key: str, parameters: Mapping[str, object], size: Size, images: int, classes: int) -> Operations:
-    """Return the operations that notebook `key` needs."""
+def work(
+    key: str, parameters: Mapping[str, object], size: Size, images: int, classes: int, fitted: int = 0
+) -> Operations:
+    """Return the operations that notebook `key` needs; `fitted` images are those of a split to fit k-means on."""
     def number(name: str, default: int) -> int:
         return int(parameters.get(name) or default)
 
@@ -163,8 +166,8 @@ def work(key: str, parameters: Mapping[str, object], size: Size, images: int, cl
         clusterings = len(parameters.get("sources", ())) * columns * (len(parameters.get("attenuations", ())) + 1)
         passes = fit + 1.6 * images
     else:  # the model, and the same with random weights; raw pixels and the variants are clustered
-        passes, clusterings, comparisons = fit + 2 * images, 6, 5
-    kmeans = clusterings * kmeans_operations(images, size.dim, k, seeds * number("n_init", 1))
+        passes, clusterings, comparisons = fit + 2 * (images + fitted), 6, 5
+    kmeans = clusterings * kmeans_operations(fitted or images, size.dim, k, seeds * number("n_init", 1))
     intervals = comparisons * DRAWS * 2 * seeds * (TABLE * images + MATCH * k**3)
     return Operations(2.0 * size.parameters * size.tokens * passes, kmeans, intervals)
 

@@ -66,7 +66,8 @@ def _states(steps: Iterable[Step]) -> Iterable[State]:
         parameters = recorded({name: value for name, value in step.parameters.items() if name != "output_dir"})
         state = common | {"parameters": parameters, "notebook": _or_none(partial(_cells, step.notebook))}
         if dataset := step.setting("dataset"):
-            state["images"] = _or_none(partial(images, dataset, step.setting("split")))
+            for name, part in zip(("images", "images to fit"), step.parts, strict=False):
+                state[name] = _or_none(partial(images, dataset, part["split"]))
         if backbone := step.setting("backbone"):
             state["weights"] = _or_none(partial(weights, backbone, step.setting("checkpoint")))
         if step.notebook.collects:

@@ -110,10 +110,14 @@ class NotebookRun:
         """Load the backbone and the data set that the parameters name."""
         parameters, options = self.parameters, self.options
         self.backbone = self.load_backbone(str(parameters["backbone"]), checkpoint=options["checkpoint"])
-        chosen = {name: options[name] for name in rules.DATASET_OPTIONS if options[name] is not None}
-        self.dataset = load_dataset(str(parameters["dataset"]), limit=parameters["limit"], seed=self.seed("subset"),
-                                    **chosen)
+        self.dataset = self.load_images()
         return self.backbone, self.dataset
+
+    def load_images(self, **other: object) -> Dataset:
+        """Load the data set that the parameters name, or another part of it, such as its `split`."""
+        chosen = {name: value for name in rules.DATASET_OPTIONS if (value := self.options[name]) is not None}
+        return load_dataset(str(self.parameters["dataset"]), limit=self.parameters["limit"], seed=self.seed("subset"),
+                            **chosen | other)
 
     def load_backbone(self, name: str, **options: object) -> Backbone:
         """Load another backbone with the same image size, preprocessing, precision and device."""

@@ -64,6 +64,12 @@ class Step:
         """Which part and columns of its data set it takes, as keyword arguments."""
         return {name: self.setting(name) for name in DATASET_OPTIONS if name != "on_error"}
 
+    @property
+    def parts(self) -> list[dict[str, object]]:
+        """What is `chosen` of its data set to be scored, and the split that k-means is fitted on instead, if any."""
+        split = self.setting("fit_split")
+        return [self.chosen, *([] if split is None else [self.chosen | {"split": split}])]
+
     def setting(self, name: str) -> object:
         """Return the value of a parameter or an option; None if the notebook has neither."""
         return self.settings.get(name)
@@ -168,6 +174,7 @@ def check_steps(steps: Iterable[Step]) -> None:
     for values in dict.fromkeys(tuple(map(step.setting, ("dataset", *DATASET_OPTIONS))) for step in measuring):
         check_dataset(values[0], **dict(zip(DATASET_OPTIONS, values[1:], strict=True)))
     for step in measuring:
+        check_fit_split(step)
         check_clusters(step)
     check_one_backbone(measuring)
     for names in dict.fromkeys(tuple(map(step.setting, ("backbone", "checkpoint", "image_size")))
@@ -196,6 +203,15 @@ def check_dataset(name: str | None, on_error: str | None = "raise", **chosen: st
     image_count(name, **chosen)
     for path in read_folder(folder, chosen.get("split")).images[:HEADERS] if folder and on_error != "skip" else ():
         check_header(path)
+
+
+def check_fit_split(step: Step) -> None:
+    """Refuse a split to fit k-means on that the data set does not have."""
+    if (split := step.setting("fit_split")) is not None:
+        try:
+            check_dataset(step.setting("dataset"), step.setting("on_error"), **step.parts[-1])
+        except ItaeError as error:
+            raise ItaeError(f"fit_split={split!r}: {error}") from error
 
 
 def check_one_backbone(steps: Iterable[Step]) -> None:
@@ -244,15 +260,16 @@ def check_clusters(step: Step) -> None:
     """Refuse more clusters than images, and too few images to cluster at all."""
     if "clusters" not in step.parameters:
         return
-    clusters, images = step.parameters["clusters"], image_count(
-        step.setting("dataset"), step.setting("limit"), **step.chosen)
-    if images is None:  # only the hub knows
-        return
-    if images < FEWEST_IMAGES:
-        raise ItaeError(f"images: {images:,} of {step.setting('dataset')} is too few to cluster: use at least "
-                        f"{FEWEST_IMAGES}, or leave out notebook {step.notebook.key}")
-    if clusters and clusters > images:
-        raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
+    clusters = step.parameters["clusters"]
+    for part in step.parts:
+        images = image_count(step.setting("dataset"), step.setting("limit"), **part)
+        if images is None:  # only the hub knows
+            continue
+        if images < FEWEST_IMAGES:
+            raise ItaeError(f"images: {images:,} of {step.setting('dataset')} is too few to cluster: use at least "
+                            f"{FEWEST_IMAGES}, or leave out notebook {step.notebook.key}")
+        if clusters and clusters > images:
+            raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
 
 
 def _axes_name(notebook: Notebook, given: Mapping[str, Mapping[str, object]], twins: Collection[str] = ()) -> str:

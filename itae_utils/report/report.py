@@ -214,7 +214,7 @@ def _missing_inputs() -> Callable[[Step], str | None]:
         backbone, dataset = step.setting("backbone"), step.setting("dataset")
         weights = None if step.setting("checkpoint") or backbone is None else timm_name_of(backbone)
         return ((weights and error_of(published_weights, weights))
-                or (dataset and error_of(download, dataset, **step.chosen)))
+                or next(filter(None, (dataset and error_of(download, dataset, **part) for part in step.parts)), None))
 
     return missing
 

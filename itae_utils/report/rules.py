@@ -85,6 +85,8 @@ RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "n_init": _whole(1),
     "normalize": FLAG,
+    "algorithm": _one_of(("exact", "scikit-learn", "mini-batch")),  # of `analysis.kmeans`
+    "fit_split": TEXT_OR_NULL,
     "results_dir": TEXT,
     "backbones": TEXTS,
     "options": Rule(lambda value: isinstance(value, Mapping) and all(isinstance(each, str) for each in value),
@@ -126,6 +128,7 @@ OPTIONS: dict[str, object] = {
     "label_column": None,
     "batch_size": "auto",     # images per batch
     "num_workers": "auto",    # processes that load images
+    "algorithm": "exact",     # of k-means, also "scikit-learn" or "mini-batch"
     "store": "auto",          # where features are stored: a folder, a URL, or "none"
     "dask": "auto",           # a scheduler's address, or "local:N" for N processes
     "subset_seed": None,      # seed of the subset that `limit` selects
