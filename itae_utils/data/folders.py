@@ -110,6 +110,8 @@ def read_folder(folder: Path, split: str | None = None) -> Contents:
         raise ItaeError(f"the image folder {shown(folder)} {state}: give a folder of class folders, or of images")
     files = sorted((path.relative_to(folder).parts, path) for path in _files_below(folder))
     suffixes, notes, chosen = image_suffixes(), [], None
+    hidden = sum(not _is_users(path.name) and path.suffix.lower() in suffixes for _, path in files)
+    files = [(parts, path) for parts, path in files if _is_users(path.name)]
     level = _split_level([parts for parts, path in files if path.suffix.lower() in suffixes])
     if level is not None:
         names = sorted({parts[level] for parts, path in files if path.suffix.lower() in suffixes})
@@ -127,6 +129,8 @@ def read_folder(folder: Path, split: str | None = None) -> Contents:
                         + (f"; it holds {left_out}" if left_out else ""))
     if left_out:
         notes.append(f"Files that are not read as images: {left_out}.")
+    if hidden:
+        notes.append(f"Hidden image files that are left out: {hidden:,}.")
     depth, deepest = 0, min(len(parts) for parts, _ in images) - 1
     while depth < deepest and len({parts[depth] for parts, _ in images}) == 1:
         depth += 1
@@ -206,7 +210,7 @@ def _by_ending(paths: Sequence[Path]) -> str:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder. Linked folders come last; no folder is read twice."""
+    """Yield the files below a folder, but not those of hidden folders. Linked folders come last; none is read twice."""
     def refuse(error: OSError) -> None:
         raise ItaeError(f"can't read the folder {shown(error.filename)} ({error.strerror}): change its permissions, or "
                         "move it elsewhere")
@@ -222,7 +226,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
             visited.add((status.st_dev, status.st_ino))
             folders[:] = sorted(filter(_is_users, folders))
             starts += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
-            yield from (Path(parent, name) for name in files if _is_users(name))
+            yield from (Path(parent, name) for name in files)
 
 
 def _is_users(name: str) -> bool:

@@ -29,7 +29,8 @@ class TestFilesLeftOut:
         for other in ("Thumbs.db", "desktop.ini", "cat/.DS_Store", "dog/Icon\r"):
             (tmp_path / other).touch()
         assert labelled_paths(tmp_path) == {"cat/1.png": "cat", "dog/1.png": "dog"}
-        assert load(tmp_path).notes == ()
+        counted = [note for note in load(tmp_path).notes if "1" in note]
+        assert len(counted) == len(load(tmp_path).notes) == (name in ("cat/.1.png", "cat/._1.png"))
 
     def test_a_folder_that_begins_with_a_sign_is_the_users(self, tmp_path):
         make(tmp_path, ["@anna/1.png", "#2/1.png", "$/1.png"])
