@@ -48,7 +48,7 @@ class Clustering:
 
 STUDY = {"k=10": Clustering(k=10), "k=100": Clustering(k=100), "k=200": Clustering(k=200),
          "demo": Clustering(1797, 64, 10, n_init=10),
-         "ablation": Clustering(1797, 64, 10, seeds=5, n_init=10, matrices=48)}
+         "ablation": Clustering(1797, 64, 10, seeds=5, n_init=10, matrices=24)}
 BASE = Clustering(n=5_000)
 GROWTH = {"images": ("n", (2_500, 5_000, 10_000, 20_000)), "dimensions": ("dim", (192, 384, 768)),
           "clusters": ("k", (50, 100, 200)), "starts": ("seeds", (5, 10, 20, 40))}
@@ -64,13 +64,19 @@ def made_features(work: Clustering, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     return points / np.linalg.norm(points, axis=1, keepdims=True), classes
 
 
-def labels_of(name: str, work: Clustering, matrices: Sequence[np.ndarray], device: str = "cpu") -> list[np.ndarray]:
-    """Return the labels (seeds, n) that a contender finds for each matrix; only ours runs on another device."""
+def labels_of(
+    name: str, work: Clustering, matrices: Sequence[np.ndarray], device: str = "cpu", first: int = 0
+) -> list[np.ndarray]:
+    """Return the labels (seeds, n) that a contender finds for each matrix, with seeds from `first`.
+
+    Only ours runs on another device.
+    """
+    seeds = range(first, first + work.seeds)
     if name == OURS:
-        return [cluster_seeds(points, work.k, seeds=work.seeds, n_init=work.n_init, normalize=False, device=device)[0]
+        return [cluster_seeds(points, work.k, seeds=seeds, n_init=work.n_init, normalize=False, device=device)[0]
                 for points in matrices]
     run = _faiss if name == FAISS else partial(_sklearn, name.split()[-1])
-    return [np.stack([run(work, points, seed) for seed in range(work.seeds)]) for points in matrices]
+    return [np.stack([run(work, points, seed) for seed in seeds]) for points in matrices]
 
 
 def _sklearn(algorithm: str, work: Clustering, points: np.ndarray, seed: int) -> np.ndarray:
@@ -96,27 +102,29 @@ def inertia(points: np.ndarray, labels: np.ndarray, k: int) -> float:
 def measure_study(size: str, conditions: Conditions) -> dict[str, object]:
     """Return seconds per turn, inertias per matrix and run, and peak memory of every contender.
 
-    The operations are those of the matrix products that ours makes, as torch counts them. Sums of rows do not count.
+    Every turn has other seeds, so that the mean inertia is that of many runs. The operations are those of the matrix
+    products that ours makes, as torch counts them. Sums of rows do not count.
     """
-    work, found = STUDY[size], {}
+    work = STUDY[size]
     matrices = [made_features(work, seed)[0] for seed in range(work.matrices)]
     names = [OURS, LLOYD, ELKAN, *([FAISS] if faiss else [])]
+    found: dict[str, list] = {name: [] for name in names}
     if not faiss:
         conditions.log("faiss is skipped: pip install faiss-cpu")
 
     def call(name: str) -> None:
-        found[name] = labels_of(name, work, matrices, conditions.device)
+        found[name].append(labels_of(name, work, matrices, conditions.device, first=len(found[name]) * work.seeds))
 
     with threadpool_limits(torch.get_num_threads()):
         for name in names:
             _warm_up(name, work, matrices, conditions.device)
         seconds = interleaved({name: partial(call, name) for name in names}, _few_turns(conditions))
         with FlopCounterMode(display=False) as counter:
-            call(OURS)
+            labels_of(OURS, work, matrices, conditions.device)
         rate = matmul_rate(replace(conditions, precision="fp32"))
     conditions.log("inertia and memory")
-    inertias = {name: [[inertia(points, run, work.k) for run in runs]
-                       for points, runs in zip(matrices, labels, strict=True)] for name, labels in found.items()}
+    inertias = {name: [[inertia(points, run, work.k) for turn in turns for run in turn[number]]
+                       for number, points in enumerate(matrices)] for name, turns in found.items()}
     return {"work": asdict(work), "seconds": seconds, "inertia": inertias, "flop": counter.get_total_flops(),
             "matmul_flop_per_second": rate, "memory": _memory(names, work, conditions)}
 

@@ -136,8 +136,9 @@ def _described_study(size: str, found: Mapping) -> Iterator[str]:
         size, **found["work"])
     for name, seconds in found["seconds"].items():
         inertia, memory = np.array(found["inertia"][name]), found["memory"].get(name)
-        yield (f"  {name:<20}{np.median(seconds):>7.2f} s ({min(seconds):.2f} – {max(seconds):.2f}), inertia: mean "
-               f"{inertia.mean():.1f}, sd {inertia.std(axis=1).mean():.1f}, best {inertia.min(axis=1).mean():.1f}, "
+        error = inertia.std(axis=1).mean() / np.sqrt(inertia.size)
+        yield (f"  {name:<20}{np.median(seconds):>7.2f} s ({min(seconds):.2f} – {max(seconds):.2f}), inertia "
+               f"{inertia.mean():.1f} ± {error:.1f}, best {inertia.min(axis=1).mean():.1f}, "
                + ("memory not measured" if memory is None else f"memory {memory / 1e6:,.0f} MB"))
 
 

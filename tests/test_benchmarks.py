@@ -236,7 +236,7 @@ class TestCommand:
         assert run["scaling"]["tiny"]["counts"] == {"images": [12, 120], "variants": [5, 50], "tokens": [26, 257]}
         assert run["growth"]["k-means"]["counts"] == {"images": [60, 120, 240], "starts": [1, 2]}
         assert {"k=10", "ablation"} == set(run["study"])
-        assert np.shape(run["study"]["ablation"]["inertia"][OURS]) == (2, 2)
+        assert np.shape(run["study"]["ablation"]["inertia"][OURS]) == (2, 4)  # of two turns
         assert all(name in result.stdout for name in (OURS, LLOYD, ELKAN))
         assert run["files"]["tiny"]["images"] == SIZES["tiny"].batches["cpu"]
         assert {row["heading"] for row in run["summary"]} == set(HEADINGS) - {"memory", "shares", "estimate"}
