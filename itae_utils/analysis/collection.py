@@ -45,6 +45,30 @@ PUBLISHED = (
 )
 BY_DATASET = {row.dataset: row for row in PUBLISHED}
 
+# MTEB's clustering of plain DINOv2: one run of k-means each, so without a spread.
+MTEB_SOURCE = (
+    "MTEB 1.14.15, the tasks CIFAR10Clustering, CIFAR100Clustering and TinyImageNetClustering for the models "
+    "facebook/dinov2-small, -base, -large and -giant, in github.com/embeddings-benchmark/results: cluster_accuracy, "
+    "v_measure and ari. K-means (mini-batch): features not normalised, 1 start without a seed, fitted on the scored "
+    "images, test (10,000); Tiny-ImageNet: validation (10,000)."
+)
+MTEB_BACKBONES = {f"dinov2_vit{size}14": f"DINOv2 ViT-{size.upper() if size != 'g' else size}/14" for size in "sblg"}
+MTEB = {
+    (dataset, backbone): dict(zip(("acc", "nmi", "ari"), scores, strict=True))
+    for dataset, table in {
+        "cifar10": [(0.8006, 0.7925, 0.7121), (0.7544, 0.8262, 0.7041), (0.7276, 0.7990, 0.6041),
+                    (0.6923, 0.7684, 0.5443)],
+        "cifar100": [(0.5716, 0.7262, 0.4057), (0.6021, 0.7720, 0.3884), (0.6576, 0.7993, 0.3835),
+                     (0.5940, 0.7577, 0.1539)],
+        "tiny-imagenet": [(0.4776, 0.7065, 0.2854), (0.5553, 0.7431, 0.1916), (0.6077, 0.7722, 0.1818),
+                          (0.4883, 0.7013, 0.0454)],
+    }.items()
+    for backbone, scores in zip(MTEB_BACKBONES, table, strict=True)
+}
+# What makes a run one by MTEB's protocol: parameters and options, and entries of the backbone's provenance.
+MTEB_SETTINGS = {"algorithm": "mini-batch", "n_init": 1, "normalize": False, "fit_split": None, "clusters": None}
+MTEB_IMAGES = {"preprocess": "meta-eval", "image_size": 224}
+
 SCORES = "03"  # the notebook that measures the scores
 OTHER_WEIGHTS, OTHER_IMAGES, UNCHECKED = "other weights", "other images", "weights not checked"
 SHORT_HASH = 12
@@ -82,14 +106,22 @@ class Pairing:
 
     @property
     def title(self) -> str:
-        """Both names, such as "demo on digits"; `escape` it for Markdown."""
-        return f"{self.backbone} on {self.dataset}"
+        """Both names, such as "demo on digits", and the rule if it follows MTEB; `escape` it for Markdown."""
+        rule = f" as MTEB, pos_embed={self.mteb_rule}" if self.mteb_rule else ""
+        return f"{self.backbone} on {self.dataset}{rule}"
 
     @property
     def settings(self) -> dict[str, object]:
         """Parameters and options of the notebook that measured the scores."""
         parameters = dict(self.scores["parameters"])
         return parameters | parameters.pop("options", {})
+
+    @property
+    def mteb_rule(self) -> str | None:
+        """The rule of the position embedding if the scores were measured by MTEB's protocol, else None."""
+        about, settings = self.scores["provenance"]["backbone"], self.settings
+        follows = all(settings.get(name, ...) == value for name, value in MTEB_SETTINGS.items())
+        return about["pos_embed"] if follows and MTEB_IMAGES.items() <= about.items() else None
 
     def caveats(self) -> dict[str, tuple[str, str]]:
         """Return label and reason, as `judge_weights` does, for each of "backbone" and "dataset" that needs one.
@@ -141,8 +173,9 @@ def judge_images(about: Mapping[str, object]) -> tuple[str, str] | None:
 def collect(folder: str | Path) -> tuple[list[Pairing], list[str]]:
     """Find all pairings below `folder`, at any depth, and say in plain text which results were left out and why.
 
-    The paper's data sets come first. Of several runs of one backbone on one data set the latest counts. Results of
-    other notebooks count only if their backbone, weights and images are those of notebook 03 beside them.
+    The paper's data sets come first. Of several runs of one backbone on one data set the latest counts; runs by MTEB's
+    protocol, one for each rule of the position embedding, count beside it. Results of other notebooks count only if
+    their backbone, weights and images are those of notebook 03 beside them.
 
     Raises:
         ItaeError: `folder` does not exist.
@@ -164,17 +197,18 @@ def collect(folder: str | Path) -> tuple[list[Pairing], list[str]]:
             continue
         if not is_collection(results):
             runs[path.parent.parent].append((path.parent, results))
-    latest: dict[tuple[str, str], Pairing] = {}
+    latest: dict[tuple[str, str, str | None], Pairing] = {}
     for place, runs_there in runs.items():
         pairing, reasons = _pair(place, runs_there, name)
         left_out += reasons
         if pairing is None:
             continue
-        if other := latest.get((pairing.dataset, pairing.backbone)):
+        key = (pairing.dataset, pairing.backbone, pairing.mteb_rule)
+        if other := latest.get(key):
             older, pairing = sorted([other, pairing], key=lambda each: each.scores["provenance"]["date"])
             left_out.append(f"{name(older.folder)} is an earlier run of {pairing.title} than {name(pairing.folder)}"
                             + _describe_changes(older.settings, pairing.settings))
-        latest[pairing.dataset, pairing.backbone] = pairing
+        latest[key] = pairing
     order = {dataset: place for place, dataset in enumerate(BY_DATASET)}
     return sorted(latest.values(), key=lambda pairing: order.get(pairing.dataset, len(order))), left_out
 

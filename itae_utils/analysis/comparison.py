@@ -16,13 +16,13 @@ from pandas.io.formats.style import Styler
 
 from itae_utils.analysis.collection import BY_DATASET, OTHER_IMAGES, UNKNOWN, Pairing
 from itae_utils.analysis.metrics import METRICS, describe_difference
-from itae_utils.analysis.words import SETTING_COLUMNS, escape
+from itae_utils.analysis.words import SETTING_COLUMNS, describe_kmeans, escape
 from itae_utils.files import make_folder, replacing
 
 NOT_RUN, NOT_RECORDED = "not run", "not in these results"
 ABLATION = "02"  # the notebook that measures the grid of settings
 NUMBERS = ["dataset", "backbone", "variant", "metric", "n", "seeds", "mean", "sd", "published", "minus_published",
-           "minus_baseline", "low", "high", "weights", "images"]
+           "minus_baseline", "low", "high", "normalize", "n_init", "fitted_on", "weights", "images"]
 VARIANTS = {"baseline": "baseline", "random control": "random control", "itae": "ITAE"}
 NBSP = "\N{NO-BREAK SPACE}"  # keeps a number on one line in a narrow table
 LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$",
@@ -72,6 +72,28 @@ def labelled_titles(pairing: Pairing) -> list[str]:
     return [f"{title} ({caveats[part][0]})" if part in caveats else title for part, title in titles.items()]
 
 
+def title_of_backbone(pairing: Pairing) -> str:
+    """Return the backbone's name with the label of its caveat, and the number of images if they are not the paper's."""
+    images = f", {OTHER_IMAGES}: {pairing.scores['provenance']['dataset']['size']:,}"
+    return labelled_titles(pairing)[1] + (images if "dataset" in pairing.caveats() else "")
+
+
+def fitted_on(pairing: Pairing) -> str:
+    """Return the split that k-means was fitted on, such as "train (50,000)"."""
+    about = pairing.scores["provenance"]
+    return about.get("fitted_on", about["dataset"])["split"]
+
+
+def describe_protocols(pairings: Sequence[Pairing]) -> str:
+    """Return Markdown on how features were clustered, each way with its pairings if there are several."""
+    titles: dict[str, list[str]] = {}
+    for pairing in pairings:
+        split = pairing.scores["provenance"]["dataset"]["split"]
+        titles.setdefault(describe_kmeans(pairing.settings, split, fitted_on(pairing)), []).append(pairing.title)
+    several = len(titles) > 1
+    return "\n\n".join(escape(f"{text} ({', '.join(names)})" if several else text) for text, names in titles.items())
+
+
 def describe_collection(pairings: Sequence[Pairing], left_out: Sequence[str]) -> str:
     """Return Markdown that lists the pairings, what is not the paper's in them, and the results that were left out."""
     names = ", ".join(escape(pairing.title) for pairing in pairings) or "nothing"
@@ -102,10 +124,7 @@ def comparison_table(pairings: Sequence[Pairing], expected: Sequence[str]) -> pd
             if pairing is None:
                 lines.append((title, backbone, NOT_RUN, *[NOT_RUN] * 3))
                 continue
-            about = labelled_titles(pairing)[1]
-            if "dataset" in pairing.caveats():
-                about += f", {OTHER_IMAGES}: {pairing.scores['provenance']['dataset']['size']:,}"
-            lines += [(title, about, *line) for line in _lines(pairing)]
+            lines += [(title, title_of_backbone(pairing), *line) for line in _lines(pairing)]
     columns = ["data set", "backbone", "row", *(metric.upper() for metric in METRICS)]
     return pd.DataFrame(lines, columns=columns).set_index(columns[:3])
 
@@ -180,7 +199,9 @@ def _numbers(pairing: Pairing) -> list[dict[str, object]]:
             "n": pairing.scores["provenance"]["dataset"]["size"], "seeds": len(values), "mean": mean(values),
             "sd": stdev(values) if len(values) > 1 else None, "published": published,
             "minus_published": None if published is None else mean(values) - published, "minus_baseline": difference,
-            "low": low, "high": high, "weights": caveats.get("backbone"), "images": caveats.get("dataset"),
+            "low": low, "high": high, "normalize": pairing.settings.get("normalize"),
+            "n_init": pairing.settings.get("n_init"), "fitted_on": fitted_on(pairing),
+            "weights": caveats.get("backbone"), "images": caveats.get("dataset"),
         })
     return rows
 

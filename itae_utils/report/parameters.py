@@ -20,7 +20,8 @@ from itae_utils.files import PACKAGE
 from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, closest
 
 FREE_DEFAULTS = (None, "auto")  # defaults that mean "chosen for you" and have no type
-AXES = ("backbone", "dataset")  # the parameters that a profile's grid may list
+AXES = ("backbone", "dataset")  # the parameters that name a run's folder
+GRID_AXES = (*AXES, "pos_embed")  # what a profile's grid may list
 
 
 class _Loader(yaml.SafeLoader):
@@ -177,7 +178,8 @@ def select(notebooks: list[Notebook], only: list[str] | None) -> list[Notebook]:
 class Profile:
     """A named set of parameters: for all notebooks, and for single ones by their number.
 
-    A `grid` lists backbones and data sets; the notebooks run once for each pairing.
+    A `grid` lists backbones, data sets and rules of position embeddings; the notebooks run once for each combination.
+    `only` are the numbers of the notebooks to run, or None for all.
     """
 
     name: str
@@ -185,13 +187,14 @@ class Profile:
     common: dict[str, object]
     of_notebook: dict[str, dict[str, object]]
     grid: dict[str, list[object]] = field(default_factory=dict)
+    only: list[str] | None = None
 
 
 def read_profile(profile: str, folder: Path) -> Profile:
     """Read `folder/PROFILE.yaml`, or the file `profile` if it ends in .yaml or .yml.
 
     Raises:
-        ItaeError: no such profile, or it is not made of description, common, grid and one block per notebook.
+        ItaeError: no such profile, or it is not made of description, only, common, grid and one block per notebook.
     """
     known = {path.stem: path for path in folder.glob("*.yaml")}
     path = Path(os.path.expanduser(profile)) if profile.endswith((".yaml", ".yml")) else known.get(profile)
@@ -199,16 +202,18 @@ def read_profile(profile: str, folder: Path) -> Profile:
         raise ItaeError(f"unknown profile {profile!r}: choose from {', '.join(sorted(known))}, or give a .yaml file")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-        description = str(content.pop("description", ""))
+        description, only = str(content.pop("description", "")), content.pop("only", None)
         blocks = {str(key).zfill(2): dict(block or {}) for key, block in content.items()}  # 01 is the number 1 in YAML
     except OSError as error:
         raise ItaeError(f"profile {profile!r} can't be read: {error.strerror}") from error
     except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ItaeError(f"profile {profile!r} must be YAML: description, common, and one block per notebook") from error
     grid = blocks.pop("grid", {})
-    if not all(name in AXES and isinstance(values, list) and values for name, values in grid.items()):
-        raise ItaeError(f"profile {profile!r}: its grid must hold lists of {' or '.join(AXES)} names, not {grid}")
-    return Profile(path.stem, description, blocks.pop("common", {}), blocks, grid)
+    if not all(name in GRID_AXES and isinstance(values, list) and values for name, values in grid.items()):
+        raise ItaeError(f"profile {profile!r}: its grid must hold lists of {' or '.join(GRID_AXES)} names, not {grid}")
+    if only is not None and not (isinstance(only, list) and only and all(isinstance(key, str) for key in only)):
+        raise ItaeError(f"profile {profile!r}: only must be a list of notebooks, such as ['03', '04'], not {only!r}")
+    return Profile(path.stem, description, blocks.pop("common", {}), blocks, grid, only)
 
 
 def resolve(

@@ -21,7 +21,17 @@ from itae_utils.method.anatomy import patches_along
 from itae_utils.models.backbones import stock_model
 from itae_utils.models.checkpoints import check_checkpoint
 from itae_utils.models.registry import timm_name_of
-from itae_utils.report.parameters import AXES, Notebook, Profile, find_notebooks, located, read_profile, resolve, select
+from itae_utils.report.parameters import (
+    AXES,
+    GRID_AXES,
+    Notebook,
+    Profile,
+    find_notebooks,
+    located,
+    read_profile,
+    resolve,
+    select,
+)
 from itae_utils.report.rules import DATASET_OPTIONS, check_values
 from itae_utils.store.store import open_store
 
@@ -36,8 +46,8 @@ class Step:
     Attributes:
         notebook: the notebook.
         given: the parameters it gets, by name; the others keep their defaults.
-        pairing: the backbone and data set of the grid that it belongs to, as a folder's name; empty without a grid, and
-            for a notebook that runs once over all pairings.
+        pairing: the backbone, data set and further values of the grid that it belongs to, as a folder's name; empty
+            without a grid, and for a notebook that runs once over all pairings.
     """
 
     notebook: Notebook
@@ -105,7 +115,7 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
     Args:
         folder: of the notebooks, with `profiles` in it.
         profile: a name, or a file.
-        only: numbers of notebooks; None for all that can run.
+        only: numbers of notebooks; None for the profile's, or all that can run.
         given: parameters by name; they take precedence over the profile's. A list for an axis of its grid replaces that
             axis.
 
@@ -114,10 +124,10 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
     """
     notebooks = find_notebooks(folder)
     settings = read_profile(profile, folder / "profiles")
-    selected = _selected(notebooks, only, settings, given)
+    selected = _selected(notebooks, settings.only if only is None else only, settings, given)
     measures = any(not notebook.collects for notebook in selected)
     by_hand = {name: given[name] if isinstance(given[name], list) else [given[name]]
-               for name in AXES if measures and name in settings.grid and name in given}
+               for name in GRID_AXES if measures and name in settings.grid and name in given}
     grid = {name: [located(name, value) for value in values]
             for name, values in (settings.grid | by_hand if measures else {}).items()}
     given = {name: value for name, value in given.items() if name not in grid}
@@ -125,8 +135,10 @@ def make_plan(folder: Path, profile: str, only: Sequence[str] | None, given: Map
     resolved = [resolve(notebooks, selected, settings, given | pairing) for pairing in pairings]
     twins = _twins(str(value) for values in grid.values() for value in values)
     steps = []
-    for parameters in resolved:
-        steps += [Step(notebook, parameters[notebook.key], _axes_name(notebook, parameters, twins) if grid else "")
+    for pairing, parameters in zip(pairings, resolved, strict=True):
+        more = [str(value) for name, value in pairing.items() if name not in AXES]
+        steps += [Step(notebook, parameters[notebook.key],
+                       safe_name(_axes_name(notebook, parameters, twins), *more) if grid else "")
                   for notebook in selected if not notebook.collects]
     steps += [Step(notebook, resolved[0][notebook.key]) for notebook in selected if notebook.collects]
     check_steps(steps)
