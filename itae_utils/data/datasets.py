@@ -343,6 +343,7 @@ def size(
     """Return the numbers of images, at most `limit`, and of classes; None where they are unknown without the hub."""
     name = dataset_name(name)
     if _is_on_hub(name):
+        place_and_split(name, split)  # refuses two different splits
         return None, None
     if name in DATASETS:
         info = DATASETS[name]

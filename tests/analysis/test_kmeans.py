@@ -270,3 +270,32 @@ class TestParts:
         features[[401, 500], 2] = value
         with pytest.raises(ItaeError, match="image 401 "):
             cluster_parts(cut(features, 150), 3)
+
+
+class TestPredict:
+    @pytest.mark.parametrize("unit", [True, False])
+    @pytest.mark.parametrize("block", [7, 4096])
+    def test_rows_go_to_the_nearest_mean(self, unit, block, monkeypatch):
+        monkeypatch.setattr(kmeans, "ROWS", block)
+        fitted, features = overlapping(90), 3 * overlapping(200)[90:150]
+        labels = np.random.default_rng(1).integers(6, size=(2, 90))
+        labels[labels == 2] = 5  # an empty cluster
+        labels[0, labels[0] == 4] = 0
+        found = kmeans.predict(fitted, labels, features, normalize=unit)
+        assert found.shape == (2, 60)
+        scale = normalize if unit else np.asarray
+        rows = scale(features).astype(float)
+        for run, given in zip(labels, found, strict=True):
+            means = {c: scale(fitted)[run == c].mean(axis=0, dtype=float) for c in np.unique(run)}
+            expected = [min(means, key=lambda c: ((row - means[c]) ** 2).sum()) for row in rows]
+            assert given.tolist() == expected
+
+    def test_the_clustered_rows_keep_their_labels(self):
+        features = overlapping()
+        labels, _ = cluster_seeds(features, 7, seeds=3)
+        np.testing.assert_array_equal(kmeans.predict(features, labels, features), labels)
+
+    @pytest.mark.parametrize(("n", "shape"), [(9, (4, 8)), (10, (4, 5))])
+    def test_labels_and_features_must_fit(self, n, shape):
+        with pytest.raises(ItaeError, match=r"\(10, 8\)"):
+            kmeans.predict(np.ones((10, 8)), np.zeros((2, n), dtype=int), np.ones(shape))

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from sklearn.cluster import MiniBatchKMeans
 
 from itae_utils.analysis import remembered
 from itae_utils.analysis.kmeans import cluster_seeds
@@ -33,7 +34,7 @@ def test_everything_that_decides_clusters_is_in_the_key(tmp_path, calls, monkeyp
     changed = FEATURES.copy()
     changed[3, 2] = np.nextafter(changed[3, 2], np.float32(9))
     others = [{}, {"features": changed}, {"features": FEATURES[::-1]}, {"features": FEATURES.reshape(50, 6)}, {"k": 4},
-              {"seeds": [0]}, {"seeds": [4, 0]}, {"n_init": 1}, {"normalize": False}]
+              {"seeds": [0]}, {"seeds": [4, 0]}, {"n_init": 1}, {"normalize": False}, {"algorithm": "mini-batch"}]
     for _ in range(2):
         for other in others:
             remembered.clusters(**{"features": FEATURES} | SETTINGS | other, store=tmp_path)
@@ -41,6 +42,14 @@ def test_everything_that_decides_clusters_is_in_the_key(tmp_path, calls, monkeyp
     monkeypatch.setattr(remembered, "code_digest", lambda modules: "changed")
     remembered.clusters(FEATURES, **SETTINGS, store=tmp_path)
     assert len(calls) == len(others) + 1
+
+
+def test_mteb_s_protocol_is_a_direct_call_of_scikit_learn(tmp_path):
+    labels, _ = remembered.clusters(FEATURES, 5, seeds=range(10), n_init=1, normalize=False, algorithm="mini-batch",
+                                    store=tmp_path)
+    direct = [MiniBatchKMeans(5, batch_size=500, n_init="auto", random_state=seed).fit(FEATURES).labels_
+              for seed in range(10)]
+    np.testing.assert_array_equal(labels, direct)
 
 
 def test_tsne_is_computed_once_for_the_same(tmp_path, monkeypatch):

@@ -134,3 +134,15 @@ def test_result_rows_carry_backbone_and_setting_of_the_table():
     assert [(row["backbone"], row["seed"]) for row in rows] == [("other", None), ("demo", None)]
     assert [{name: row[name] for name in settings} for row in rows] == [settings, dict.fromkeys(settings)]
     check_results(RESULTS | {"rows": rows})
+
+
+@pytest.mark.parametrize(("options", "fitted", "parts"), [
+    ({"normalize": True, "n_init": 10}, None, ["exact", "length 1", "10 starts", "scored images, test (5)"]),
+    ({"normalize": False, "n_init": 1, "algorithm": "mini-batch"}, "train (9)",
+     ["mini-batch", "not normalised", "1 start,", "fitted on train (9), scored on test (5)"]),
+    ({"normalize": False, "n_init": 1, "algorithm": "scikit-learn"}, "test (5)",
+     ["scikit-learn", "not normalised", "1 start,", "fitted on the scored images, test (5)"]),
+])
+def test_how_features_were_clustered(options, fitted, parts):
+    text = words.describe_kmeans(options, "test (5)", fitted)
+    assert all(part in text for part in parts), text

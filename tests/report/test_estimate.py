@@ -87,6 +87,22 @@ def test_work_grows_with_images_seeds_and_classes():
     assert 0 < 2 * few < many
 
 
+def test_a_split_to_fit_on_is_counted():
+    size, base = Size(100, 8, 10), {"seeds": 2, "n_init": 3}
+    plain, fitted = (work("03", base, size, 10_000, 10, count) for count in (0, 50_000))
+    assert 4 < fitted.kmeans / plain.kmeans < 6
+    assert 5 < fitted.model / plain.model < 6
+    assert fitted.interval_seconds == plain.interval_seconds
+
+
+def test_the_dry_run_counts_the_images_of_a_split_to_fit_on(monkeypatch):
+    counted = []
+    monkeypatch.setattr(estimate, "work", lambda *given: counted.append(given[3:]) or work(*given))
+    for split in (None, "train"):
+        text_of(dataset="cifar10", only=["03"], parameters={"fit_split": split})
+    assert counted == [(10_000, 10, 0), (10_000, 10, 50_000)]
+
+
 def test_the_rate_of_a_matrix_product_has_a_plausible_size():
     assert 1e7 < matmul_rate("cpu", side=64, seconds=0.01) < 1e15
 

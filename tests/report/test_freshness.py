@@ -94,6 +94,16 @@ def test_another_parameter_runs_the_notebooks_that_take_it(execute, tmp_path):
     assert ran(execute) == BOTH, "only the last run is stored"
 
 
+def test_the_images_that_k_means_is_fitted_on_decide_too(execute, tmp_path):
+    write_notebook(tmp_path / "nb", "03_scores", parameters=PARAMETERS + "options = {'fit_split': None}\n")
+    write_images(tmp_path / "split", "train/1.png", "test/1.png")
+    asked = {"dataset": "split", "parameters": {"fit_split": "train"}}
+    assert ran(execute, **asked) == BOTH
+    assert ran(execute, **asked) == []
+    write_images(tmp_path / "split", "train/2.png")
+    assert ran(execute, **asked) == ["out/03_scores"]
+
+
 def test_store_and_workers_do_not_decide_but_other_options_do(execute, tmp_path):
     for notebook in ("01_first", "03_scores"):
         write_notebook(tmp_path / "nb", notebook, parameters=PARAMETERS + "options = {}\n")

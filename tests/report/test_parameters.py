@@ -101,6 +101,7 @@ def test_profiles_by_name_and_by_file(tmp_path):
     assert profile_of(tmp_path, "").common == {}
     grid = profile_of(tmp_path, "grid: {dataset: [digits, stl10], backbone: [demo]}").grid
     assert list(grid.items()) == [("dataset", ["digits", "stl10"]), ("backbone", ["demo"])]
+    assert profile_of(tmp_path, "only: ['03']\ngrid: {pos_embed: [meta]}").only == ["03"]
 
 
 @pytest.mark.parametrize(("profile", "message"), [("demmo", "'demmo'.*demo"), ("none.yaml", r"none\.yaml")])
@@ -111,7 +112,8 @@ def test_missing_profiles_are_refused(tmp_path, profile, message):
 
 @pytest.mark.parametrize("text", [
     "- a", "common: 3", "a: [", "just words", "common: [x]", "[" * 2000, "a: \x00",
-    "grid: {dataset: digits}", "grid: {dataset: []}", "grid: {seed: [1, 2]}"])
+    "grid: {dataset: digits}", "grid: {dataset: []}", "grid: {seed: [1, 2]}", "only: 3",
+    "only: [3]", "only: []", "only: '03'"])
 def test_profiles_of_another_form_are_refused(tmp_path, text):
     with pytest.raises(ItaeError, match=r"mine\.yaml"):
         profile_of(tmp_path, text)

@@ -139,6 +139,50 @@ def test_a_grid_of_one_axis(folder):
     assert make_plan(folder, "sets", ["01"], {"backbone": "demo-clean"}).steps[0].pairing == "demo-clean-digits"
 
 
+def test_a_grid_of_rules_of_the_position_embedding(folder):
+    write_notebook(folder, "03_scores", parameters=PARAMETERS + "options = {}\n")
+    write_profile(folder, "rules", "only: ['03', '04']\ngrid: {backbone: [demo], pos_embed: [meta, timm]}\n")
+    plan = make_plan(folder, "rules", None, {})
+    assert folders(plan) == ["demo-digits-meta/03_scores", "demo-digits-timm/03_scores", "04_collects"]
+    assert [step.setting("pos_embed") for step in plan.steps[:2]] == ["meta", "timm"]
+    one = make_plan(folder, "rules", ["03"], {"pos_embed": "transformers"})
+    assert (folders(one), one.name) == (["demo-digits-transformers/03_scores"], "rules-transformers")
+    with pytest.raises(ItaeError, match="pos_embed='hf'"):
+        make_plan(folder, "rules", None, {"pos_embed": ["hf"]})
+    write_profile(folder, "wrong", "only: ['07']\n")
+    with pytest.raises(ItaeError, match="'07'"):
+        make_plan(folder, "wrong", None, {})
+
+
+class TestFitSplit:
+    def plan(self, folder, **given):
+        write_notebook(folder, "05_clusters", measure=False,
+                       parameters=PARAMETERS + "clusters = None\noptions = {'fit_split': None}\n")
+        return make_plan(folder, "demo", ["05"], given)
+
+    def test_both_parts_are_known(self, folder):
+        (step,) = self.plan(folder, dataset="cifar10", fit_split="train").steps
+        assert [part["split"] for part in step.parts] == [None, "train"]
+        (step,) = self.plan(folder, dataset="cifar10").steps
+        assert [part["split"] for part in step.parts] == [None]
+
+    @pytest.mark.parametrize(("dataset", "split"), [("digits", "train"), ("cifar10", "dev"), ("cats", "train"),
+                                                    ("hf:user/cats:test", "train")])
+    def test_a_split_that_is_not_there_is_refused_by_name(self, folder, tmp_path, dataset, split):
+        image_folder(tmp_path / "cats", 5)
+        with pytest.raises(ItaeError, match=f"fit_split='{split}'.*split='{split}'") as refused:
+            self.plan(folder, dataset=dataset, fit_split=split)
+        assert "\n" not in str(refused.value)
+
+    def test_there_are_no_more_clusters_than_images_to_fit(self, folder, tmp_path):
+        for part, count in (("train", 5), ("test", 9)):
+            image_folder(tmp_path / "split" / part, count)
+        self.plan(folder, dataset="split", clusters=9)
+        self.plan(folder, dataset="split", fit_split="train", clusters=5)
+        with pytest.raises(ItaeError, match=r"clusters=6.* 5\b"):
+            self.plan(folder, dataset="split", fit_split="train", clusters=6)
+
+
 def test_a_notebook_without_a_data_set_has_a_name_too(folder):
     write_notebook(folder, "02_other", parameters="output_dir = 'x'\nbackbone = 'demo'\n", measure=False)
     assert make_plan(folder, "demo", ["02"], {}).name == "demo-demo"

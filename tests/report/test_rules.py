@@ -2,13 +2,15 @@ import re
 
 import pytest
 
+from itae_utils.analysis.kmeans import ALGORITHMS
 from itae_utils.errors import ItaeError
 from itae_utils.report.report import plan_report
 from itae_utils.report.rules import OPTIONS, RULES, check_options, check_values, recorded
 
 WHOLE = ("limit", "clusters", "image_size", "batch_size", "sample", "seeds", "n_init", "seed", "num_workers",
          "examples", "subset_seed")
-CHOICES = ("source", "attenuation", "preprocess", "precision", "pos_embed", "on_error", "device")
+CHOICES = ("source", "attenuation", "preprocess", "precision", "pos_embed", "on_error", "device",
+           "algorithm")
 
 INVALID = [
     *((name, value) for name in WHOLE for value in (-1, 2**31, True, 2.5, "all", [1], {})),
@@ -20,6 +22,7 @@ INVALID = [
     ("sources", []), ("sources", [["key"]]), ("sources", ["key", "key"]), ("sources", "key"),
     ("attenuations", ["min", "max"]), ("backbones", [1]), ("backbones", ["a", "a"]), ("normalize", 1),
     ("options", []), ("options", {1: 2}), ("checkpoint", 3), ("store", 1),
+    ("fit_split", ""), ("fit_split", 3),
     ("dask", 2), ("dask", "local:0"), ("dask", "local:many"), ("dask", ""), ("backbone", None),
 ]
 
@@ -50,6 +53,10 @@ def test_invalid_values_are_refused_by_name_as_parameter_and_as_option(name, val
             check_values(parameters, "profile mine")
         assert str(refused.value).startswith("profile mine: ")
         assert "\n" not in str(refused.value)
+
+
+def test_the_algorithms_are_those_of_k_means():
+    assert all(RULES["algorithm"].allows(name) and name in RULES["algorithm"].words for name in ALGORITHMS)
 
 
 def test_text_that_no_notebook_can_hold_is_refused():
