@@ -136,9 +136,9 @@ def score_variants(
         return pd.DataFrame([{"variant": name, "seed": 0, CHANGE: cosine_distance(rows, features["baseline"])}
                              for name, rows in features.items()])
     k = len(np.unique(targets))
-    labels = {name: remembered.clusters(rows, k, seeds=seeds, n_init=n_init, normalize=normalize, algorithm=algorithm,
-                                        store=store)[0] for name, rows in features.items()}
-    return score_labels(targets, labels, seeds)
+    found = remembered.clusters_of_all(features, k, seeds=seeds, n_init=n_init, normalize=normalize,
+                                       algorithm=algorithm, store=store)
+    return score_labels(targets, {name: labels for name, (labels, _) in found.items()}, seeds)
 
 
 def score_labels(targets: np.ndarray, labels: Mapping[str, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +22,10 @@ from itae_utils.analysis import lloyd
 from itae_utils.environment import hides_progress
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.batches import is_out_of_memory
-from itae_utils.machine import available_memory
+from itae_utils.machine import available_cores, available_memory
 
 ROWS = 4_096  # rows that are copied at a time
+SMALL = 2**24  # scores of all starts: in smaller problems torch's threads wait for each other more than they help
 EQUAL = 1e-9  # relative difference of inertias that may be rounding: the first of equal starts counts
 FEWEST_SAMPLED = 10  # rows per cluster, for the first centres of features that do not fit in memory
 # Of (k, n_init, seed). MTEB clusters image features with the second.
@@ -32,6 +36,7 @@ REFERENCES = {
 ALGORITHMS = ("exact", *REFERENCES)
 
 Blocks = Callable[[], Iterable[np.ndarray]]
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def cluster(
@@ -224,8 +229,8 @@ def _best_starts(
     starts = [(place, start) for place in range(len(seeds)) for start in range(n_init)]
     hidden = hides_progress() or None  # None: shown on a terminal only
     try:
-        with _full_precision(), tqdm(total=len(starts), unit="start", desc="k-means", delay=2, disable=hidden,
-                                     leave=False) as progress:
+        with (_full_precision(), one_thread(len(sample) * k * len(starts) < SMALL),
+              tqdm(total=len(starts), unit="start", desc="k-means", delay=2, disable=hidden, leave=False) as progress):
             points = ready(sample)
             passes = (lambda: [points]) if len(sample) == n else lambda: map(ready, parts())
             trials = 2 + int(math.log(k))
@@ -253,6 +258,28 @@ def _best_starts(
                         f"{device}, it takes up to {needed:.1f} GB: use device='cpu', or cluster_parts with a smaller "
                         "max_memory") from error
     return labels, np.maximum(inertias, 0)
+
+
+def side_by_side(compute: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return `compute` of all items; several run at once, each on one thread of torch."""
+    with one_thread(), ThreadPoolExecutor(available_cores(), initializer=partial(torch.set_num_threads, 1)) as pool:
+        running = [pool.submit(compute, item) for item in items]
+        try:
+            return [each.result() for each in running]
+        except BaseException:  # also Ctrl-C
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def one_thread(wanted: bool = True) -> Iterator[None]:
+    """Let torch compute on one thread, if wanted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize as unit_rows
 
-from itae_utils.analysis.kmeans import cluster_seeds
+from itae_utils.analysis.kmeans import SMALL, cluster_seeds, side_by_side
 from itae_utils.files import PACKAGE
 from itae_utils.store.store import Store, code_digest, open_store
 
@@ -43,6 +43,18 @@ def clusters(
 
     found = _remembered("clusters", features, settings, compute, store)
     return found["labels"], found["inertias"]
+
+
+def clusters_of_all(
+    features: Mapping[str, np.ndarray], k: int, *, seeds: Sequence[int], n_init: int = 10, **settings: object
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return `clusters` of several features (n, dim) by name, in less time than one by one if they are small."""
+    def compute(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return clusters(features[name], k, seeds=seeds, n_init=n_init, **settings)
+
+    n = len(next(iter(features.values()), ()))
+    run = side_by_side if n * k * len(seeds) * n_init < SMALL else map
+    return dict(zip(features, run(compute, features), strict=True))
 
 
 def tsne(features: np.ndarray, *, perplexity: float, seed: int, normalize: bool = True,

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from sklearn.cluster import MiniBatchKMeans
 
 from itae_utils.analysis import remembered
 from itae_utils.analysis.kmeans import cluster_seeds
+from itae_utils.errors import ItaeError
 from itae_utils.store.housekeeping import list_entries
 from itae_utils.store.store import open_store
 
@@ -28,6 +30,26 @@ def test_clusters_are_those_of_cluster_seeds_and_computed_once(tmp_path, calls):
         assert np.array_equal(inertias, expected[1])
     assert len(calls) == 2
     assert [entry.path.split("/")[1] for entry in list_entries(open_store(tmp_path))] == ["clusters"]
+
+
+@pytest.mark.parametrize("small", [0, 1e9])
+def test_several_are_clustered_as_each_alone(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(remembered, "SMALL", small)
+    features = {name: FEATURES + shift for name, shift in (("a", 0), ("b", 1), ("c", 0))}
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        found = remembered.clusters_of_all(features, **SETTINGS, store=tmp_path)
+        assert torch.get_num_threads() == threads
+        assert list(found) == list(features)
+        for name, rows in features.items():
+            for several, alone in zip(found[name], cluster_seeds(rows, **SETTINGS), strict=True):
+                assert np.array_equal(several, alone)
+
+
+def test_an_error_of_one_is_raised():
+    with pytest.raises(ItaeError, match="image 3 "):
+        remembered.clusters_of_all({"a": FEATURES, "b": np.where(np.arange(60)[:, None] == 3, np.nan, FEATURES)},
+                                   **SETTINGS, store=None)
 
 
 def test_everything_that_decides_clusters_is_in_the_key(tmp_path, calls, monkeypatch):
