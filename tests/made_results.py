@@ -54,10 +54,16 @@ def ablation_rows(row: dict) -> list:
 
 def write_pairing(
     folder: Path, backbone: str, dataset: str, *, theta: float | None = 2.5, rows: list | None = None,
-    notebooks: tuple[str, ...] = ("01", "02", "03"), **changes: object,
+    notebooks: tuple[str, ...] = ("01", "02", "03"), options: dict | None = None, fitted_on: str | None = None,
+    **changes: object,
 ) -> Path:
-    """Make a folder with the results and figures of notebooks 01 to 03, and return it."""
+    """Make a folder with the results and figures of notebooks 01 to 03, and return it.
+
+    `options` are added to those of the notebooks; `fitted_on` is the split that k-means was fitted on.
+    """
     provenance = about(backbone, dataset, **changes)
+    if fitted_on:
+        provenance["fitted_on"] = provenance["dataset"] | {"split": fitted_on}
     rows = score_rows(backbone, dataset) if rows is None else rows
     parts = {
         "01": ("01_artifact_discovery", [], ["attention_maps", "norm_distributions"]),
@@ -69,13 +75,21 @@ def write_pairing(
             "schema": 1, "notebook": name, "provenance": provenance, "figures": figures, "headline": [],
             "rows": own_rows, "thresholds": {"‖key‖, last block": theta},
             "parameters": {"backbone": backbone, "dataset": dataset, "source": "key", "threshold": "auto", "seeds": 3,
-                           "seed": 0, "options": {"n_init": 10, "normalize": True, "kmeans_seed": 4}},
+                           "seed": 0, "clusters": None,
+                           "options": {"n_init": 10, "normalize": True, "kmeans_seed": 4} | (options or {})},
         }
         for figure in figures:
             make_folder(folder / name / "figures")
             Image.new("RGB", (2, 2)).save(folder / name / "figures" / f"{figure}.png")
         write_json(make_folder(folder / name) / "results.json", results)
     return folder
+
+
+def write_as_mteb(folder: Path, backbone: str, dataset: str, rule: str = "meta", **changes: object) -> Path:
+    """Write a pairing that was measured by MTEB's protocol."""
+    options = {"algorithm": "mini-batch", "n_init": 1, "normalize": False, "fit_split": None}
+    return write_pairing(folder, backbone, dataset, notebooks=("03",), **{
+        "options": options, "preprocess": "meta-eval", "image_size": 224, "pos_embed": rule} | changes)
 
 
 def pairing_of(tmp_path: Path, backbone: str, dataset: str, **options) -> Pairing:
