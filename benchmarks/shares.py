@@ -27,7 +27,7 @@ from itae_utils.report import estimate, kernel, report
 
 REPORT = {"profile": "demo"}
 KINDS = {"imports": r"^(import|from) ", "θ": r"fit_thresholds\(", "features": r"extract_features\(|observe\(|pixel_",
-         "k-means": r"score_variants\(|remembered\.clusters\(", "intervals": r"difference_table\(",
+         "k-means": r"remembered\.clusters|score_variants\(|score_labels\(", "intervals": r"difference_table\(",
          "t-SNE": r"tsne\(", "figures": r"run\.show\("}  # the first that a statement holds
 CELL, MODEL = Clustering(n_init=10), "B"
 VARIANTS, COMPARISONS, PASSES = 6, 5, 2  # of notebook 03; one pass is that of the model without training

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import CLEAR, in_child, peak
 from benchmarks.passes import matmul_rate
 from benchmarks.timing import Conditions, interleaved
+from itae_utils.analysis import remembered
 from itae_utils.analysis.kmeans import cluster_seeds
 
 try:
@@ -69,12 +70,15 @@ def labels_of(
 ) -> list[np.ndarray]:
     """Return the labels (seeds, n) that a contender finds for each matrix, with seeds from `first`.
 
-    Only ours runs on another device.
+    Ours clusters several matrices in one call, as the notebooks do. The others don't run on another device.
     """
     seeds = range(first, first + work.seeds)
+    settings = {"seeds": seeds, "n_init": work.n_init, "normalize": False}
+    if name == OURS and len(matrices) > 1:
+        found = remembered.clusters_of_all(dict(enumerate(matrices)), work.k, **settings, store=None)
+        return [labels for labels, _ in found.values()]
     if name == OURS:
-        return [cluster_seeds(points, work.k, seeds=seeds, n_init=work.n_init, normalize=False, device=device)[0]
-                for points in matrices]
+        return [cluster_seeds(matrices[0], work.k, **settings, device=device)[0]]
     run = _faiss if name == FAISS else partial(_sklearn, name.split()[-1])
     return [np.stack([run(work, points, seed) for seed in seeds]) for points in matrices]
 
@@ -120,7 +124,8 @@ def measure_study(size: str, conditions: Conditions) -> dict[str, object]:
             _warm_up(name, work, matrices, conditions.device)
         seconds = interleaved({name: partial(call, name) for name in names}, _few_turns(conditions))
         with FlopCounterMode(display=False) as counter:
-            labels_of(OURS, work, matrices, conditions.device)
+            for points in matrices:  # one by one, because operations are counted in this thread only
+                labels_of(OURS, work, [points], conditions.device)
         rate = matmul_rate(replace(conditions, precision="fp32"))
     conditions.log("inertia and memory")
     inertias = {name: [[inertia(points, run, work.k) for turn in turns for run in turn[number]]

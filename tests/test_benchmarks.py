@@ -312,6 +312,12 @@ class TestStudy:
         assert runs.shape == (2, 240)
         assert all(adjusted_rand_score(classes, labels) == 1 for labels in runs)
 
+    def test_many_matrices_are_clustered_as_each_alone(self):
+        matrices = [study.made_features(SMALL, seed)[0] for seed in range(3)]
+        together = study.labels_of(OURS, SMALL, matrices, first=5)
+        for points, labels in zip(matrices, together, strict=True):
+            np.testing.assert_array_equal(labels, study.labels_of(OURS, SMALL, [points], first=5)[0])
+
     def test_features_are_unit_vectors_of_every_class(self):
         points, classes = study.made_features(SMALL)
         assert (points.shape, points.dtype) == ((240, 16), np.float32)
