@@ -17,7 +17,7 @@ test-all: $(READY) lint
 lab: $(READY)
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab --notebook-dir notebooks
 
-# About 20 minutes on two cores; for a part of it: make bench BENCH="--parts passes --sizes S"
+# About 35 minutes on two cores; for a part of it: make bench BENCH="--parts passes --sizes S"
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 
