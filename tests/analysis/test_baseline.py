@@ -3,9 +3,10 @@ import json
 import pytest
 
 from itae_utils.analysis import baseline, comparison
-from itae_utils.analysis.collection import BY_DATASET, MTEB, PublishedRow, collect
+from itae_utils.analysis.collection import BY_DATASET, MTEB, MTEB_SETTINGS, PublishedRow, collect
 from itae_utils.data.datasets import DATASETS
 from itae_utils.models.registry import BACKBONES
+from itae_utils.report import report
 from itae_utils.results import check_results
 from tests.made_results import score_rows, write_as_mteb, write_pairing
 from tests.tiny_notebooks import RESULTS
@@ -135,3 +136,13 @@ def test_every_comparison_names_normalisation_starts_and_split(tmp_path):
     assert numbers[["normalize", "n_init", "fitted_on"]].values.tolist() == [
         [True, 10, "test (10,000)"], [False, 10, "train (5,000)"]]
     json.dumps(comparison.comparison_rows(pairings))
+
+
+def test_the_profile_is_mteb_s_protocol():
+    steps = report.plan_report(profile="mteb").steps
+    assert len(steps) == 4 * 3 * 2 + 1
+    assert {(step.setting("dataset"), step.setting("backbone")) for step in steps[:-1]} == set(MTEB)
+    for step in steps[:-1]:
+        assert {name: step.setting(name) for name in MTEB_SETTINGS} == MTEB_SETTINGS
+        assert (step.setting("preprocess"), step.setting("precision"), step.setting("seeds")) == ("meta-eval", "fp32", 10)
+        assert step.setting("image_size") is None
