@@ -144,5 +144,5 @@ def test_the_profile_is_mteb_s_protocol():
     assert {(step.setting("dataset"), step.setting("backbone")) for step in steps[:-1]} == set(MTEB)
     for step in steps[:-1]:
         assert {name: step.setting(name) for name in MTEB_SETTINGS} == MTEB_SETTINGS
-        assert (step.setting("preprocess"), step.setting("precision"), step.setting("seeds")) == ("meta-eval", "fp32", 10)
-        assert step.setting("image_size") is None
+        assert [step.setting(name) for name in ("preprocess", "precision", "seeds", "image_size")] == [
+            "meta-eval", "fp32", 10, None]
