@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 import fsspec
@@ -247,12 +248,16 @@ def digest(content: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
 
+_PARSING = Lock()  # Python's parser fails at times if two threads make syntax trees at once
+
+
 def code_digest(modules: Iterable[Path]) -> str:
     """Return the SHA-256 of the code of Python modules; comments, docstrings and formatting do not change it.
 
     The hash is of the syntax trees, which differ between versions of Python.
     """
-    trees = [_WithoutStrings().visit(ast.parse(module.read_bytes())) for module in modules]
+    with _PARSING:
+        trees = [_WithoutStrings().visit(ast.parse(module.read_bytes())) for module in modules]
     return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
 
 

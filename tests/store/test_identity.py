@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import functools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -346,3 +347,9 @@ def test_the_code_of_the_deciding_modules_alone_is_in_the_key(tmp_path, monkeypa
             file.write("\nADDED = 1\n")
         digests.add(variants.deciding_code.__wrapped__())
         assert len(digests) == expected, name
+
+
+def test_threads_may_hash_code_at_once():
+    modules = deciding_modules()[:4]
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(code_digest, [modules] * 40)) == {code_digest(modules)}
