@@ -21,7 +21,7 @@ from benchmarks.contenders import make_contenders, make_workload, ours
 from benchmarks.study import TURNS, Clustering, made_features
 from benchmarks.timing import Conditions
 from itae_utils.analysis.kmeans import cluster_seeds
-from itae_utils.analysis.metrics import paired_bootstrap, score
+from itae_utils.analysis.metrics import paired_bootstrap, score_runs
 from itae_utils.extraction.observation import SAMPLE
 from itae_utils.report import estimate, kernel, report
 
@@ -115,7 +115,7 @@ def _cell(conditions: Conditions) -> dict[str, object]:
     taken |= {"θ": SAMPLE * per_image, "features": PASSES * CELL.n * per_image}
     add("k-means", cluster, VARIANTS)
     cluster()
-    add("scores", lambda: [score(classes, run) for run in labels[0]], VARIANTS)
+    add("scores", lambda: score_runs(classes, labels[0]), VARIANTS)
     add("intervals", lambda: paired_bootstrap(classes, *labels), COMPARISONS)
     estimated = estimated_cell(conditions)
     return {"seconds": taken, "estimate": {what: [seconds, taken[what]] for what, seconds in estimated.items()}}

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.analysis import remembered
 from itae_utils.analysis.kmeans import as_matrix
-from itae_utils.analysis.metrics import agreement, confusion, describe_difference, paired_bootstrap, score
+from itae_utils.analysis.metrics import agreement, confusion, describe_difference, paired_bootstrap, score_runs
 from itae_utils.analysis.words import describe_runs, percent
 from itae_utils.data.items import picture_of
 from itae_utils.errors import ItaeError
@@ -144,8 +144,8 @@ def score_variants(
 def score_labels(targets: np.ndarray, labels: Mapping[str, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:
     """Return ACC, NMI and ARI of cluster labels (seeds, n) by variant, in columns variant, seed, acc, nmi, ari."""
     _check_variants(labels, "labels")
-    return pd.DataFrame([{"variant": name, "seed": seed, **score(targets, found)}
-                         for name, runs in labels.items() for seed, found in zip(seeds, runs, strict=True)])
+    tables = {name: score_runs(targets, runs).set_index(pd.Index(seeds, name="seed")) for name, runs in labels.items()}
+    return pd.concat(tables, names=["variant"]).reset_index()
 
 
 def agreement_scores(labels: Mapping[str, np.ndarray]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score
 
 from itae_utils.analysis.kmeans import as_matrix, cluster_seeds, seed_list
 from itae_utils.errors import ItaeError
@@ -40,10 +40,11 @@ def evaluate_clustering(
         raise ItaeError(f"{len(targets):,} targets for {len(features):,} rows of features: give one target per row")
     k = len(np.unique(targets)) if k is None else k
     seeds = seed_list(seeds)
-    runs = cluster_seeds(features, k, seeds=seeds, n_init=n_init, normalize=normalize, algorithm=algorithm,
-                         device=device, max_memory=max_memory)
-    return pd.DataFrame([{"seed": seed, **score(targets, labels), "inertia": inertia}
-                         for seed, labels, inertia in zip(seeds, *runs, strict=True)])
+    labels, inertias = cluster_seeds(features, k, seeds=seeds, n_init=n_init, normalize=normalize, algorithm=algorithm,
+                                     device=device, max_memory=max_memory)
+    scores = score_runs(targets, labels)
+    scores.insert(0, "seed", seeds)
+    return scores.assign(inertia=inertias)
 
 
 def summarize(scores: pd.DataFrame) -> pd.DataFrame:
@@ -62,10 +63,14 @@ def agreement(labels: np.ndarray) -> float:
     return float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]))
 
 
-def score(targets: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return ACC, NMI (arithmetic mean of the entropies) and ARI of cluster labels (n,) against classes (n,)."""
-    return {"acc": accuracy(targets, labels), "nmi": float(normalized_mutual_info_score(targets, labels)),
-            "ari": float(adjusted_rand_score(targets, labels))}
+def score_runs(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Return ACC, NMI (arithmetic mean of the entropies) and ARI of cluster labels (seeds, n) against classes (n,).
+
+    The table has one row per run, in order, and the columns acc, nmi and ari.
+    """
+    if np.ndim(labels) != 2 or np.shape(labels)[1] != len(targets):
+        raise ItaeError(f"labels of shape {np.shape(labels)} don't match {len(targets):,} targets: give (seeds, n)")
+    return pd.DataFrame(_Tables(targets, labels).scores(np.ones(len(targets), dtype=int)), columns=METRICS)
 
 
 def accuracy(targets: np.ndarray, labels: np.ndarray) -> float:

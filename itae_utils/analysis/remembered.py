@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -86,5 +87,10 @@ def _remembered(kind: str, features: np.ndarray, settings: Mapping[str, object],
     about = {"features": hashlib.sha256(features).hexdigest(), "shape": list(features.shape),
              "dtype": str(features.dtype)}
     versions = {name: metadata.version(name) for name in ("torch", "scikit-learn", "numpy")}
-    code = code_digest([PACKAGE / f"analysis/{name}.py" for name in ("kmeans", "lloyd", "remembered")])
-    return place.remembered(kind, {**about, **settings, "versions": versions, "code": code}, compute)
+    return place.remembered(kind, {**about, **settings, "versions": versions, "code": deciding_code()}, compute)
+
+
+@cache
+def deciding_code() -> str:
+    """Return the hash of the code that can change clusters and maps; computed once per process."""
+    return code_digest([PACKAGE / f"analysis/{name}.py" for name in ("kmeans", "lloyd", "remembered")])

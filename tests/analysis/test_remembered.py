@@ -61,7 +61,7 @@ def test_everything_that_decides_clusters_is_in_the_key(tmp_path, calls, monkeyp
         for other in others:
             remembered.clusters(**{"features": FEATURES} | SETTINGS | other, store=tmp_path)
         assert len(calls) == len(others)
-    monkeypatch.setattr(remembered, "code_digest", lambda modules: "changed")
+    monkeypatch.setattr(remembered, "deciding_code", lambda: "changed")
     remembered.clusters(FEATURES, **SETTINGS, store=tmp_path)
     assert len(calls) == len(others) + 1
 
