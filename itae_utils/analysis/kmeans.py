@@ -23,6 +23,7 @@ from itae_utils.environment import hides_progress
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.batches import is_out_of_memory
 from itae_utils.machine import available_cores, available_memory
+from itae_utils.method.setting import whole_number
 
 ROWS = 4_096  # rows that are copied at a time
 SMALL = 2**24  # scores of all starts: in smaller problems torch's threads wait for each other more than they help
@@ -195,11 +196,11 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     Raises:
         ItaeError: there is no seed, or one that is not a whole number from 0.
     """
-    chosen = range(seeds) if _is_whole(seeds) else seeds
-    if not isinstance(chosen, (range, list, tuple, np.ndarray)) or not len(chosen) or not all(
-            _is_whole(seed) and seed >= 0 for seed in chosen):
-        raise ItaeError(f"seeds={seeds!r} is not valid: use a number of 1 or more, or a list of whole numbers from 0")
-    return [int(seed) for seed in chosen]
+    if isinstance(seeds, (Integral, float, str)) or not hasattr(seeds, "__len__"):
+        seeds = range(whole_number("seeds", seeds, 1))
+    if not len(seeds):
+        raise ItaeError(f"seeds={seeds!r} gives no seed: use a number of 1 or more, or a list")
+    return [whole_number("seeds", seed, 0) for seed in seeds]
 
 
 def _best_starts(
@@ -377,13 +378,8 @@ def _check_memory(shape: tuple[int, ...], max_memory: int | None) -> None:
 
 
 def _check_counts(k: int, n_init: int, images: int | None = None) -> None:
-    for name, value in (("k", k), ("n_init", n_init)):
-        if not _is_whole(value):
-            raise ItaeError(f"{name}={value!r} is not valid: use a whole number")
-    if n_init < 1:
-        raise ItaeError(f"n_init={n_init} is too few: use 1 or more k-means starts")
-    if k < 2:
-        raise ItaeError(f"k={k} is too few: use 2 or more clusters")
+    whole_number("k", k, 2)
+    whole_number("n_init", n_init, 1)
     if images is not None and k > images:
         raise ItaeError(f"k={k} is more than the number of images, {images:,}: use fewer clusters, or more images")
 
@@ -395,7 +391,3 @@ def _warn_of_fewer(labels: np.ndarray, k: int, rows: np.ndarray) -> None:
         warnings.warn(f"k={k} is more than the {len(np.unique(rows, axis=0)):,} distinct rows of features: only "
                       f"{fewest:,} clusters were found", stacklevel=3)
 
-
-def _is_whole(value: object) -> bool:
-    """Return whether a value is a whole number, other than True and False."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
