@@ -1,9 +1,10 @@
-"""The error for bad input: one line that names the value and the remedy."""
+"""The error for bad input, one line that names the value and the remedy, and checks that many modules need."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class ItaeError(ValueError):
@@ -16,3 +17,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str], see: str) -> ItaeEr
     close = [known[each] for each in difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return ItaeError(f"unknown {kind} {name!r}: {hint}{see} lists them all")
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """Return the value of a parameter as an int.
+
+    Raises:
+        ItaeError: it is not a whole number of at least `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ItaeError(f"{name}={value!r} must be a whole number of at least {least}")
+    return int(value)

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from itae_utils.analysis import lloyd
 from itae_utils.environment import hides_progress
-from itae_utils.errors import ItaeError
+from itae_utils.errors import ItaeError, whole_number
 from itae_utils.extraction.batches import is_out_of_memory
 from itae_utils.machine import available_cores, available_memory
-from itae_utils.method.setting import whole_number
+from itae_utils.models.device import resolve_device
 
 ROWS = 4_096  # rows that are copied at a time
 SMALL = 2**24  # scores of all starts: in smaller problems torch's threads wait for each other more than they help
@@ -218,7 +218,7 @@ def _best_starts(
         n_init: starts per seed.
         device: a torch device, or "auto".
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    device = resolve_device(device)
     largest = max(sample.max(), -sample.min(), np.finfo(np.float32).tiny)
     scale = 2.0 ** -math.frexp(largest)[1]  # a power of 2 changes no digits; squares neither overflow nor vanish
     mean = torch.from_numpy(mean.astype(np.float32))

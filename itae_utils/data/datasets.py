@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from itae_utils.data.folders import Contents, image_folder, read_folder, readabl
 from itae_utils.data.huggingface import PREFIX, place_and_split, read_rows
 from itae_utils.data.images import open_image, shown
 from itae_utils.environment import data_folder
-from itae_utils.errors import ItaeError, unknown_name
+from itae_utils.errors import ItaeError, unknown_name, whole_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,10 +95,7 @@ def load_dataset(
     """
     if on_error not in ("raise", "skip"):
         raise ItaeError(f"on_error={on_error!r} is not valid: use 'raise' or 'skip'")
-    if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
-        raise ItaeError(f"limit={limit!r} is not a number of images: use a whole number from 1, or None for all")
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
-        raise ItaeError(f"seed={seed!r} is not valid: use a whole number from 0")
+    limit, seed = limit if limit is None else whole_number("limit", limit, 1), whole_number("seed", seed, 0)
     for option, value in (("split", split), ("image_column", image_column), ("label_column", label_column)):
         if not isinstance(value, str | None):
             raise ItaeError(f"{option}={value!r} is not a name: give text")

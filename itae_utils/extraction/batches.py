@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itae_utils.data.items import as_dataset, label_of, read_item
-from itae_utils.errors import ItaeError
+from itae_utils.errors import ItaeError, whole_number
 from itae_utils.machine import available_cores, available_memory
 from itae_utils.method.attention import is_attenuated
-from itae_utils.method.setting import whole_number
 from itae_utils.models.backbones import Backbone
 from itae_utils.models.preprocessing import DevicePreprocessing, Pixels
 from itae_utils.store.identity import Unidentified

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from itae_utils.errors import ItaeError
+from itae_utils.errors import ItaeError, whole_number
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size, memory_errors, model_batches
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import capture_truth, patch_norms, select_artifacts
 from itae_utils.method.attention import attenuated_logits, check_setting, cls_attention, scaled_logits
 from itae_utils.method.layers import QKV
-from itae_utils.method.setting import ITAE, SOURCES, whole_number
+from itae_utils.method.setting import ITAE, SOURCES
 from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.identity import Unidentified

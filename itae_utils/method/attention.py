@@ -21,11 +21,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from itae_utils.errors import ItaeError
+from itae_utils.errors import ItaeError, whole_number
 from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid, without_compiled_code
 from itae_utils.method.artifacts import CapturedTruth, FiringRule, capture_truth, patch_norms, select_artifacts
 from itae_utils.method.layers import QKV
-from itae_utils.method.setting import ITAE, SOURCES, whole_number
+from itae_utils.method.setting import ITAE, SOURCES
 
 QUERY_CHUNK_BYTES = 64 * 2**20  # memory for logits with rows="all": queries are processed in chunks of this size
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Literal
 
-from itae_utils.errors import ItaeError
+from itae_utils.errors import ItaeError, whole_number
 
 SOURCES = ("query", "key", "value")  # in the order of a fused qkv projection
 ATTENUATIONS = ("min", "mask", "mean", "scale")
@@ -87,17 +87,6 @@ class ITAE:
             raise ItaeError("threshold='auto' is not a number yet: "
                             "fit_thresholds(backbone, dataset)[block, source].threshold gives one")
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * self.blocks
-
-
-def whole_number(name: str, value: object, least: int) -> int:
-    """Return the value of a parameter as an int.
-
-    Raises:
-        ItaeError: it is not a whole number of at least `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ItaeError(f"{name}={value!r} must be a whole number of at least {least}")
-    return int(value)
 
 
 def _is_number(value: object) -> bool:

@@ -26,6 +26,7 @@ from itae_utils.method.artifacts import FiringRule
 from itae_utils.models import demo
 from itae_utils.models.checkpoints import loading_options, model_from_checkpoint, read_checkpoint, tensors_named
 from itae_utils.models.compiled import compile_blocks
+from itae_utils.models.device import resolve_device
 from itae_utils.models.hub import published_weights
 from itae_utils.models.pos_embed import resolve_pos_embed, use_rule
 from itae_utils.models.preprocessing import Preprocessing, make_transform, resolve_resize
@@ -149,7 +150,7 @@ def load_backbone(
         raise ItaeError(f"image_size={image_size!r} is not a whole number of pixels: images are square, give one side")
     if preprocess not in PREPROCESSING:
         raise ItaeError(f"preprocess={preprocess!r} is not known: use one of {', '.join(PREPROCESSING)}")
-    device = _resolve_device(device)
+    device = resolve_device(device)
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     if precision not in PRECISIONS:
@@ -183,19 +184,6 @@ def load_backbone(
         truth=demo.truth() if (name, kind) == ("demo", "embedded") else None,
         weights_sha256=weights_sha256(model),
     )
-
-
-def _resolve_device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.ones(1, device=found).item()  # "meta" has no values
-    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
-        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count())),
-                *(["mps"] if torch.backends.mps.is_available() else [])]
-        built = "" if torch.backends.cuda.is_built() else "; torch is installed without CUDA"
-        raise ItaeError(f"device={device!r} is not available: use auto, or one of this machine's devices, "
-                        f"{', '.join(here)}{built}") from error
-    return found
 
 
 def weights_sha256(model: nn.Module) -> str:

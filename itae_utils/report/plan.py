@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
-
 from itae_utils.data.datasets import dataset_name, image_count
 from itae_utils.data.folders import image_folder, read_folder
 from itae_utils.data.images import check_header
@@ -237,14 +235,6 @@ def check_one_backbone(steps: Iterable[Step]) -> None:
         if len(names) > 1:
             raise ItaeError(f"checkpoint={checkpoint!r} can't be the weights of {' and '.join(names.values())}: choose "
                             "one of them with --backbone")
-
-
-def check_device(name: str | None) -> None:
-    """Refuse a device that this machine lacks."""
-    kind, _, number = (name or "auto").partition(":")
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 1)
-    if int(number or 0) >= there:
-        raise ItaeError(f"device={name!r} is not available on this machine: use auto or cpu")
 
 
 def check_backbone(name: str | None, checkpoint: str | None, image_size: int | None) -> None:

@@ -19,13 +19,14 @@ from itae_utils.data.folders import image_folder
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.workers import cluster_address
 from itae_utils.files import make_folder, write_json
+from itae_utils.models.device import resolve_device
 from itae_utils.models.hub import published_weights
 from itae_utils.models.registry import timm_name_of
 from itae_utils.report.freshness import MARK, current_state, find_unchanged, leave_mark
 from itae_utils.report.kernel import execute
 from itae_utils.report.pages import index_page, notebook_page
 from itae_utils.report.parameters import notebooks_folder
-from itae_utils.report.plan import Plan, Step, check_device, make_plan, short_hash, short_name
+from itae_utils.report.plan import Plan, Step, make_plan, short_hash, short_name
 from itae_utils.report.rules import check_encoding
 from itae_utils.report.runs import Report, Run, differences, make_record, plan_again, read_record
 from itae_utils.results import add_seconds, read_results
@@ -148,7 +149,7 @@ def _write_report(plan: Plan, output: Path, force: bool, say: Callable[[str], No
         raise ItaeError(f"output={str(output)!r} is the folder of the images: name a folder in it, or elsewhere")
     steps = [_placed(step, output) for step in plan.steps]
     for device in dict.fromkeys(step.setting("device") for step in steps):
-        check_device(device)
+        resolve_device(device or "auto")
     with ExitStack() as stack:
         clusters = {key: stack.enter_context(cluster_address(*key)) for key in dict.fromkeys(map(_cluster, steps))
                     if key is not None}

@@ -160,6 +160,7 @@ class TestCluster:
         ({"seed": -1}, r"-1"),
         ({"seed": 0.5}, r"0.5"),
         ({"algorithm": "elkan"}, "'elkan'.*exact"),
+        ({"device": "gpu"}, "'gpu'.* cpu"),
         ({"features": np.zeros(60)}, r"shape \(60,\)"),
         ({"features": [["a", "b"]] * 5}, "type <U1"),
         ({"features": np.zeros((60, 2), dtype=complex)}, "complex"),

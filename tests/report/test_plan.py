@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from itae_utils.errors import ItaeError
-from itae_utils.report.plan import check_backbone, check_dataset, check_device, make_plan, safe_name
+from itae_utils.report.plan import check_backbone, check_dataset, make_plan, safe_name
 from tests.tiny_notebooks import PARAMETERS, write_grid, write_notebook, write_profile
 
 
@@ -249,11 +249,3 @@ def test_backbones(tmp_path):
     ]:
         with pytest.raises(ItaeError, match=message):
             check_backbone(*arguments)
-
-
-@pytest.mark.parametrize("name", ["cuda:99", "mps:1"])
-def test_a_device_that_is_not_there_is_refused(name):
-    for there in (None, "auto", "cpu"):
-        check_device(there)
-    with pytest.raises(ItaeError, match=name):
-        check_device(name)
