@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from numbers import Integral
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.preprocessing import normalize as unit_rows
+from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from itae_utils.analysis import lloyd
+from itae_utils.analysis.lloyd import inertias_of, lloyd, lloyd_in_parts
+from itae_utils.analysis.plus_plus import inner_products, plus_plus
+from itae_utils.analysis.rows import Parts, all_rows, as_matrix, read_rows, sample_rows
+from itae_utils.analysis.threads import full_precision, one_thread
 from itae_utils.environment import hides_progress
 from itae_utils.errors import ItaeError, whole_number
 from itae_utils.extraction.batches import is_out_of_memory
-from itae_utils.machine import available_cores, available_memory
+from itae_utils.machine import available_memory
 from itae_utils.models.device import resolve_device
 
-ROWS = 4_096  # rows that are copied at a time
+WORK_BYTES = 2**30  # memory beside the features: half for inner products, a quarter for scores, the rest in passing
 SMALL = 2**24  # scores of all starts: in smaller problems torch's threads wait for each other more than they help
+USUAL_ROUNDS = 5  # full rounds of products that a start costs, roughly: most rounds move few centres
 EQUAL = 1e-9  # relative difference of inertias that may be rounding: the first of equal starts counts
 FEWEST_SAMPLED = 10  # rows per cluster, for the first centres of features that do not fit in memory
 # Of (k, n_init, seed). MTEB clusters image features with the second.
@@ -35,9 +34,6 @@ REFERENCES = {
     "mini-batch": lambda k, n_init, seed: MiniBatchKMeans(k, n_init=n_init, random_state=seed, batch_size=500),
 }
 ALGORITHMS = ("exact", *REFERENCES)
-
-Blocks = Callable[[], Iterable[np.ndarray]]
-T, R = TypeVar("T"), TypeVar("R")
 
 
 def cluster(
@@ -64,7 +60,7 @@ def cluster(
             "mini-batch" runs its `MiniBatchKMeans` with batch_size=500, as MTEB does.
         device: for "exact"; "auto" is CUDA if available, else the CPU.
         max_memory: bytes that a float32 copy of the features may take; by default half of the machine's memory (no
-            bound if that is unknown). "exact" takes at most 1 GiB beside it.
+            bound if that is unknown). "exact" takes about 1 GiB beside it at most.
 
     Returns:
         Labels (n,) in 0 … k - 1, and the inertia: the sum of squared distances to the cluster centres.
@@ -95,21 +91,19 @@ def cluster_seeds(
         raise ItaeError(f"algorithm={algorithm!r} is not known: use {', '.join(ALGORITHMS)}")
     _check_counts(k, n_init, len(features))
     _check_memory(features.shape, max_memory)
-    held = np.empty(features.shape, dtype=np.float32)
-    for first, rows in _blocks([features], ROWS, normalize):
-        held[first : first + len(rows)] = rows
+    held = all_rows(features, normalize)
     if algorithm != "exact":
         runs = [REFERENCES[algorithm](k, n_init, seed).fit(held) for seed in seeds]
         labels, inertias = np.stack([run.labels_ for run in runs]), np.array([run.inertia_ for run in runs])
     else:
         mean = held.mean(axis=0, dtype=np.float64)
-        labels, inertias = _best_starts(lambda: (), len(held), mean, held, k, seeds, n_init, device)
+        labels, inertias = _best_starts(held, mean, len(held), list, k, seeds, n_init, device)
     _warn_of_fewer(labels, k, held)
     return labels, inertias
 
 
 def cluster_parts(
-    parts: Blocks,
+    parts: Parts,
     k: int,
     *,
     seed: int = 0,
@@ -145,13 +139,15 @@ def cluster_parts(
                         "over, as in cluster_parts(lambda: features.parts(name), k)")
     _check_counts(k, n_init)
     [seed] = seed_list([seed])
-    sample, count, mean = _sample(_blocks(parts(), ROWS, normalize), _bound(max_memory))
+    sample, count, mean = sample_rows(read_rows(parts(), normalize), _bound(max_memory))
     _check_counts(k, n_init, count)
     if len(sample) < min(count, FEWEST_SAMPLED * k):
         raise ItaeError(f"max_memory={_bound(max_memory):,} holds only {len(sample):,} rows, too few to choose k={k} "
                         f"centres: allow {4 * FEWEST_SAMPLED * k * sample.shape[1]:,} bytes or more")
-    labels, inertias = _best_starts(lambda: _all_rows(_blocks(parts(), ROWS, normalize), count), count, mean, sample, k,
-                                    [seed], n_init, device)
+    labels, inertias = _best_starts(sample, mean, count, lambda: read_rows(parts(), normalize, count), k, [seed],
+                                    n_init, device)
+    if len(sample) == count:
+        _warn_of_fewer(labels, k, sample)
     return labels[0], float(inertias[0])
 
 
@@ -159,8 +155,6 @@ def predict(
     fitted: np.ndarray, labels: np.ndarray, features: np.ndarray, *, normalize: bool = True
 ) -> np.ndarray:
     """Give each row of `features` to the cluster of other features whose mean is nearest: labels (seeds, n).
-
-    The means are computed in float64, a block of rows at a time. Clusters without points get none.
 
     Args:
         fitted: features (m, dim) that were clustered, such as those of a training split.
@@ -171,23 +165,16 @@ def predict(
     Raises:
         ItaeError: features that are not finite matrices of one width, or labels of other images.
     """
-    fitted, features, labels = as_matrix(fitted), as_matrix(features), torch.as_tensor(np.atleast_2d(labels)).long()
+    fitted, features, labels = as_matrix(fitted), as_matrix(features), np.atleast_2d(labels)
     if fitted.shape != (labels.shape[1], features.shape[1]):
-        raise ItaeError(f"labels {tuple(labels.shape)} of features {fitted.shape} can't be given to features "
+        raise ItaeError(f"labels {labels.shape} of features {fitted.shape} can't be given to features "
                         f"{features.shape}: use one label per image, and features of one width")
-    k = int(labels.max()) + 1
-    means = torch.zeros(len(labels), k, fitted.shape[1], dtype=torch.float64)
-    for first, rows in _blocks([fitted], ROWS, normalize):
-        for sums, run in zip(means, labels[:, first : first + len(rows)], strict=True):
-            sums.index_add_(0, run, torch.from_numpy(rows).double())
-    sizes = torch.stack([run.bincount(minlength=k) for run in labels])
-    means /= sizes[..., None].clamp(min=1)
-    halves = (means.square().sum(dim=2) / 2).where(sizes > 0, math.inf)
-    found = np.empty((len(labels), len(features)), dtype=np.int32)
-    for first, rows in _blocks([features], ROWS, normalize):
-        for run, centres, half in zip(found, means, halves, strict=True):
-            run[first : first + len(rows)] = (torch.from_numpy(rows).double() @ centres.T - half).argmax(dim=1)
-    return found
+    fitted, features, found = all_rows(fitted, normalize), all_rows(features, normalize), []
+    for run in labels:
+        clusters = np.unique(run)
+        means = np.stack([fitted[run == cluster].mean(axis=0, dtype=np.float64) for cluster in clusters])
+        found.append(clusters[pairwise_distances_argmin(features, means)])
+    return np.stack(found)
 
 
 def seed_list(seeds: int | Sequence[int]) -> list[int]:
@@ -196,7 +183,7 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     Raises:
         ItaeError: there is no seed, or one that is not a whole number from 0.
     """
-    if isinstance(seeds, (Integral, float, str)) or not hasattr(seeds, "__len__"):
+    if isinstance(seeds, str) or not isinstance(seeds, (Sequence, np.ndarray)):
         seeds = range(whole_number("seeds", seeds, 1))
     if not len(seeds):
         raise ItaeError(f"seeds={seeds!r} gives no seed: use a number of 1 or more, or a list")
@@ -204,19 +191,19 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
 
 
 def _best_starts(
-    parts: Blocks, n: int, mean: np.ndarray, sample: np.ndarray, k: int, seeds: Sequence[int], n_init: int, device: str
+    sample: np.ndarray, mean: np.ndarray, n: int, parts: Parts, k: int, seeds: Sequence[int], n_init: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the labels (seeds, n) and inertias (seeds,) of the best of `n_init` starts for each seed.
 
     Args:
-        parts: gives copies of all n rows; not called if `sample` has all of them.
-        n: number of rows.
-        mean: of all rows. K-means does not depend on it, but rounding errors are smallest about it.
         sample: rows that first centres are chosen from; changed.
+        mean: of all rows. K-means does not depend on it, but rounding errors are smallest about it.
+        n: number of all rows. If `sample` has as many, it holds them all.
+        parts: gives copies of all rows; used only if `sample` does not hold them all.
         k: number of clusters.
         seeds: of the starts.
         n_init: starts per seed.
-        device: a torch device, or "auto".
+        device: as for `cluster`.
     """
     device = resolve_device(device)
     largest = max(sample.max(), -sample.min(), np.finfo(np.float32).tiny)
@@ -230,137 +217,46 @@ def _best_starts(
     starts = [(place, start) for place in range(len(seeds)) for start in range(n_init)]
     hidden = hides_progress() or None  # None: shown on a terminal only
     try:
-        with (_full_precision(), one_thread(len(sample) * k * len(starts) < SMALL),
+        with (full_precision(), one_thread(len(sample) * k * len(starts) < SMALL),
               tqdm(total=len(starts), unit="start", desc="k-means", delay=2, disable=hidden, leave=False) as progress):
             points = ready(sample)
-            passes = (lambda: [points]) if len(sample) == n else lambda: map(ready, parts())
-            trials = 2 + int(math.log(k))
-            at_once = lloyd.starts_at_once(len(points), points.shape[1], k, trials)
-            worth = lloyd.are_worth_it(len(points), len(starts), k, trials)
-            products = lloyd.inner_products(points) if worth else None
+            are_all = len(points) == n
+            trials = 2 + int(math.log(k))  # scikit-learn's number
+            at_once = starts_at_once(*points.shape, k, trials)
+            worth = are_worth_it(len(points), len(starts), k, trials)
+            products = inner_products(points) if worth else None
             for first in range(0, len(starts), max(1, at_once)):
                 group = starts[first : first + max(1, at_once)]
                 draws = np.stack([np.random.default_rng([seeds[place], start]).random((k, trials))
                                   for place, start in group])
-                centres = points[lloyd.plus_plus(points, torch.from_numpy(draws).to(device), products)]
-                if at_once and len(sample) == n:
-                    found = lloyd.lloyd(points, centres, products, progress.update)
+                centres = points[plus_plus(points, torch.from_numpy(draws).to(device), products)]
+                passes = (lambda: [points]) if are_all else lambda: map(ready, parts())
+                if are_all and at_once:
+                    found = lloyd(points, centres, products, progress.update)
                 else:
-                    found = lloyd.lloyd_in_parts(passes, n, centres, progress.update)
-                sums = lloyd.inertias(passes, found, k).cpu().numpy() / scale**2
+                    found = lloyd_in_parts(passes, n, centres, progress.update)
+                sums = inertias_of(passes, found, k).cpu().numpy() / scale**2
                 for (place, _), run, inertia in zip(group, found.cpu().numpy(), sums, strict=True):
                     if inertia < inertias[place] * (1 - EQUAL):
                         labels[place], inertias[place] = run, inertia
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        needed = (4 * sample.size + lloyd.WORK_BYTES) / 1e9
+        needed = (4 * sample.size + WORK_BYTES) / 1e9
         raise ItaeError(f"k-means of {n:,} × {sample.shape[1]:,} features with k={k} does not fit in the memory of "
                         f"{device}, it takes up to {needed:.1f} GB: use device='cpu', or cluster_parts with a smaller "
                         "max_memory") from error
     return labels, np.maximum(inertias, 0)
 
 
-def side_by_side(compute: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Return `compute` of all items; several run at once, each on one thread of torch."""
-    with one_thread(), ThreadPoolExecutor(available_cores(), initializer=partial(torch.set_num_threads, 1)) as pool:
-        running = [pool.submit(compute, item) for item in items]
-        try:
-            return [each.result() for each in running]
-        except BaseException:  # also Ctrl-C
-            pool.shutdown(cancel_futures=True)
-            raise
+def starts_at_once(n: int, dim: int, k: int, trials: int) -> int:
+    """Return how many starts `plus_plus` and `lloyd` can hold at once; 0 if a single one takes too much memory."""
+    return int(WORK_BYTES // 4 // (4 * n * max(k, 3 * trials) + 16 * k * dim))
 
 
-@contextmanager
-def one_thread(wanted: bool = True) -> Iterator[None]:
-    """Let torch compute on one thread, if wanted."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Compute float32 products in float32, also where the user allows TF32 or bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _sample(blocks: Iterable[tuple[int, np.ndarray]], bound: float) -> tuple[np.ndarray, int, np.ndarray]:
-    """Return a uniform sample of the rows, all if they take at most `bound` bytes; the number of rows; their mean."""
-    kept, count, total, most = [], 0, 0.0, 0
-    rng = np.random.default_rng(0)
-    for _, rows in blocks:
-        most = int(min(bound // (4 * rows.shape[1]), np.iinfo(np.int64).max))
-        count, total = count + len(rows), total + rows.sum(axis=0, dtype=np.float64)
-        if count <= most:
-            kept.append(rows.copy())
-            continue
-        if len(kept) != 1 or len(kept[0]) < most:
-            missing = most - sum(map(len, kept))
-            kept, rows = [np.concatenate([*kept, rows[:missing]])], rows[missing:]
-        # reservoir sampling: row i takes a random one of i + 1 places, of which the sample holds the first
-        places = rng.integers(1 + np.arange(count - len(rows), count))
-        taken = places < most
-        kept[0][places[taken]] = rows[taken]
-    sample = np.concatenate(kept) if kept else np.empty((0, 0), dtype=np.float32)
-    return sample, count, total / max(count, 1)
-
-
-def _blocks(parts: Iterable[np.ndarray], size: int, normalize: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the parts in float32 copies of at most `size` rows, scaled to length 1 if asked, with their first number.
-
-    Raises:
-        ItaeError: a part is not a matrix, or not as wide as the others; a row is not finite.
-    """
-    first, width = 0, None
-    for part in parts:
-        part = np.asarray(part)
-        if part.ndim != 2 or (width is not None and part.shape[1] != width):
-            raise ItaeError(f"a part of shape {part.shape} can't be clustered: give matrices "
-                            f"(images, {'dim' if width is None else width})")
-        width = part.shape[1]
-        for start in range(0, len(part), size):
-            with np.errstate(over="ignore"):  # named below
-                rows = np.array(part[start : start + size], dtype=np.float32, order="C")
-            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-            if len(bad):
-                raise ItaeError(f"features of image {first + bad[0]:,} are not finite in float32: extract them again")
-            yield first, unit_rows(rows, copy=False) if normalize else rows
-            first += len(rows)
-
-
-def _all_rows(blocks: Iterable[tuple[int, np.ndarray]], count: int) -> Iterator[np.ndarray]:
-    """Yield the rows of all blocks; raise an `ItaeError` if there are more or fewer than `count`."""
-    seen = 0
-    for first, rows in blocks:
-        seen = first + len(rows)
-        if seen > count:
-            break
-        yield rows
-    if seen != count:
-        raise ItaeError(f"parts() does not give the same {count:,} images each time: let it start over, as "
-                        "lambda: features.parts(name) does")
-
-
-def as_matrix(features: np.ndarray) -> np.ndarray:
-    """Return features as a matrix; raise an `ItaeError` that says what to give if they are none."""
-    if isinstance(features, Mapping):
-        raise ItaeError(f"features of {len(features)} variants were given: choose one, such as "
-                        f"features[{next(iter(features), 'baseline')!r}]")
-    features = np.asarray(features)
-    if features.ndim != 2 or features.dtype.kind not in "fiub":
-        raise ItaeError(f"features of shape {features.shape} and type {features.dtype} can't be clustered: give a "
-                        "matrix of numbers (images, dim)")
-    return features
+def are_worth_it(n: int, starts: int, k: int, trials: int) -> bool:
+    """Return whether `inner_products` of n points fit in memory, and save more products than they cost."""
+    return 4 * n * n <= WORK_BYTES // 2 and n < 2 * starts * k * (trials + USUAL_ROUNDS)
 
 
 def _bound(max_memory: int | None) -> float:

@@ -1,27 +1,22 @@
-"""Exact k-means in torch: many starts on one matrix at once, on a CPU or a GPU, in bounded memory.
+"""Lloyd's algorithm in torch: many starts on one matrix at once, until no label changes, on a CPU or a GPU.
 
-A start is greedy k-means++ (Arthur and Vassilvitskii, 2007; with scikit-learn's number of trials), then Lloyd's
-algorithm until no label changes. The score of a centre c for a point x is x·c − ‖c‖²/2: the nearest centre has the
-largest. A round moves only the centres of clusters that lost or gained points, and only their scores are computed
-again: as a product of centres and points or, if few points moved, by adding and subtracting the inner products of these
-points with all points.
+The score of a centre c for a point x is x·c − ‖c‖²/2: the nearest centre has the largest. A round moves only the
+centres of clusters that lost or gained points, and only their scores are computed again: as a product of centres and
+points or, if few points moved, by adding and subtracting the inner products of these points with all points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 MOST_ROUNDS = 300
-WORK_BYTES = 2**30  # memory beside the points: half for inner products, a quarter for scores, the rest for temporaries
 BLOCK = 2**22       # values that are computed at a time; they stay in a CPU's cache
-TILE = 512          # points per side of a tile of inner products
-USUAL_ROUNDS = 5    # full rounds that a start costs, roughly: most rounds move few centres
 CHEAP = 16          # adding a row of inner products takes the time of a product of so many dimensions
 OLDEST = 20         # additions to a score before it is computed anew, so that rounding errors do not pile up
 ROUNDING = 1e-6     # squared distances below this share of the largest ‖x‖² may be rounding errors
@@ -29,58 +24,6 @@ MOST_ACTIVE = 0.75  # starts that have ended are dropped when no more than this 
 
 Progress = Callable[[int], object]  # called with the number of starts that have ended
 Parts = Callable[[], Iterable[Tensor]]  # called for every pass; gives matrices (m, d) in the same order each time
-
-
-def starts_at_once(n: int, dim: int, k: int, trials: int) -> int:
-    """Return how many starts `plus_plus` and `lloyd` can hold at once; 0 if a single one takes too much memory."""
-    return int(WORK_BYTES // 4 // (4 * n * max(k, 3 * trials) + 16 * k * dim))
-
-
-def are_worth_it(n: int, starts: int, k: int, trials: int) -> bool:
-    """Return whether `inner_products` of n points fit in memory, and save more products than they cost."""
-    return 4 * n * n <= WORK_BYTES // 2 and n < 2 * starts * k * (trials + USUAL_ROUNDS)
-
-
-def inner_products(points: Tensor) -> Tensor:
-    """Return the inner products of all pairs of points, (n, d) -> (n, n); each pair is computed once."""
-    products = points.new_empty(len(points), len(points))
-    for i in range(0, len(points), TILE):
-        torch.mm(points[i : i + TILE], points[: i + TILE].T, out=products[i : i + TILE, : i + TILE])
-        for j in range(0, i, TILE):
-            products[j : j + TILE, i : i + TILE] = products[i : i + TILE, j : j + TILE].T
-    return products
-
-
-def plus_plus(points: Tensor, draws: Tensor, products: Tensor | None = None) -> Tensor:
-    """Return the points (S, k) that greedy k-means++ chooses as the first centres of S starts.
-
-    Args:
-        points: (n, d) float32.
-        draws: uniform random numbers in [0, 1), (S, k, trials) float64. The first one chooses the first point. Each
-            further row chooses candidates with probabilities in proportion to the squared distance to the nearest
-            centre so far; the best candidate becomes a centre.
-        products: from `inner_products`, or None.
-    """
-    starts, k, _ = draws.shape
-    squares, every = points.square().sum(dim=1), torch.arange(starts, device=points.device)
-
-    def distances(chosen: Tensor) -> Tensor:
-        """Return squared distances to all points: (S, trials) -> (S, trials, n)."""
-        flat = chosen.flatten()
-        inner = points[flat] @ points.T if products is None else products[flat]
-        return inner.mul_(-2).add_(squares).add_(squares[flat, None]).clamp_(min=0).unflatten(0, chosen.shape)
-
-    centres = torch.empty(starts, k, dtype=torch.int64, device=points.device)
-    centres[:, 0] = (draws[:, 0, 0] * len(points)).long()
-    nearest = distances(centres[:, :1])[:, 0]
-    for turn in range(1, k):
-        sums = nearest.double().cumsum(dim=1)
-        candidates = torch.searchsorted(sums, draws[:, turn] * sums[:, -1:]).clamp_(max=len(points) - 1)
-        after = distances(candidates)
-        torch.minimum(after, nearest[:, None], out=after)
-        best = after.sum(dim=2).argmin(dim=1)
-        nearest, centres[:, turn] = after[every, best], candidates[every, best]
-    return centres
 
 
 @dataclass(frozen=True)
@@ -114,8 +57,9 @@ class Moves:
         first = self.counts.cumsum(0) - self.counts
         return embedding_bag(self.points, rows, first, mode="sum", per_sample_weights=self.signs.to(rows.dtype))
 
+    @cached_property
     def growth(self) -> Tensor:
-        """Return by how many points each cluster grows, int64."""
+        """The number of points that each cluster gains, int64."""
         totals = pad(self.signs.long().cumsum(0), (1, 0))[pad(self.counts.cumsum(0), (1, 0))]
         return totals.diff()
 
@@ -153,7 +97,7 @@ class Clusters:
     def add(self, moves: Moves, rows: Tensor) -> None:
         """Move points, which are rows of a matrix; the centres stay."""
         self.sums[moves.clusters] += moves.sums(rows)
-        self.sizes[moves.clusters] += moves.growth()
+        self.sizes[moves.clusters] += moves.growth
 
     def recentre(self, clusters: Tensor) -> None:
         """Move the centres of some clusters to the means of their points; an empty cluster keeps its centre."""
@@ -182,7 +126,7 @@ class Scores:
     Args:
         clusters: the centres.
         points: (n, d) float32.
-        products: from `inner_products`; None computes all scores as products of centres and points.
+        products: from `plus_plus.inner_products`; None computes all scores as products of centres and points.
     """
 
     def __init__(self, clusters: Clusters, points: Tensor, products: Tensor | None) -> None:
@@ -201,7 +145,7 @@ class Scores:
     def update(self, moves: Moves) -> None:
         """Recentre the clusters that have lost or gained points, and update their scores."""
         halves, after = self.clusters.halves[moves.clusters], self.clusters.sizes[moves.clusters]
-        before = after - moves.growth()
+        before = after - moves.growth
         self.clusters.recentre(moves.clusters)
         few = (moves.counts <= self.points.shape[1] // CHEAP) & (self.ages[moves.clusters] < OLDEST)
         few &= (before > 0) & (after > 0)
@@ -321,7 +265,7 @@ def lloyd(
     Args:
         points: float32.
         centres: float32.
-        products: from `inner_products`, or None.
+        products: from `plus_plus.inner_products`, or None.
         progress: called with the number of starts that have ended.
 
     Returns:
@@ -411,7 +355,7 @@ def _rows(parts: Parts, numbers: Tensor) -> Tensor:
     return torch.stack([found[number] for number in numbers.tolist()])
 
 
-def inertias(parts: Parts, labels: Tensor, k: int) -> Tensor:
+def inertias_of(parts: Parts, labels: Tensor, k: int) -> Tensor:
     """Return the sum of squared distances to the means of the clusters, for labels (S, n): (S,) float64."""
     clusters = labels + k * torch.arange(len(labels), device=labels.device)[:, None]
     sizes, sums, total = clusters.flatten().bincount(minlength=k * len(labels)), 0, 0

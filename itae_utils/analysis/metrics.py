@@ -10,7 +10,8 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from itae_utils.analysis.kmeans import as_matrix, cluster_seeds, seed_list
+from itae_utils.analysis.kmeans import cluster_seeds, seed_list
+from itae_utils.analysis.rows import as_matrix
 from itae_utils.errors import ItaeError
 
 METRICS = ("acc", "nmi", "ari")

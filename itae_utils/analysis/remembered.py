@@ -15,9 +15,13 @@ import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize as unit_rows
 
-from itae_utils.analysis.kmeans import SMALL, cluster_seeds, side_by_side
+from itae_utils.analysis.kmeans import SMALL, cluster_seeds
+from itae_utils.analysis.threads import side_by_side
 from itae_utils.files import PACKAGE
 from itae_utils.store.store import Store, code_digest, open_store
+
+# Modules of this package that can change clusters and maps.
+DECIDING = ("kmeans", "lloyd", "plus_plus", "remembered", "rows", "threads")
 
 
 def clusters(
@@ -93,4 +97,4 @@ def _remembered(kind: str, features: np.ndarray, settings: Mapping[str, object],
 @cache
 def deciding_code() -> str:
     """Return the hash of the code that can change clusters and maps; computed once per process."""
-    return code_digest([PACKAGE / f"analysis/{name}.py" for name in ("kmeans", "lloyd", "remembered")])
+    return code_digest([PACKAGE / f"analysis/{name}.py" for name in DECIDING])

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import normalize
 
-from itae_utils.analysis import kmeans, lloyd
+from itae_utils.analysis import kmeans, lloyd, rows
 from itae_utils.analysis.kmeans import cluster, cluster_parts, cluster_seeds
 from itae_utils.errors import ItaeError
 from tests.analysis.test_metrics import blobs
@@ -62,7 +62,7 @@ class TestCluster:
         features = overlapping()
         labels, inertias = cluster_seeds(features, 12, seeds=[7], n_init=1)
         for name, value in change.items():
-            monkeypatch.setattr(lloyd, name, value)
+            monkeypatch.setattr(kmeans if name == "WORK_BYTES" else lloyd, name, value)
         for seeds in ([7], [*range(92), 7, *range(7)]):
             others, inertias_of_others = cluster_seeds(features, 12, seeds=seeds, n_init=1)
             place = seeds.index(7)
@@ -86,7 +86,7 @@ class TestCluster:
     @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
     @pytest.mark.parametrize("unit", [True, False])
     def test_features_of_any_float_type_stay_as_they_are(self, dtype, unit, monkeypatch):
-        monkeypatch.setattr(kmeans, "ROWS", 7)
+        monkeypatch.setattr(rows, "BLOCK", 7)
         features = np.asfortranarray(blobs(spread=1.0)[0].astype(dtype))
         before = features.copy()
         labels, inertia = cluster(features, 3, normalize=unit)
@@ -135,7 +135,7 @@ class TestCluster:
         def fail(*arguments):
             raise torch.cuda.OutOfMemoryError("out of memory")
 
-        monkeypatch.setattr(lloyd, "lloyd", fail)
+        monkeypatch.setattr(kmeans, "lloyd", fail)
         with pytest.raises(ItaeError, match=r"k=3 .*cpu.* GB"):
             cluster(blobs()[0], 3)
 
@@ -234,12 +234,12 @@ class TestParts:
 
     @pytest.mark.parametrize("size", [7, 10, 40])
     def test_the_sample_favours_no_row(self, size):
-        rows = np.arange(50.0, dtype=np.float32)[:, None]
+        values = np.arange(50.0, dtype=np.float32)[:, None]
         times = np.zeros(50)
         for seed in range(500):
             order = np.random.default_rng(seed).permutation(50)  # the draws themselves have one seed
-            blocks = [(first, rows[order[first : first + size]]) for first in range(0, 50, size)]
-            sample, count, mean = kmeans._sample(blocks, bound=10 * 4)
+            blocks = [values[order[first : first + size]] for first in range(0, 50, size)]
+            sample, count, mean = rows.sample_rows(blocks, bound=10 * 4)
             assert (len(np.unique(sample)), count) == (10, 50)
             assert mean == pytest.approx(24.5)
             times[sample[:, 0].astype(int)] += 1
@@ -275,9 +275,7 @@ class TestParts:
 
 class TestPredict:
     @pytest.mark.parametrize("unit", [True, False])
-    @pytest.mark.parametrize("block", [7, 4096])
-    def test_rows_go_to_the_nearest_mean(self, unit, block, monkeypatch):
-        monkeypatch.setattr(kmeans, "ROWS", block)
+    def test_rows_go_to_the_nearest_mean(self, unit):
         fitted, features = overlapping(90), 3 * overlapping(200)[90:150]
         labels = np.random.default_rng(1).integers(6, size=(2, 90))
         labels[labels == 2] = 5  # an empty cluster
@@ -300,3 +298,11 @@ class TestPredict:
     def test_labels_and_features_must_fit(self, n, shape):
         with pytest.raises(ItaeError, match=r"\(10, 8\)"):
             kmeans.predict(np.ones((10, 8)), np.zeros((2, n), dtype=int), np.ones(shape))
+
+
+def test_memory_decides_what_is_held():
+    assert kmeans.are_worth_it(10_000, 10, 200, 7)
+    assert not kmeans.are_worth_it(10_000, 10, 10, 4)     # cost more than they save
+    assert not kmeans.are_worth_it(20_000, 100, 1000, 8)  # 1.6 GB
+    assert kmeans.starts_at_once(10_000, 768, 200, 7) > 10
+    assert kmeans.starts_at_once(1_000_000, 768, 1000, 8) == 0

@@ -3,7 +3,8 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from itae_utils.analysis import lloyd
+from itae_utils.analysis import lloyd, plus_plus
+from itae_utils.analysis.plus_plus import inner_products
 
 
 def overlapping(n=600, dim=16, k=8, spread=1.0, seed=0):
@@ -18,7 +19,7 @@ def all_ways(points, centres):
     """The labels by every way of computing them."""
     return {
         "centres": lloyd.lloyd(points, centres),
-        "inner products": lloyd.lloyd(points, centres, lloyd.inner_products(points)),
+        "inner products": lloyd.lloyd(points, centres, inner_products(points)),
         "parts": lloyd.lloyd_in_parts(lambda: points.split(77), len(points), centres),
     }
 
@@ -32,7 +33,7 @@ def count_clusters(labels):
     return [len(run.unique()) for run in labels]
 
 
-@pytest.fixture(params=[{}, {"BLOCK": 1000, "TILE": 50}, {"OLDEST": 1, "CHEAP": 1}, {"MOST_ACTIVE": 1.0}], ids=str)
+@pytest.fixture(params=[{}, {"BLOCK": 1000}, {"OLDEST": 1, "CHEAP": 1}, {"MOST_ACTIVE": 1.0}], ids=str)
 def constants(request, monkeypatch):
     for name, value in request.param.items():
         monkeypatch.setattr(lloyd, name, value)
@@ -51,7 +52,7 @@ def test_labels_are_scikit_learns_from_the_same_centres(data):
 def test_inertias_are_scikit_learns():
     points, centres = overlapping()
     expected = [plain(points, first).inertia_ for first in centres]
-    found = lloyd.inertias(lambda: points.split(77), lloyd.lloyd(points, centres), centres.shape[1])
+    found = lloyd.inertias_of(lambda: points.split(77), lloyd.lloyd(points, centres), centres.shape[1])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -71,7 +72,7 @@ def test_fewer_distinct_points_than_clusters(points):
     distinct, k = len(points.unique(dim=0)), 5
     for way, labels in all_ways(points, points[:k][None].repeat(2, 1, 1)).items():
         assert count_clusters(labels) == [distinct] * 2, way
-        torch.testing.assert_close(lloyd.inertias(lambda: [points], labels, k), torch.zeros(2).double())
+        torch.testing.assert_close(lloyd.inertias_of(lambda: [points], labels, k), torch.zeros(2).double())
 
 
 def test_duplicates_give_the_inertia_of_scikit_learn():
@@ -80,16 +81,16 @@ def test_duplicates_give_the_inertia_of_scikit_learn():
     points -= points.mean(dim=0)
     centres = points[torch.from_numpy(rng.choice(300, size=(4, 50)))]  # some coincide
     for labels in all_ways(points, centres).values():
-        for run, first, inertia in zip(labels, centres, lloyd.inertias(lambda: [points], labels, 50), strict=True):
+        for run, first, inertia in zip(labels, centres, lloyd.inertias_of(lambda: [points], labels, 50), strict=True):
             expected = plain(points, first)
             assert len(run.unique()) == 50
             assert inertia <= 1.2 * expected.inertia_
 
 
 def test_inner_products_are_those_of_all_pairs(monkeypatch):
-    monkeypatch.setattr(lloyd, "TILE", 50)
+    monkeypatch.setattr(plus_plus, "TILE", 50)
     points, _ = overlapping(n=333)
-    torch.testing.assert_close(lloyd.inner_products(points), points @ points.T)
+    torch.testing.assert_close(inner_products(points), points @ points.T)
 
 
 class TestPlusPlus:
@@ -110,12 +111,12 @@ class TestPlusPlus:
         points, _ = overlapping()
         draws = torch.from_numpy(np.random.default_rng(1).random((6, 12, trials)))
         expected = [self.slow(points, numbers) for numbers in draws]
-        assert lloyd.plus_plus(points, draws).tolist() == expected
-        assert lloyd.plus_plus(points, draws, lloyd.inner_products(points)).tolist() == expected
+        assert plus_plus.plus_plus(points, draws).tolist() == expected
+        assert plus_plus.plus_plus(points, draws, inner_products(points)).tolist() == expected
 
     def test_points_that_coincide_are_not_chosen_twice(self):
         points = torch.eye(5).repeat_interleave(4, dim=0)
-        chosen = lloyd.plus_plus(points, torch.from_numpy(np.random.default_rng(0).random((20, 5, 3))))
+        chosen = plus_plus.plus_plus(points, torch.from_numpy(np.random.default_rng(0).random((20, 5, 3))))
         assert all(len(points[run].unique(dim=0)) == 5 for run in chosen)
 
 
@@ -138,11 +139,3 @@ def test_rounds_are_limited(monkeypatch):
             state = torch.stack([torch.stack([points[run == c].mean(dim=0) for c in range(40)]) for run in expected])
         for labels in all_ways(points, centres).values():
             np.testing.assert_array_equal(labels, expected)
-
-
-def test_memory_decides_what_is_held(monkeypatch):
-    assert lloyd.are_worth_it(10_000, 10, 200, 7)
-    assert not lloyd.are_worth_it(10_000, 10, 10, 4)     # cost more than they save
-    assert not lloyd.are_worth_it(20_000, 100, 1000, 8)  # 1.6 GB
-    assert lloyd.starts_at_once(10_000, 768, 200, 7) > 10
-    assert lloyd.starts_at_once(1_000_000, 768, 1000, 8) == 0
