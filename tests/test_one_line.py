@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from itae_utils.cli import Group
+from itae_utils.cli.one_line import Group
 from itae_utils.errors import ItaeError
 
 

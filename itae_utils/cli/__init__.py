@@ -2,133 +2,27 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
+from itae_utils.cli.one_line import Group
+from itae_utils.cli.options import (
+    LOADING,
+    PathType,
+    backbone_option,
+    dask_option,
+    loading_options,
+    source_option,
+    store_option,
+    validated,
+)
 from itae_utils.errors import ItaeError
-from itae_utils.files import make_folder, replacing
-from itae_utils.method.setting import SOURCES
-
-
-class Failure(click.ClickException):
-    """One line on stderr, and an exit status."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Report bad input in one line with exit status 2, Ctrl-C with 130, and a failing disk with 1."""
-    try:
-        yield
-    except getattr(click.exceptions, "NoArgsIsHelpError", ()):
-        raise
-    except click.UsageError as error:
-        see = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        raise Failure(" ".join(error.format_message().split()) + see, 2) from error
-    except ItaeError as error:
-        raise Failure(" ".join(str(error).split()), 2) from error
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader has gone; click handles it
-            raise
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
-        raise Failure(" ".join(message.split()), 2 if error.errno == errno.ENAMETOOLONG else 1) from error
-    except KeyboardInterrupt as interrupt:
-        raise Failure("interrupted", 130) from interrupt
-
-
-class Group(click.Group):
-    """A group of commands whose errors are one line."""
-
-    def make_context(self, *arguments: object, **options: object) -> click.Context:
-        """Parse the options before a command's name; characters that the terminal lacks will be replaced."""
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
-        with errors_in_one_line():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, context: click.Context) -> object:
-        """Run a command."""
-        with errors_in_one_line():
-            return super().invoke(context)
-
-
-FEATURE_FORMATS = (".npz", ".parquet")
-
-
-class PathType(click.ParamType):
-    """The path of a file or folder; ~ is the user's home."""
-
-    name = "path"
-
-    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the path."""
-        if not str(value) or "\0" in str(value):
-            self.fail(f"{value!r} is not a path", param, ctx)
-        return Path(os.path.expanduser(value))
-
-
-PATH = PathType()
-
-
-def _validated(_context: click.Context, option: click.Parameter, text: str | None) -> object:
-    """Read an option's value and validate it by the rules of the notebooks' parameter of that name."""
-    if text is None:
-        return None
-    from itae_utils.report.parameters import parse_value
-    from itae_utils.report.rules import check_values
-
-    value = parse_value(text) if option.name in NUMBERS else os.path.expanduser(text)
-    check_values({option.name: value})
-    return value
-
-
-NUMBERS = ("limit", "batch_size", "image_size", "threshold")
-LOADING = {
-    "checkpoint": ("PATH", "A file or folder with weights, instead of a download."),
-    "image_size": ("PIXELS", "Side of the images that the model sees; default: the backbone's."),
-    "device": ("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]"),
-    "on_error": ("WORD", "skip leaves out images that can't be read, raise stops at the first.  [default: raise]"),
-    "preprocess": ("WORD", "How images become squares: resize, meta-eval or pad.  [default: resize]"),
-    "split": ("NAME", "Part of the data set, such as train; default: its test part, if it has parts."),
-    "image_column": ("NAME", "Of a Hugging Face data set; default: found by its type."),
-    "label_column": ("NAME", "Of a Hugging Face data set; default: found by its type."),
-}
-
-
-def loading_options(*names: str) -> Callable:
-    """Return a decorator that gives a command these options for loading, None if they are not given."""
-    def decorate(command: Callable) -> Callable:
-        for name in reversed(names):
-            (metavar, words), option = LOADING[name], f"--{name.replace('_', '-')}"
-            command = click.option(option, metavar=metavar, callback=_validated, help=words)(command)
-        return command
-
-    return decorate
-
-
-store_option = click.option(
-    "--store", metavar="PLACE", callback=_validated,
-    help="Where features are stored: a folder, an fsspec URL such as s3://bucket/name, or none.  "
-         "[default: ITAE_STORE, else a folder in the user's cache]")
-dask_option = click.option(
-    "--dask", metavar="WHERE", callback=_validated,
-    help="Extract on Dask workers: tcp://… is a cluster's address, local:N starts N processes.  [default: ITAE_DASK]")
-backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
-source_option = click.option(
-    "--source", type=click.Choice(SOURCES), default="key", show_default=True,
-    help="The vector whose norm identifies artifacts.")
+from itae_utils.files import make_folder
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -144,13 +38,13 @@ def main() -> None:
 @click.option("--only", help="Numbers of the notebooks to run, such as 01,03.")
 @click.option("-p", "--parameter", "parameters", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="Set a parameter or an option of the notebooks; may be repeated.")
-@click.option("--output", type=PATH, metavar="FOLDER",
+@click.option("--output", type=PathType(), metavar="FOLDER",
               help="Folder to write; default reports/<profile>-<backbone>-<dataset>.")
 @click.option("--force", is_flag=True, help="Also run notebooks that have not changed since they last ran.")
 @loading_options(*LOADING)
 @store_option
 @dask_option
-@click.option("--from", "repeated", type=PATH, metavar="REPORT",
+@click.option("--from", "repeated", type=PathType(), metavar="REPORT",
               help="Run a report again, and compare weights and images; default output REPORT-repeated.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be run, reused and downloaded.")
 @click.pass_context
@@ -178,12 +72,12 @@ def report(
             raise ItaeError("--from repeats a report as it was: use it only with --output, --store and --dask")
         written = repeat_report(repeated, output=output, parameters=places, say=click.echo)
     else:
-        numbers = None if only is None else [number.strip() for number in only.split(",")]
+        numbers = only if only is None else [number and number.zfill(2) for number in map(str.strip, only.split(","))]
         asked = {
             "profile": profile,
             "backbone": backbone,
             "dataset": dataset,
-            "only": numbers and [number and number.zfill(2) for number in numbers],
+            "only": numbers,
             "parameters": {name: parse_value(text) for name, text in parameters} | loading | places,
         }
         if dry_run:
@@ -214,12 +108,12 @@ def _refuse_twice(names: Iterable[str]) -> None:
 @dask_option
 @backbone_option
 @click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
-@click.option("--limit", metavar="N", callback=_validated, help="Take a stratified sample of so many images.")
-@click.option("--batch-size", metavar="N", callback=_validated, help="Images per batch.  [default: auto]")
+@click.option("--limit", metavar="N", callback=validated, help="Take a stratified sample of so many images.")
+@click.option("--batch-size", metavar="N", callback=validated, help="Images per batch.  [default: auto]")
 @loading_options(*LOADING)
-@click.option("--threshold", default="auto", show_default=True, callback=_validated, help="A number, or auto.")
+@click.option("--threshold", default="auto", show_default=True, callback=validated, help="A number, or auto.")
 @source_option
-@click.option("--output", type=PATH, metavar="FILE", required=True, help="A .npz or .parquet file.")
+@click.option("--output", type=PathType(), metavar="FILE", required=True, help="A .npz or .parquet file.")
 def extract(
     store: str | None, dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None,
     threshold: float | str, source: str, output: Path, **loading: object,
@@ -229,13 +123,12 @@ def extract(
     The file holds the model's own features (baseline), those with ITAE (itae), and the labels (targets) and the names
     of the image files (names) if any.
     """
-    import numpy as np
-
     import itae_utils as itae
+    from itae_utils.extraction.export import FORMATS, save_features
     from itae_utils.report.rules import DATASET_OPTIONS
 
-    if output.suffix not in FEATURE_FORMATS:
-        raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FEATURE_FORMATS)}")
+    if output.suffix not in FORMATS:
+        raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FORMATS)}")
     if output.is_dir():
         raise ItaeError(f"--output {str(output)!r} is a folder: name a file")
     variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
@@ -245,50 +138,25 @@ def extract(
     make_folder(output.parent)
     features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto", store=store or "auto",
                                      client=dask or "auto")
-    arrays, (theta,) = {**features}, features.thresholds["itae"]
-    about = {
-        **features.settings, "weights_sha256": model.weights_sha256, "dataset": images.name, "split": images.split,
-        "classes": images.classes and list(images.classes), "source": source, "thresholds": {**features.thresholds},
-        "notes": images.notes,
-    }
-    _save_features(output, arrays, _given(targets=features.targets, names=images.names), about)
+    save_features(output, features, images, weights_sha256=model.weights_sha256, source=source)
     click.echo("\n".join([f"{output}: {len(images):,} images, {' and '.join(features)}", *images.notes]))
+    (theta,) = features.thresholds["itae"]
     if theta is None:
         click.echo(f"no θ was found for the norm of the {source}, so itae is equal to baseline: use more images, "
                    "another --source, or a number as --threshold")
-    elif np.array_equal(*arrays.values()):
+    elif not features.artifact_counts["itae"].any():
         click.echo(f"no patch has a {source} whose norm is at most θ = {theta:.4g}, so itae is equal to baseline")
     else:
         click.echo(f"θ = {theta:.4g} on the norm of the {source}")
 
 
-def _save_features(path: Path, arrays: dict, columns: dict, about: dict) -> None:
-    """Write features by variant, further columns such as labels, and their settings as JSON in `about`."""
-    import numpy as np
-
-    columns = {name: np.asarray(values) for name, values in columns.items()}
-    with replacing(path) as part, part.open("wb") as file:
-        if path.suffix == ".npz":
-            np.savez(file, about=json.dumps(about), **arrays, **columns)
-        else:
-            import pyarrow
-            from pyarrow import parquet
-
-            vectors = {
-                name: pyarrow.FixedSizeListArray.from_arrays(array.ravel(), array.shape[1])
-                for name, array in arrays.items()
-            }
-            table = pyarrow.table({**vectors, **columns}, metadata={"about": json.dumps(about)})
-            parquet.write_table(table, file)
-
-
 @main.command()
-@click.argument("images", nargs=-1, required=True, type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PathType())
 @backbone_option
 @loading_options("checkpoint", "image_size", "device", "on_error")
-@click.option("--threshold", callback=_validated, help="A number; default: fitted to all the given images together.")
+@click.option("--threshold", callback=validated, help="A number; default: fitted to all the given images together.")
 @source_option
-@click.option("--output", type=PATH, metavar="FILE", default="inspection.png", show_default=True,
+@click.option("--output", type=PathType(), metavar="FILE", default="inspection.png", show_default=True,
               help="The figure; its ending decides the format.")
 def inspect(
     images: tuple[Path, ...], backbone: str, threshold: float | str | None, source: str, output: Path,
@@ -361,7 +229,7 @@ def backbones() -> None:
 @main.command()
 def datasets() -> None:
     """List data sets with size and origin."""
-    from itae_utils.data.datasets import DATASETS
+    from itae_utils.data.published import DATASETS
 
     _echo_table(
         ["name", "images", "classes", "split", "download", "origin"],
