@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from itae_utils.analysis.collection import Pairing, collect
-from itae_utils.data.datasets import DATASETS
+from itae_utils.data.published import DATASETS
 from itae_utils.files import make_folder, write_json
 from itae_utils.models.registry import BACKBONES
 from tests.tiny_notebooks import PROVENANCE

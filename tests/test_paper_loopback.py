@@ -33,8 +33,8 @@ from torchvision import datasets as real
 for name, attributes in archives["torchvision"].items():
     for attribute, value in attributes.items():
         setattr(getattr(real, name), attribute, value)
-from itae_utils.data import datasets
-datasets.TINY_IMAGENET = datasets.Archive(**archives["tiny"])
+from itae_utils.data import published
+published.TINY_IMAGENET = published.Archive(**archives["tiny"])
 """
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 from IPython.display import Image, Markdown, display
 
 from itae_utils.analysis.words import escape
-from itae_utils.data.datasets import DATASETS
+from itae_utils.data.published import DATASETS
 from itae_utils.errors import ItaeError
 from itae_utils.results import is_collection, read_results
 

@@ -10,8 +10,9 @@ from functools import cache
 
 import torch
 
-from itae_utils.data.datasets import DATASETS, size, unpacked_folder
+from itae_utils.data.datasets import size
 from itae_utils.data.huggingface import PREFIX
+from itae_utils.data.published import DATASETS, unpacked_folder
 from itae_utils.extraction.observation import SAMPLE
 from itae_utils.models.backbones import stock_model
 from itae_utils.models.hub import cached_weights

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from itae_utils.data.datasets import DATASETS, unpacked_folder
 from itae_utils.data.fingerprint import files_digest
 from itae_utils.data.folders import image_folder, read_folder
 from itae_utils.data.huggingface import PREFIX, place_and_split
+from itae_utils.data.published import DATASETS, unpacked_folder
 from itae_utils.environment import data_folder, hub_server
 from itae_utils.files import PACKAGE, write_json
 from itae_utils.models.hub import cached_weights

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from itae_utils.data.datasets import dataset_name, image_count
+from itae_utils.data.datasets import dataset_name, size
 from itae_utils.data.folders import image_folder, read_folder
 from itae_utils.data.images import check_header
 from itae_utils.errors import ItaeError
@@ -210,7 +210,7 @@ def check_dataset(name: str | None, on_error: str | None = "raise", **chosen: st
     folder = image_folder(dataset_name(name))
     if folder and not os.path.isdir(folder):  # unlike pathlib's, it takes any text
         raise ItaeError(f"data set {name!r}: there is no such folder")
-    image_count(name, **chosen)
+    size(name, **chosen)
     for path in read_folder(folder, chosen.get("split")).images[:HEADERS] if folder and on_error != "skip" else ():
         check_header(path)
 
@@ -264,7 +264,7 @@ def check_clusters(step: Step) -> None:
         return
     clusters = step.parameters["clusters"]
     for part in step.parts:
-        images = image_count(step.setting("dataset"), step.setting("limit"), **part)
+        images, _ = size(step.setting("dataset"), step.setting("limit"), **part)
         if images is None:  # only the hub knows
             continue
         if images < FEWEST_IMAGES:

@@ -32,9 +32,9 @@ from itae_utils.store.identity import images_identity, model_identity
 from itae_utils.store.store import ArrayKind, Store, code_digest, digest
 
 # Modules and packages that can change norms and features: a change of their code makes stored ones invalid.
-CODE = ("data/datasets.py", "data/folders.py", "data/huggingface.py", "data/images.py", "data/items.py", "models/*.py",
-        "models/demo/__init__.py", "method/*.py", "extraction/batches.py", "extraction/job.py",
-        "extraction/observation.py")
+CODE = ("data/datasets.py", "data/folders.py", "data/huggingface.py", "data/images.py", "data/items.py",
+        "data/published.py", "models/*.py", "models/demo/__init__.py", "method/*.py", "extraction/batches.py",
+        "extraction/job.py", "extraction/observation.py")
 PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may change the last bits
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from itae_utils.analysis import baseline, comparison
 from itae_utils.analysis.collection import BY_DATASET, MTEB, MTEB_SETTINGS, PublishedRow, collect
-from itae_utils.data.datasets import DATASETS
+from itae_utils.data.published import DATASETS
 from itae_utils.models.registry import BACKBONES
 from itae_utils.report import report
 from itae_utils.results import check_results

@@ -5,7 +5,7 @@ from nbconvert.filters import markdown2html
 
 from itae_utils.analysis import collection
 from itae_utils.analysis.collection import PUBLISHED, collect, judge_images, judge_weights, saved_figure, show_figures
-from itae_utils.data.datasets import DATASETS
+from itae_utils.data.published import DATASETS
 from itae_utils.errors import ItaeError
 from itae_utils.files import write_json
 from itae_utils.results import collected_provenance

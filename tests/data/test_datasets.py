@@ -9,8 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from itae_utils.data import datasets
-from itae_utils.data.datasets import DATASETS, dataset_name, image_count, load_dataset
+from itae_utils.data.datasets import dataset_name, load_dataset
 from itae_utils.data.fingerprint import fingerprint
+from itae_utils.data.published import DATASETS
 from itae_utils.errors import ItaeError
 
 CIFAR10_MINI = Path(__file__).parents[3] / "shared/data/cifar10-mini"
@@ -139,7 +140,7 @@ def test_a_folder_is_found_after_the_working_directory_changed(tmp_path, monkeyp
 
 def test_what_is_there_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("ITAE_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "fetch", lambda *_: pytest.fail("downloads"))
+    monkeypatch.setattr("itae_utils.data.published.fetch", lambda *_: pytest.fail("downloads"))
     (tmp_path / "tiny-imagenet-200").mkdir()
     save(tmp_path / "pictures/1.png")
     for name in ("tiny-imagenet", "digits", tmp_path / "pictures"):
@@ -196,12 +197,12 @@ class TestLimit:
     def test_images_are_counted_without_loading_them(self, tmp_path, limit):
         for number in range(3):
             (tmp_path / f"{number}.png").touch()
-        assert image_count(f"imagefolder:{tmp_path}", limit) == min(3, limit or 3)
-        assert image_count("digits", limit) == min(1797, limit or 1797)
-        for name, test, train in [("cifar10", 10_000, 50_000), ("CIFAR-100", 10_000, 50_000), ("stl10", 8_000, 5_000),
-                                  ("tiny-imagenet", 10_000, 100_000)]:
-            assert image_count(name, limit) == min(test, limit or test)
-            assert image_count(name, limit, "train") == min(train, limit or train)
+        assert datasets.size(f"imagefolder:{tmp_path}", limit) == (min(3, limit or 3), None)
+        assert datasets.size("digits", limit) == (min(1797, limit or 1797), 10)
+        for name, classes, test, train in [("cifar10", 10, 10_000, 50_000), ("CIFAR-100", 100, 10_000, 50_000),
+                                           ("stl10", 10, 8_000, 5_000), ("tiny-imagenet", 200, 10_000, 100_000)]:
+            assert datasets.size(name, limit) == (min(test, limit or test), classes)
+            assert datasets.size(name, limit, "train") == (min(train, limit or train), classes)
 
 
 class TestImageFolder:

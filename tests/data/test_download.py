@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from itae_utils.data import datasets
+from itae_utils.data import datasets, published
 from itae_utils.data.datasets import load_dataset
 from itae_utils.data.download import within
 from itae_utils.data.fingerprint import fingerprint
@@ -101,7 +101,7 @@ class TinyArchive:
 
     def at(self, url, **wrong):
         archive = {"md5": self.md5, "size": len(self.content)} | wrong
-        self.patch.setattr(datasets, "TINY_IMAGENET", datasets.Archive(f"{url}/{ZIP}", ZIP, **archive))
+        self.patch.setattr(published, "TINY_IMAGENET", published.Archive(f"{url}/{ZIP}", ZIP, **archive))
 
     @contextmanager
     def served(self, wrong=(), **options):
@@ -255,8 +255,8 @@ class TestTinyImageNet:
 
     def test_two_processes_at_once_download_once(self, tiny, tmp_path):
         code = (
-            "import sys; from itae_utils.data import datasets; url, name, md5, root = sys.argv[1:];"
-            "datasets.TINY_IMAGENET = datasets.Archive(url + '/' + name, name, md5);"
+            "import sys; from itae_utils.data import datasets, published; url, name, md5, root = sys.argv[1:];"
+            "published.TINY_IMAGENET = published.Archive(url + '/' + name, name, md5);"
             "print(len(datasets.load_dataset('tiny-imagenet', root=root)))"
         )
         with Server(tiny.path.parent, delay=0.5) as server:

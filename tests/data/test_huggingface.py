@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from itae_utils.data.datasets import download, image_count, load_dataset
+from itae_utils.data.datasets import download, load_dataset, size
 from itae_utils.data.fingerprint import fingerprint
 from itae_utils.data.huggingface import place_and_split
 from itae_utils.errors import ItaeError
@@ -49,8 +49,8 @@ def test_a_saved_data_set(tmp_path):
     assert (dataset.targets.dtype, dataset.names, dataset.split) == (np.int64, None, "all (6)")
     for (image, label), expected, target in zip(dataset, PICTURES, dataset.targets, strict=True):
         assert (image.tobytes(), label) == (expected.tobytes(), target)
-    assert image_count(name) == 6
-    assert image_count(name, 4) == 4
+    assert size(name)[0] == 6
+    assert size(name, 4)[0] == 4
     download(name)
 
 
@@ -175,7 +175,7 @@ class TestColumns:
         dataset = load_dataset(name, image_column="thumbnail", label_column="coarse")
         assert dataset[0][0].tobytes() == PICTURES[3].tobytes()
         assert dataset.targets.tolist() == [1, 1, 0]
-        assert image_count(name, image_column="image", label_column="label") == 3
+        assert size(name, image_column="image", label_column="label")[0] == 3
 
     @pytest.mark.parametrize(("option", "value"), [
         ("image_column", "label"), ("image_column", "picture"), ("label_column", "image"), ("label_column", "labels"),
@@ -230,4 +230,4 @@ class TestNotLoaded:
                 ask(name)
             assert "\n" not in str(refused.value)
         assert time.monotonic() - start < 3
-        assert image_count(name) is None
+        assert size(name)[0] is None

@@ -306,7 +306,7 @@ DECIDING = ("method/setting.py", "method/layers.py", "method/artifacts.py", "met
             "method/anatomy.py", "method/thresholds.py", "models/backbones.py", "models/preprocessing.py",
             "models/pos_embed.py", "models/checkpoints.py", "models/weight_files.py", "models/compiled.py",
             "models/demo/__init__.py", "data/folders.py", "data/datasets.py", "data/images.py", "data/items.py",
-            "data/huggingface.py", "extraction/batches.py",
+            "data/huggingface.py", "data/published.py", "extraction/batches.py",
             "extraction/job.py", "extraction/observation.py")
 
 
