@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from itae_utils.analysis.ablation import AUTO
-from itae_utils.analysis.clustering import AGREEMENT, CHANGE, NEIGHBOURS, neighbour_agreement, over_seeds
+from itae_utils.analysis.scoring import AGREEMENT, CHANGE, over_seeds
+from itae_utils.analysis.vectors import NEIGHBOURS, neighbour_agreement
 from itae_utils.errors import ItaeError
 from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, label_names, styled
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from itae_utils import figures
-from itae_utils.analysis.clustering import AGREEMENT, CHANGE
 from itae_utils.analysis.metrics import confusion
+from itae_utils.analysis.scoring import AGREEMENT, CHANGE
 from itae_utils.errors import ItaeError
 from tests.drawn import assert_nothing_is_clipped, title
 

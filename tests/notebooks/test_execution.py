@@ -7,7 +7,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from itae_utils.analysis.clustering import RECOVERED
+from itae_utils.analysis.bench import RECOVERED
 from itae_utils.data.datasets import load_dataset
 from itae_utils.files import OUTPUT_MARK
 from itae_utils.report.report import run_report
