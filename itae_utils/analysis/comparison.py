@@ -86,12 +86,16 @@ def fitted_on(pairing: Pairing) -> str:
 
 def describe_protocols(pairings: Sequence[Pairing]) -> str:
     """Return Markdown on how features were clustered, each way with its pairings if there are several."""
+    return "\n\n".join(escape(text) for text in _different(pairings, lambda pairing: describe_kmeans(
+        pairing.settings, pairing.scores["provenance"]["dataset"]["split"], fitted_on(pairing))))
+
+
+def _different(pairings: Sequence[Pairing], describe: Callable[[Pairing], str]) -> list[str]:
+    """Return the different texts about the pairings; if there are several, each with the titles of its pairings."""
     titles: dict[str, list[str]] = {}
     for pairing in pairings:
-        split = pairing.scores["provenance"]["dataset"]["split"]
-        titles.setdefault(describe_kmeans(pairing.settings, split, fitted_on(pairing)), []).append(pairing.title)
-    several = len(titles) > 1
-    return "\n\n".join(escape(f"{text} ({', '.join(names)})" if several else text) for text, names in titles.items())
+        titles.setdefault(describe(pairing), []).append(pairing.title)
+    return [f"{text} ({', '.join(names)})" for text, names in titles.items()] if len(titles) > 1 else [*titles]
 
 
 def describe_collection(pairings: Sequence[Pairing], left_out: Sequence[str]) -> str:
@@ -247,12 +251,7 @@ def _why_no_ablation(pairing: Pairing) -> str:
 def settings_table(pairings: Sequence[Pairing]) -> pd.DataFrame:
     """Return every setting of the paper's runs that is unknown to us, with the value used here."""
     def used(describe: Callable[[Pairing], str]) -> str:
-        titles: dict[str, list[str]] = {}
-        for pairing in pairings:
-            titles.setdefault(describe(pairing), []).append(pairing.title)
-        if len(titles) <= 1:
-            return next(iter(titles), NOT_RUN)
-        return "; ".join(f"{text} ({', '.join(names)})" for text, names in titles.items())
+        return "; ".join(_different(pairings, describe)) or NOT_RUN
 
     tiny = ", ".join(each.backbone for each in pairings if each.dataset == "tiny-imagenet")
     here = {
@@ -300,9 +299,10 @@ def comparison_headline(pairings: Sequence[Pairing], expected: Sequence[str]) ->
     scored = [pairing for pairing in pairings if has_scores(pairing)]
     real = [pairing for pairing in scored
             if pairing.dataset in BY_DATASET and pairing.backbone in expected and not pairing.caveats()]
-    facts = [{"label": "Comparison with the paper", "value": f"{len(real)} of {len(BY_DATASET) * len(expected)}",
-              "note": "pairs of backbone and data set were run with the published images and weights"}]
-    facts = facts if concerns_paper(pairings) else []
+    facts, total = [], len(BY_DATASET) * len(expected)
+    if concerns_paper(pairings):
+        facts.append({"label": "Comparison with the paper", "value": f"{len(real)} of {total}",
+                      "note": "pairs of backbone and data set were run with the published images and weights"})
     for pairing in scored:
         before, after = (mean(score_values(pairing, name, "acc")) for name in ("baseline", "itae"))
         (dataset, backbone), published = labelled_titles(pairing), BY_DATASET.get(pairing.dataset)
