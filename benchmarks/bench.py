@@ -97,7 +97,7 @@ def main(sizes: list[str], parts: list[str], repeats: int, batch: int | None, de
         run = {"environment": environment}
         contents["runs"].append(run)
     for part in parts:
-        for size in _sizes(part, sizes):
+        for size in OTHER_SIZES.get(part, sizes if part in ("passes", "memory") else sizes[:1]):
             measured = PARTS[part](size, replace(conditions, log=_logger(f"{part} {size}")))
             if measured is not None:
                 run.setdefault(part, {})[size] = measured
@@ -110,10 +110,6 @@ def main(sizes: list[str], parts: list[str], repeats: int, batch: int | None, de
         label = f"{environment['device']}, {environment['threads']} threads, {environment['precision']}"
         with replacing(make_folder(output.parent / "figures") / "bench.png") as path:
             benchmark(run["summary"], label).savefig(path, format="png")
-
-
-def _sizes(part: str, sizes: list[str]) -> list[str]:
-    return OTHER_SIZES.get(part, sizes if part in ("passes", "memory") else sizes[:1])
 
 
 def _read(output: Path) -> dict[str, list]:

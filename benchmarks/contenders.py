@@ -141,8 +141,7 @@ def make_variants(work: Workload, count: int, conditions: Conditions) -> dict[st
 
 def contender_names(size: str) -> list[str]:
     """Return the names of the contenders at that size, in the order of `make_contenders`."""
-    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), CONTROLS, EAGER,
-            loop(SIZES[size].looped)]
+    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), CONTROLS, EAGER, loop(SIZES[size].looped)]
 
 
 def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contender]:
@@ -159,7 +158,7 @@ def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contend
         return lambda images: {name: features for name, (features, _) in extraction(images, 0).items()}
 
     controls = {f"{name} {number}": replace(itae, select="random") if number % 3 == 2 else itae
-                for number, (name, itae) in enumerate(first(48).items())}
+                for number, (name, itae) in enumerate(variants.items())}
     looped, (paper, itae) = first(SIZES[work.size].looped), next(iter(variants.items()))
     return {
         PLAIN: lambda images: {"baseline": model.forward_features(images)[:, 0]},

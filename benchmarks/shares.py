@@ -18,14 +18,13 @@ import nbformat
 import torch
 
 from benchmarks.contenders import make_contenders, make_workload, ours
-from benchmarks.study import TURNS, Clustering, made_features
+from benchmarks.study import OURS, TURNS, Clustering, labels_of, made_features
 from benchmarks.timing import Conditions
-from itae_utils.analysis.kmeans import cluster_seeds
 from itae_utils.analysis.metrics import paired_bootstrap, score_runs
 from itae_utils.extraction.observation import SAMPLE
 from itae_utils.report import estimate, kernel, report
 
-REPORT = {"profile": "demo"}
+REPORT = {"profile": "demo", "parameters": {}}
 KINDS = {"imports": r"^(import|from) ", "θ": r"fit_thresholds\(", "features": r"extract_features\(|observe\(|pixel_",
          "k-means": r"remembered\.clusters|score_variants\(|score_labels\(", "intervals": r"difference_table\(",
          "t-SNE": r"tsne\(", "figures": r"run\.show\("}  # the first that a statement holds
@@ -44,18 +43,17 @@ def _demo(conditions: Conditions) -> dict[str, object]:
     threads = str(torch.get_num_threads())
     with (TemporaryDirectory() as folder, patch.dict(os.environ, OMP_NUM_THREADS=threads),
           patch.object(report, "execute", _by_statement)):
-        options = REPORT | {"parameters": {"device": conditions.device, "store": f"{folder}/store",
-                                           **REPORT.get("parameters", {})}}
+        parameters = {"device": conditions.device, "store": f"{folder}/store"} | REPORT["parameters"]
+        options = REPORT | {"parameters": parameters}
         estimated = estimated_report(options)
         start = time.perf_counter()
         written = report.run_report(**options, output=f"{folder}/report", say=conditions.log)
         total = time.perf_counter() - start
         if written.failed:
             raise RuntimeError(f"the report failed: {', '.join(written.failures)}")
-        seconds, runs = Counter(), 0.0
-        for run in written.runs:
-            seconds += statement_seconds(written.folder / run.folder / run.notebook.path.name)
-            runs += run.seconds
+        seconds = sum((statement_seconds(written.folder / run.folder / run.notebook.path.name)
+                       for run in written.runs), Counter())
+    runs = sum(run.seconds for run in written.runs)
     seconds["kernels"] += runs - seconds.total()
     seconds["pages"] = total - runs
     return {"seconds": dict(seconds), "estimate": {"whole report": [estimated, total]}}
@@ -97,26 +95,17 @@ def kind_of(statement: str) -> str:
 def _cell(conditions: Conditions) -> dict[str, object]:
     """Measure one variant of notebook 03 on made-up features, one comparison and a batch, and multiply."""
     points, classes = made_features(CELL)
-    labels, taken = [], {}
-
-    def add(what: str, call: object, times: float) -> None:
-        conditions.log(what)
-        taken[what] = conditions.seconds(call) * times
-
-    def cluster() -> None:
-        first = CELL.seeds * len(labels)
-        labels.append(cluster_seeds(points, CELL.k, seeds=range(first, first + CELL.seeds), n_init=CELL.n_init,
-                                    device=conditions.device)[0])
-
+    cluster = partial(labels_of, OURS, CELL, [points], conditions.device)
     work = make_workload(MODEL, conditions)
     call = partial(make_contenders(work, conditions)[ours(8)], work.images)
     with conditions.running():
         per_image = median(conditions.seconds(call) for _ in range(1 + TURNS)) / len(work.images)
-    taken |= {"θ": SAMPLE * per_image, "features": PASSES * CELL.n * per_image}
-    add("k-means", cluster, VARIANTS)
-    cluster()
-    add("scores", lambda: score_runs(classes, labels[0]), VARIANTS)
-    add("intervals", lambda: paired_bootstrap(classes, *labels), COMPARISONS)
+    taken = {"θ": SAMPLE * per_image, "features": PASSES * CELL.n * per_image}
+    conditions.log("k-means and scores")
+    labels = [cluster(first=first)[0] for first in (0, CELL.seeds)]
+    calls = {"k-means": (VARIANTS, cluster), "scores": (VARIANTS, partial(score_runs, classes, labels[0])),
+             "intervals": (COMPARISONS, partial(paired_bootstrap, classes, *labels))}
+    taken |= {what: times * conditions.seconds(call) for what, (times, call) in calls.items()}
     estimated = estimated_cell(conditions)
     return {"seconds": taken, "estimate": {what: [seconds, taken[what]] for what, seconds in estimated.items()}}
 

@@ -1,6 +1,6 @@
 """K-means of this package beside scikit-learn's and faiss's, on random features; and how its time grows.
 
-    python -m benchmarks.study N DIM K SEEDS N_INIT MATRICES CONTENDER
+    python -m benchmarks.study N DIM K SEEDS N_INIT CONTENDER
 
 prints the peak memory of a contender above the features, in bytes, on the CPU.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import click
@@ -121,7 +121,7 @@ def measure_study(size: str, conditions: Conditions) -> dict[str, object]:
 
     with threadpool_limits(torch.get_num_threads()):
         for name in names:
-            _warm_up(name, work, matrices, conditions.device)
+            _warm_up(name, work, matrices[0], conditions.device)
         seconds = interleaved({name: partial(call, name) for name in names}, _few_turns(conditions))
         with FlopCounterMode(display=False) as counter:
             for points in matrices:  # one by one, because operations are counted in this thread only
@@ -135,15 +135,14 @@ def measure_study(size: str, conditions: Conditions) -> dict[str, object]:
 
 
 def _memory(names: Sequence[str], work: Clustering, conditions: Conditions) -> dict[str, int]:
-    """Return the peak memory above the features, in bytes by contender, empty if the system does not report it."""
-    one = replace(work, matrices=1)
+    """Return the peak memory above one matrix, in bytes by contender, empty if the system does not report it."""
     if conditions.kind == "cuda":
-        call = partial(labels_of, OURS, one, [made_features(one)[0]], conditions.device)
+        call = partial(labels_of, OURS, work, [made_features(work)[0]], conditions.device)
         return {OURS: peak(call, torch.device(conditions.device))}
     if not os.access(CLEAR, os.W_OK):
         return {}
-    # the others run seed after seed
-    return {name: in_child("benchmarks.study", *astuple(one if name == OURS else replace(one, seeds=1)), name)
+    seeds = {OURS: work.seeds}  # the others run seed after seed
+    return {name: in_child("benchmarks.study", work.n, work.dim, work.k, seeds.get(name, 1), work.n_init, name)
             for name in names}
 
 
@@ -154,13 +153,13 @@ def measure_growth(_size: str, conditions: Conditions) -> dict[str, object]:
         for count in counts:
             work = replace(BASE, **{field: count})
             calls[f"{count} {what}"] = partial(labels_of, OURS, work, [made_features(work)[0]], conditions.device)
-    _warm_up(OURS, work, [made_features(work)[0]], conditions.device)
+    _warm_up(OURS, work, made_features(work)[0], conditions.device)
     return {"base": asdict(BASE), "counts": {what: list(counts) for what, (_, counts) in GROWTH.items()},
             "seconds": interleaved(calls, _few_turns(conditions))}
 
 
-def _warm_up(name: str, work: Clustering, matrices: Sequence[np.ndarray], device: str = "cpu") -> None:
-    labels_of(name, replace(work, seeds=1, n_init=1), [matrices[0][: 4 * work.k]], device)
+def _warm_up(name: str, work: Clustering, points: np.ndarray, device: str = "cpu") -> None:
+    labels_of(name, replace(work, seeds=1, n_init=1), [points[: 4 * work.k]], device)
 
 
 def _few_turns(conditions: Conditions) -> Conditions:
@@ -168,14 +167,14 @@ def _few_turns(conditions: Conditions) -> Conditions:
 
 
 @click.command(hidden=True)
-@click.argument("numbers", nargs=6, type=int)
+@click.argument("numbers", nargs=5, type=int)
 @click.argument("contender")
 def main(numbers: tuple[int, ...], contender: str) -> None:
     """Print the peak memory of one contender on the CPU, in bytes."""
     work = Clustering(*numbers)
-    matrices = [made_features(work, seed)[0] for seed in range(work.matrices)]
-    _warm_up(contender, work, matrices)
-    click.echo(peak(partial(labels_of, contender, work, matrices), torch.device("cpu")))
+    points = made_features(work)[0]
+    _warm_up(contender, work, points)
+    click.echo(peak(partial(labels_of, contender, work, [points]), torch.device("cpu")))
 
 
 if __name__ == "__main__":
