@@ -18,8 +18,8 @@ from itae_utils.errors import ItaeError
 from itae_utils.models.registry import RESIZES
 
 DEVICE_INTERPOLATIONS = ("bicubic", "bilinear")  # torch can antialias only these
-LONGEST_RESIZED = 64  # the same, above which the ends are cut off before the short side is resized
 LONGEST = 4  # long side over short side; a longer image would take too much of a device's memory before its crop
+LONGEST_RESIZED = 64  # the same; of a longer image, the ends are cut off before the short side is resized
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from itae_utils.errors import ItaeError
@@ -62,7 +63,7 @@ def weight_files(path: Path) -> tuple[list[Path], list[str]]:
         return _in_folder(path)
     if not path.is_file():
         raise refused(path, "does not exist", "give a file of weights, or a folder with model.safetensors; "
-                         "URLs and names of a hub are not downloaded")
+                      "URLs and names of a hub are not downloaded")
     if path.name.endswith(".index.json"):
         return _of_index(path), []
     if PART.fullmatch(path.name):
@@ -109,13 +110,13 @@ def _kind(name: str, head: bytes = b"") -> tuple[str, str] | None:
 def _no_weights(folder: Path, names: set[str]) -> ItaeError:
     if ADAPTER in names:
         return refused(folder, "holds a LoRA adapter, not the model",
-                          "merge it with merge_and_unload() and save the model's state_dict()")
+                       "merge it with merge_and_unload() and save the model's state_dict()")
     for name in sorted(names):
         if kind := _kind(name):
             return refused(folder, f"holds no weights but {kind[0]}, {name}", kind[1])
     if any(path.suffix == ".distcp" for path in folder.iterdir()):
         return refused(folder, "holds a distributed checkpoint", "join it to one file with "
-                          "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`")
+                       "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`")
     below = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*")) if _has_weights(path.name)]
     where = f"give one of {some(below)}" if below else "give a folder with model.safetensors, or a file"
     return refused(folder, "holds no weights", where)
@@ -161,9 +162,7 @@ def read_file(path: Path) -> dict:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(1024)
-        length = int.from_bytes(head[:8], "little")
-        if head[8:9] == b"{" and length <= LONGEST_HEADER:
-            _check_length(path, size, length)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
             return load_file(path)
         _check_kind(path, head, size)
         content = _load_pickle(path)
@@ -171,24 +170,15 @@ def read_file(path: Path) -> dict:
         raise
     except OSError as error:
         raise refused(path, "can't be read", error.strerror or in_one_line(error)) from error
-    except Exception as error:  # safetensors, zipfile and pickle have no common exception class
+    except SafetensorError as error:
+        raise refused(path, f"is cut off or damaged, {size:,} bytes", AGAIN) from error
+    except Exception as error:  # zipfile and pickle have no common exception class
         kind = "a plain pickle" if head.startswith(b"\x80") else "no file of weights"
         remedy = f"{AGAIN}, or write it with torch.save(model.state_dict(), FILE)"
         raise refused(path, f"is cut off, damaged or {kind}", f"{remedy} ({type(error).__name__})") from error
     if not isinstance(content, dict) or not content:
         raise refused(path, "holds no state dict", "save a model's state_dict()")
     return content
-
-
-def _check_length(path: Path, size: int, length: int) -> None:
-    whole = 8 + length
-    if whole <= size:
-        with path.open("rb") as file:
-            file.seek(8)
-            header = json.loads(file.read(length))
-        whole += max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if whole > size:
-        raise refused(path, f"is cut off: {size:,} of {whole:,} bytes are there", AGAIN)
 
 
 def _check_kind(path: Path, head: bytes, size: int) -> None:
@@ -205,7 +195,7 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
         inside = {name.rpartition("/")[2] for name in zipfile.ZipFile(path).namelist()}
         if "constants.pkl" in inside:
             raise refused(path, "is a TorchScript program",
-                             "save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)")
+                          "save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)")
         if "data.pkl" not in inside:
             raise refused(path, "is a zip archive, not weights", "unpack it and give the file in it")
     elif b"\0" not in head and head.isascii():
@@ -249,4 +239,14 @@ def _load_pickle(path: Path) -> object:
         if isinstance(content := load(), dict):
             return content
     raise refused(path, f"holds Python objects, {some(sorted(foreign))}, not a state dict of tensors",
-                     "save model.state_dict() instead, since code in a file is never run")
+                  "save model.state_dict() instead, since code in a file is never run")
+
+
+def read_config(path: Path, file: Path) -> dict:
+    """Return the config.json `file` of the checkpoint `path`."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise refused(path, f"needs a config.json that can be read ({type(error).__name__})",
+                      "give a folder with config.json and model.safetensors") from error
+    return config if isinstance(config, dict) else {}
