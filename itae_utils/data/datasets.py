@@ -101,7 +101,7 @@ def load_dataset(
     if not isinstance(root, str | Path | None):
         raise ItaeError(f"root={root!r} is not a folder: give a path")
     name = dataset_name(name)
-    contents = _read(name, split, root, image_column, label_column)
+    contents = read_contents(name, split, root, image_column, label_column)
     images, targets, skipped, notes = contents.images, contents.targets, [], contents.notes
     if isinstance(images[0], (Path, bytes)):
         images, targets, unreadable, more = readable(images, targets, on_error)
@@ -161,11 +161,11 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_\s]", "", name).casefold()
 
 
-def _read(
-    name: str, split: str | None, root: str | Path | None = None, image_column: str | None = None,
+def read_contents(
+    name: str, split: str | None = None, root: str | Path | None = None, image_column: str | None = None,
     label_column: str | None = None,
 ) -> Contents:
-    """Return what the data set holds; `name` is from `dataset_name`."""
+    """Return what the data set holds, its images not decoded; `name` is from `dataset_name`."""
     if name.startswith(PREFIX):
         return read_rows(name, split, image_column, label_column)
     part = _part(name, split, image_column=image_column, label_column=label_column)
@@ -221,7 +221,7 @@ def size(
         images = info.train if _part(name, split, **columns) == "train" else info.images
         classes = info.classes
     else:
-        contents = _read(name, split, **columns)
+        contents = read_contents(name, split, **columns)
         images, classes = len(contents.images), contents.classes and len(contents.classes)
     return min(images, limit or images), classes
 
@@ -236,7 +236,7 @@ def download(name: str, split: str | None = None, **columns: str | None) -> None
     folder = unpacked_folder(name)
     is_train = name in DATASETS and _part(name, split, **columns) == "train"  # Tiny-ImageNet's is unpacked by itself
     if _is_on_hub(name) or is_train or (folder and not folder.is_dir()):
-        _read(name, split, **columns)
+        read_contents(name, split, **columns)
 
 
 def _is_on_hub(name: str) -> bool:

@@ -6,13 +6,14 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
-from itae_utils.data.datasets import dataset_name, size
-from itae_utils.data.folders import image_folder, read_folder
+from itae_utils.data.datasets import dataset_name, read_contents, size
+from itae_utils.data.folders import image_folder
 from itae_utils.data.images import check_header
 from itae_utils.errors import ItaeError
 from itae_utils.method.anatomy import patches_along
@@ -181,11 +182,9 @@ def check_steps(steps: Iterable[Step]) -> None:
     measuring = [step for step in steps if not step.notebook.collects]
     for step in steps:
         check_values(step.parameters)
-    for values in dict.fromkeys(tuple(map(step.setting, ("dataset", *DATASET_OPTIONS))) for step in measuring):
-        check_dataset(values[0], **dict(zip(DATASET_OPTIONS, values[1:], strict=True)))
+    count = cache(check_dataset)  # lists each folder once
     for step in measuring:
-        check_fit_split(step)
-        check_clusters(step)
+        check_clusters(step, _counts(step, count))
     check_one_backbone(measuring)
     for names in dict.fromkeys(tuple(map(step.setting, ("backbone", "checkpoint", "image_size")))
                                for step in measuring):
@@ -200,28 +199,44 @@ def check_steps(steps: Iterable[Step]) -> None:
         raise ItaeError(f"{times} runs would write to the same folder {folder}: give one of them another name")
 
 
-def check_dataset(name: str | None, on_error: str | None = "raise", **chosen: str | None) -> None:
-    """Refuse an unknown data set or split, and a folder without images, with images on two levels, or damaged ones.
+def check_dataset(name: str, on_error: str | None = "raise", **chosen: str | None) -> int | None:
+    """Return the number of images of a data set; None if only the hub knows.
 
+    Refuse an unknown data set or split, and a folder without images, with images on two levels, or damaged ones.
     Headers are read for the first thousand files; with on_error="skip" damaged files are no error.
     """
-    if name is None:
-        return
-    folder = image_folder(dataset_name(name))
-    if folder and not os.path.isdir(folder):  # unlike pathlib's, it takes any text
-        raise ItaeError(f"data set {name!r}: there is no such folder")
-    size(name, **chosen)
-    for path in read_folder(folder, chosen.get("split")).images[:HEADERS] if folder and on_error != "skip" else ():
+    name = dataset_name(name)
+    if not image_folder(name):
+        return size(name, **chosen)[0]
+    images = read_contents(name, **chosen).images
+    for path in images[:HEADERS] if on_error != "skip" else ():
         check_header(path)
+    return len(images)
 
 
-def check_fit_split(step: Step) -> None:
-    """Refuse a split to fit k-means on that the data set does not have."""
-    if (split := step.setting("fit_split")) is not None:
+def _counts(step: Step, count: Callable[..., int | None]) -> list[int]:
+    """Return the numbers of images that a step takes of the parts of its data set, as far as they are known."""
+    name, on_error, limit, fit_split = map(step.setting, ("dataset", "on_error", "limit", "fit_split"))
+    counts = [] if name is None else [count(name, on_error, **step.chosen)]
+    if fit_split is not None:
         try:
-            check_dataset(step.setting("dataset"), step.setting("on_error"), **step.parts[-1])
+            counts.append(count(name, on_error, **step.parts[-1]))
         except ItaeError as error:
-            raise ItaeError(f"fit_split={split!r}: {error}") from error
+            raise ItaeError(f"fit_split={fit_split!r}: {error}") from error
+    return [min(images, limit or images) for images in counts if images is not None]
+
+
+def check_clusters(step: Step, counts: Iterable[int]) -> None:
+    """Refuse more clusters than images, and too few images to cluster at all; `counts` are those of the parts."""
+    if "clusters" not in step.parameters:
+        return
+    clusters = step.parameters["clusters"]
+    for images in counts:
+        if images < FEWEST_IMAGES:
+            raise ItaeError(f"images: {images:,} of {step.setting('dataset')} is too few to cluster: use at least "
+                            f"{FEWEST_IMAGES}, or leave out notebook {step.notebook.key}")
+        if clusters and clusters > images:
+            raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
 
 
 def check_one_backbone(steps: Iterable[Step]) -> None:
@@ -242,13 +257,11 @@ def check_backbone(name: str | None, checkpoint: str | None, image_size: int | N
     if name is None:
         return
     patch = stock_model(name).patch_embed.patch_size[0]
-    if checkpoint is not None and timm_name_of(name) is None:
-        raise ItaeError(f"{name} has its own weights: checkpoint={checkpoint!r} needs a timm name")
-    if checkpoint is not None and not os.path.exists(str(checkpoint)):
-        raise ItaeError(f"checkpoint={checkpoint!r} does not exist: give a file or folder of weights")
     if image_size is not None:
         patches_along(image_size, patch)
     if checkpoint is not None:
+        if timm_name_of(name) is None:
+            raise ItaeError(f"{name} has its own weights: checkpoint={checkpoint!r} needs a timm name")
         check_checkpoint(name, checkpoint)
 
 
@@ -256,22 +269,6 @@ def check_store(place: str | None) -> None:
     """Refuse a feature store that can't be opened: an unknown kind of URL, or a file."""
     if store := open_store(place):
         _ = store.zarr
-
-
-def check_clusters(step: Step) -> None:
-    """Refuse more clusters than images, and too few images to cluster at all."""
-    if "clusters" not in step.parameters:
-        return
-    clusters = step.parameters["clusters"]
-    for part in step.parts:
-        images, _ = size(step.setting("dataset"), step.setting("limit"), **part)
-        if images is None:  # only the hub knows
-            continue
-        if images < FEWEST_IMAGES:
-            raise ItaeError(f"images: {images:,} of {step.setting('dataset')} is too few to cluster: use at least "
-                            f"{FEWEST_IMAGES}, or leave out notebook {step.notebook.key}")
-        if clusters and clusters > images:
-            raise ItaeError(f"clusters={clusters} is more than the number of images, {images:,}: use fewer clusters")
 
 
 def _axes_name(notebook: Notebook, given: Mapping[str, Mapping[str, object]], twins: Collection[str] = ()) -> str:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from itae_utils.data import datasets
+from itae_utils.data.folders import read_folder
 from itae_utils.report import freshness, report
 from itae_utils.report.freshness import MARK
 from itae_utils.report.pages import notebook_page
@@ -117,7 +119,8 @@ def test_store_and_workers_do_not_decide_but_other_options_do(execute, tmp_path)
     lambda patch: patch.setattr(freshness, "version_of", lambda name: "9"),
     lambda patch: patch.setattr(freshness.platform, "python_version", lambda: "3.99"),
     lambda patch: patch.setenv("HF_ENDPOINT", "http://localhost:1"),
-    lambda patch: (patch.setattr(torch.cuda, "is_available", lambda: True),
+    lambda patch: (patch.setattr(report, "resolve_device", lambda _: None),
+                   patch.setattr(torch.cuda, "is_available", lambda: True),
                    patch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")),
 ], ids=["packages", "python", "hub", "device"])
 def test_other_versions_another_hub_or_device_run_all(execute, monkeypatch, change):
@@ -257,15 +260,16 @@ def test_another_report_is_collected_again_only_if_it_has_changed(execute, tmp_p
     assert ran(execute, only=["04"], parameters=source) == ["04_collects"]
 
 
-def test_a_folder_of_images_is_listed_once_for_all_notebooks(execute, tmp_path, monkeypatch):
+def test_a_plan_and_a_comparison_list_a_folder_of_images_once_for_all_notebooks(execute, tmp_path, monkeypatch):
     write_images(tmp_path / "pictures", "1.png", "2.png")
-    asked = {"profile": "grid", "dataset": "imagefolder:pictures"}
+    asked, listed = {"profile": "grid", "dataset": "imagefolder:pictures"}, []
     run(**asked)
-    plan, listed = report.plan_report(**asked), []
-    read_folder = freshness.read_folder
-    monkeypatch.setattr(freshness, "read_folder", lambda *given: listed.append(given) or read_folder(*given))
-    assert report.unchanged_runs(plan, "out") == {step.folder for step in plan.steps}
+    for module in (datasets, freshness):
+        monkeypatch.setattr(module, "read_folder", lambda *given: listed.append(given) or read_folder(*given))
+    plan = report.plan_report(**asked)
     assert len(listed) == 1
+    assert report.unchanged_runs(plan, "out") == {step.folder for step in plan.steps}
+    assert len(listed) == 2
 
 
 def edit_mark(folder: Path, **changes: object) -> None:
