@@ -44,7 +44,7 @@ _eager_contexts: list[None] = []  # one for each that is open; they may close in
 @contextmanager
 def without_compiled_code() -> Iterator[None]:
     """While open, torch.compile's code is not used, which ignores hooks that are added after it was made."""
-    if not _eager_contexts and hasattr(torch.compiler, "set_stance"):  # since torch 2.6
+    if not _eager_contexts:
         _eager.enter_context(torch.compiler.set_stance("force_eager"))
     _eager_contexts.append(None)
     try:

@@ -73,10 +73,10 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
     """Apply the method to every forward pass of a stock model until the context is left.
 
     In each edited block, the attention output of the `[CLS]` query (with rows="all", of every query) is recomputed with
-    the edited logits and replaced before the output projection. The model's own
-    attention stays fused, and its weights and code are not changed. Images without artifacts keep the model's result
-    to the bit. Gradients are recorded as usual. Contexts can be nested: only the innermost acts. While a context is
-    open, torch.compile's code is not used. Copies that are made of the model run without the method.
+    the edited logits and replaced before the output projection. The model's own attention stays fused, and its weights
+    and code are not changed. Images without artifacts keep the model's result to the bit. Gradients are recorded as
+    usual. Contexts can be nested: only the innermost acts. While a context is open, torch.compile's code is not used.
+    Copies that are made of the model run without the method.
 
     Args:
         model: a timm VisionTransformer or Eva (EVA, DINOv3) with a `[CLS]` token, or a transformers Dinov2Model or
@@ -96,10 +96,6 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
     """
     vit, first_image = adapt(model), whole_number("first_image", first_image, 0)
     check_setting(model, itae, truth)
-    is_mask = isinstance(truth, Tensor) and truth.dtype == torch.bool
-    if itae.select == "oracle" and not (is_mask or isinstance(truth, FiringRule)):
-        raise ItaeError("select='oracle' needs truth=, the rule of a planted backbone (load_backbone('demo').truth) or "
-                        "a boolean tensor (B, N)")
     contexts = _open_contexts.setdefault(model, [])
     with ExitStack() as context:
         context.enter_context(without_compiled_code())
@@ -116,17 +112,23 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
 
 
 def check_setting(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | None = None) -> None:
-    """Check that `itae` is a setting, and that the model has the blocks that it edits.
+    """Check that `itae` is a setting, that the model has the blocks that it edits, and that an oracle has its truth.
 
     Raises:
-        ItaeError: not a setting, more blocks than the model has, or an oracle for a block before the artifacts appear.
+        ItaeError: not a setting, more blocks than the model has, or an oracle without `truth` or before the artifacts
+            appear.
     """
     if not isinstance(itae, ITAE):
         raise ItaeError(f"itae={itae!r} is not a setting: pass ITAE(…), or use the model without one")
     depth = len(adapt(model).blocks)
     if itae.blocks > depth:
         raise ItaeError(f"blocks={itae.blocks} but the model has {depth}: use at most {depth}")
-    if itae.select == "oracle" and isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
+    if itae.select != "oracle":
+        return
+    if not isinstance(truth, FiringRule) and not (isinstance(truth, Tensor) and truth.dtype == torch.bool):
+        raise ItaeError("select='oracle' needs the true artifacts, truth=: the rule of a planted backbone "
+                        "(load_backbone('demo').truth) or a boolean tensor (B, N)")
+    if isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
         raise ItaeError(f"blocks={itae.blocks} with select='oracle' reaches back to block {depth - itae.blocks}, but "
                         f"the artifacts appear after block {truth.block}: use at most {depth - truth.block - 1}")
 
