@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,7 @@ from itae_utils.machine import available_cores, available_memory
 from itae_utils.method.attention import is_attenuated
 from itae_utils.models.backbones import Backbone
 from itae_utils.models.preprocessing import DevicePreprocessing, Pixels
-from itae_utils.store.identity import Unidentified
-from itae_utils.store.store import Store, open_store
-from itae_utils.store.variants import entry_key
+from itae_utils.store.variants import Place
 
 T = TypeVar("T")
 
@@ -80,21 +78,16 @@ def resolve_batch_size(batch_size: int | Literal["auto"], backbone: Backbone) ->
     return fitting_batch_size(run, backbone.device, LARGEST.get(backbone.device.type, LARGEST_ELSEWHERE))
 
 
-def chosen_batch_size(
-    batch_size: int | Literal["auto"], backbone: Backbone, dataset: Dataset, store: str | Path | Store | None
-) -> int:
+def chosen_batch_size(batch_size: int | Literal["auto"], place: Place) -> int:
     """Return the batch size as a number, as `resolve_batch_size`, but choose "auto" on a GPU only once per store.
 
     The size that fits depends on the free memory of the GPU, and it can change the last bits of norms and features. So
     features, thresholds and observations all take the size that the store remembers.
     """
-    place, key = open_store(store), None
-    if batch_size == "auto" and backbone.device.type != "cpu" and place is not None:
-        with suppress(Unidentified):
-            key = entry_key(backbone, dataset, batch_size)
-    if key is None:
-        return resolve_batch_size(batch_size, backbone)
-    found = place.remembered("batch_size", key, lambda: {"images": np.array(resolve_batch_size("auto", backbone))})
+    if batch_size != "auto" or place.backbone.device.type == "cpu":
+        return resolve_batch_size(batch_size, place.backbone)
+    found = place.remembered("batch_size", {"batch_size": "auto"},
+                             lambda: {"images": np.array(resolve_batch_size("auto", place.backbone))})
     return int(found["images"])
 
 

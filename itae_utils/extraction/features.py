@@ -22,14 +22,14 @@ from itae_utils.errors import ItaeError
 from itae_utils.extraction import workers
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size
 from itae_utils.extraction.job import Job, Work, compute, missing_work, shard_size
-from itae_utils.extraction.observation import fit_thresholds
+from itae_utils.extraction.observation import fitted_thresholds
 from itae_utils.method.attention import check_setting
 from itae_utils.method.setting import ITAE
 from itae_utils.method.thresholds import ThresholdFit, Thresholds
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.identity import Unidentified
 from itae_utils.store.store import Store, digest, open_store
-from itae_utils.store.variants import StoredVariant, device_name, entry_key, setting_key
+from itae_utils.store.variants import Place, StoredVariant, device_name, setting_key
 
 log = logging.getLogger("itae_utils")
 
@@ -154,15 +154,16 @@ def extract_features(
     _check_variants(backbone, variants, thresholds)
     needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
                     for itae in variants.values())
-    batch_size, fits = chosen_batch_size(batch_size, backbone, dataset, store), thresholds
+    place, fits = Place(open_store(store), backbone, dataset), thresholds
+    batch_size = chosen_batch_size(batch_size, place)
     if needs_fit and fits is None:
-        fits = fit_thresholds(backbone, dataset, batch_size=batch_size, store=store)
+        fits = fitted_thresholds(place, batch_size=batch_size)
     settings = {name: _resolved(backbone, name, itae, fits) for name, itae in variants.items()}
     fit_seconds = 0.0 if fits is thresholds else fits.seconds
 
     start = time.perf_counter()
     with _processor(client, backbone) as (run, backbone, device):
-        stored, work = _plan(backbone, dataset, settings, batch_size, store, device)
+        stored, work = _plan(place, backbone, settings, batch_size, store, device)
         job = Job(backbone, dataset, stored, settings, batch_size, num_workers)
         if work:
             hidden = hides_progress() or None  # None: shown on a terminal only
@@ -210,16 +211,16 @@ def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thre
     return itae
 
 
-def _plan(backbone: Backbone, dataset: Dataset, settings: Mapping[str, ITAE | None], batch_size: int,
+def _plan(place: Place, backbone: Backbone, settings: Mapping[str, ITAE | None], batch_size: int,
           store: str | Path | Store | None, device: str) -> tuple[dict[str, StoredVariant], Work]:
     """Return where each variant is stored, and the missing work; use memory if the default store fails."""
     keys = {name: setting_key(itae, backbone.truth) for name, itae in settings.items()}
-    shape = {"size": len(dataset), "dim": backbone.dim, "shard_size": shard_size(backbone, batch_size)}
-    place = open_store(store)
-    if place is not None:
-        about = {"dataset": getattr(dataset, "name", type(dataset).__name__)}
+    shape = {"size": len(place.dataset), "dim": backbone.dim, "shard_size": shard_size(backbone, batch_size)}
+    if place.store is not None:
+        about = {"dataset": getattr(place.dataset, "name", type(place.dataset).__name__)}
         try:
-            return _prepared(place, entry_key(backbone, dataset, batch_size, device) | shape, keys, about)
+            entry = place.key | {"batch_size": batch_size, "device": device} | shape
+            return _prepared(place.store, entry, keys, about)
         except Unidentified as error:
             if store != "auto":
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,8 @@ from itae_utils.method.layers import QKV
 from itae_utils.method.setting import ITAE, SOURCES
 from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
-from itae_utils.store.identity import Unidentified
 from itae_utils.store.store import Store, open_store
-from itae_utils.store.variants import entry_key
+from itae_utils.store.variants import Place
 
 SAMPLE = 512  # images that θ is fitted on
 
@@ -60,21 +59,25 @@ def fit_thresholds(backbone: Backbone, dataset: Dataset, *, sample: int = SAMPLE
         `fits[block, source]`, a `ThresholdFit` each. `fits[-1, "key"].threshold` is θ for the last block's keys, or
         None if their norms do not have two modes.
     """
-    dataset, start = checked_inputs(backbone, dataset, num_workers), time.perf_counter()
+    dataset = checked_inputs(backbone, dataset, num_workers)
+    return fitted_thresholds(Place(open_store(store), backbone, dataset), sample=sample, seed=seed,
+                             batch_size=batch_size, num_workers=num_workers)
+
+
+def fitted_thresholds(place: Place, *, sample: int = SAMPLE, seed: int = 0, batch_size: int | Literal["auto"] = "auto",
+                      num_workers: int | Literal["auto"] = 0) -> Thresholds:
+    """Return the fits of `fit_thresholds` for the backbone and the data set of a place."""
+    start, backbone = time.perf_counter(), place.backbone
     sample, seed = whole_number("sample", sample, 1), whole_number("seed", seed, 0)
-    batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
+    batch_size = chosen_batch_size(batch_size, place)
 
     def measure() -> dict[str, np.ndarray]:
         with memory_errors(batch_size, backbone.device):
-            norms = sampled_norms(backbone, dataset, sample=sample, seed=seed, batch_size=batch_size,
+            norms = sampled_norms(backbone, place.dataset, sample=sample, seed=seed, batch_size=batch_size,
                                   num_workers=num_workers)
         return {f"{block} {source}": values for (block, source), values in norms.items()}
 
-    place, key = open_store(store), None
-    if place is not None:
-        with suppress(Unidentified):
-            key = entry_key(backbone, dataset, batch_size)
-    found = measure() if key is None else place.remembered("norms", {**key, "sample": sample, "seed": seed}, measure)
+    found = place.remembered("norms", {"batch_size": batch_size, "sample": sample, "seed": seed}, measure)
     norms = {(int(block), source): values for name, values in found.items() for block, source in [name.split()]}
     return Thresholds(norms, seconds=time.perf_counter() - start)
 
@@ -147,7 +150,7 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
         ItaeError: a setting with more than one block, or one that `attenuate` refuses.
     """
     dataset = checked_inputs(backbone, dataset, num_workers)
-    batch_size = chosen_batch_size(batch_size, backbone, dataset, store)
+    batch_size = chosen_batch_size(batch_size, Place(open_store(store), backbone, dataset))
     if itae is not None:
         check_setting(backbone.model, itae, backbone.truth)
         if itae.blocks > 1:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from itae_utils.files import PACKAGE, in_one_line
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone
-from itae_utils.store.identity import images_identity, model_identity
+from itae_utils.store.identity import Unidentified, images_identity, model_identity
 from itae_utils.store.store import ArrayKind, Store, code_digest, digest
 
 # Modules and packages that can change norms and features: a change of their code makes stored ones invalid.
@@ -38,12 +38,11 @@ CODE = ("data/datasets.py", "data/folders.py", "data/huggingface.py", "data/imag
 PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may change the last bits
 
 
-def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str, device: str | None = None
-              ) -> dict[str, object]:
-    """Return everything that decides features, except the variant.
+def entry_key(backbone: Backbone, dataset: Dataset) -> dict[str, object]:
+    """Return everything that decides features, except the variant and the batch size.
 
     The number of threads and the choice among GPUs of the same name are left out, although they can change the last
-    bits. `device` is a name from `device_name`; None takes the backbone's own device.
+    bits.
 
     Raises:
         Unidentified: something that decides features is not known by its value, see `itae_utils.store.identity`.
@@ -58,11 +57,32 @@ def entry_key(backbone: Backbone, dataset: Dataset, batch_size: int | str, devic
         "resize": backbone.resize,
         "pos_embed": backbone.pos_embed,
         **images_identity(backbone, dataset),
-        "device": device or device_name(backbone.device),
+        "device": device_name(backbone.device),
         "precision": backbone.precision,
         "compiled": backbone.compiled,
-        "batch_size": batch_size,
     }
+
+
+@dataclass
+class Place:
+    """A backbone and a data set in a store, or in none. Their key is made once, because it reads images and weights."""
+
+    store: Store | None
+    backbone: Backbone
+    dataset: Dataset
+
+    @cached_property
+    def key(self) -> dict[str, object]:
+        """The `entry_key` of the backbone and the data set; raises as it does."""
+        return entry_key(self.backbone, self.dataset)
+
+    def remembered(self, kind: str, options: Mapping[str, object], compute: Callable[[], Mapping[str, np.ndarray]]
+                   ) -> Mapping[str, np.ndarray]:
+        """Return `Store.remembered` under the key with `options`; if there is no store or no key, only compute."""
+        with suppress(Unidentified):
+            if self.store is not None:
+                return self.store.remembered(kind, self.key | options, compute)
+        return compute()
 
 
 def device_name(device: torch.device) -> str:

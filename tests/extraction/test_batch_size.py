@@ -16,6 +16,8 @@ from itae_utils.extraction.batches import (
 )
 from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.observation import fit_thresholds, observe
+from itae_utils.store.store import open_store
+from itae_utils.store.variants import Place
 from tests.conftest import array_dataset, as_backbone, tiny_vit
 
 CPU = torch.device("cpu")
@@ -131,11 +133,12 @@ def test_an_automatic_batch_size_is_chosen_once(tmp_path, monkeypatch):
     on_gpu, on_another = (dataclasses.replace(backbone, device=torch.device("cuda", index)) for index in (0, 1))
     fitting = iter([128, 64, 32, 16])
     monkeypatch.setattr(batches, "resolve_batch_size", lambda size, _: next(fitting) if size == "auto" else size)
-    assert [chosen_batch_size("auto", on_gpu, dataset, tmp_path) for _ in range(3)] == [128] * 3
-    assert chosen_batch_size("auto", on_gpu, array_dataset(6), tmp_path) == 64, "other images"
-    assert chosen_batch_size("auto", on_another, dataset, tmp_path) == 32, "another kind of GPU"
-    assert chosen_batch_size(7, on_gpu, dataset, tmp_path) == 7
-    assert chosen_batch_size("auto", on_gpu, dataset, None) == 16
+    store = open_store(tmp_path)
+    assert [chosen_batch_size("auto", Place(store, on_gpu, dataset)) for _ in range(3)] == [128] * 3
+    assert chosen_batch_size("auto", Place(store, on_gpu, array_dataset(6))) == 64, "other images"
+    assert chosen_batch_size("auto", Place(store, on_another, dataset)) == 32, "another kind of GPU"
+    assert chosen_batch_size(7, Place(store, on_gpu, dataset)) == 7
+    assert chosen_batch_size("auto", Place(None, on_gpu, dataset)) == 16
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)

@@ -36,8 +36,8 @@ def test_auto_is_resolved_to_numbers_block_by_block():
 
 def test_auto_fits_once_and_does_no_harm_where_nothing_is_found(monkeypatch):
     backbone, dataset, _ = setup(count=4)
-    calls, fit = [], module.fit_thresholds
-    monkeypatch.setattr(module, "fit_thresholds", lambda *args, **options: calls.append(1) or fit(*args, **options))
+    calls, fit = [], module.fitted_thresholds
+    monkeypatch.setattr(module, "fitted_thresholds", lambda *args, **options: calls.append(1) or fit(*args, **options))
     features = extract_features(backbone, dataset, {"baseline": None, "a": ITAE(), "b": ITAE("value", blocks=2)})
     assert len(calls) == 1
     assert features.thresholds["b"] == (None, None)  # too few patches to fit

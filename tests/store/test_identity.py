@@ -7,6 +7,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.observation import fit_thresholds
 from itae_utils.files import PACKAGE
 from itae_utils.method.setting import ITAE
-from itae_utils.store import variants
+from itae_utils.store import identity, variants
 from itae_utils.store.identity import model_identity
 from itae_utils.store.store import code_digest, digest
 from itae_utils.store.variants import deciding_modules, entry_key
@@ -125,7 +126,7 @@ RANDOM = {"random": transforms.RandomCrop(8), "v2 random": v2.Compose([v2.Random
 
 
 def key_of(backbone=None, dataset=None) -> dict:
-    return entry_key(backbone or as_backbone(tiny_vit()), dataset or array_dataset(3), 2)
+    return entry_key(backbone or as_backbone(tiny_vit()), dataset or array_dataset(3))
 
 
 def test_transforms_of_a_data_set_are_told_apart_by_their_values():
@@ -272,6 +273,16 @@ def test_hooks_and_replaced_code_of_a_model():
         key_of(backbone)
 
 
+def test_images_and_weights_are_read_once_per_extraction(tmp_path, monkeypatch):
+    calls = {name: Mock(wraps=getattr(identity, name)) for name in ("fingerprint", "_weights_now", "_sample")}
+    for name, call in calls.items():
+        monkeypatch.setattr(identity, name, call)
+    for store in (tmp_path, None):
+        extract_features(as_backbone(tiny_vit()), Photos(), {"auto": ITAE()}, store=store)
+        assert {name: call.call_count for name, call in calls.items()} == {
+            "fingerprint": 1, "_weights_now": 1, "_sample": 2}
+
+
 def test_a_subset_of_a_loaded_data_set_is_stored(tmp_path):
     whole, backbone = array_dataset(20), as_backbone(tiny_vit())
     run = functools.partial(extract_features, backbone, variants={"it": None}, store=tmp_path)
@@ -287,18 +298,18 @@ def test_an_entry_key_needs_as_many_images_as_items():
     dataset = MadeDataset(5)
     dataset.images, dataset.targets = array_dataset(10).images, np.zeros(10)
     with pytest.raises(ItaeError, match=r"5 .*10 \.images"):
-        entry_key(as_backbone(tiny_vit()), dataset, 2)
+        entry_key(as_backbone(tiny_vit()), dataset)
 
 
 def test_two_kinds_of_gpu_have_two_keys(monkeypatch):
     names = {"cuda:0": "NVIDIA A100", "cuda:1": "NVIDIA A100", "cuda:2": "NVIDIA H100"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[str(device)])
     backbone, dataset = as_backbone(tiny_vit()), array_dataset(3)
-    on = {name: entry_key(dataclasses.replace(backbone, device=torch.device(name)), dataset, 2)
+    on = {name: entry_key(dataclasses.replace(backbone, device=torch.device(name)), dataset)
           for name in ("cpu", *names)}
     assert on["cuda:0"] == on["cuda:1"]
     assert len({digest(key) for key in on.values()}) == 3
-    assert entry_key(backbone, dataset, 2, "NVIDIA H100") == on["cuda:2"]
+    assert entry_key(backbone, dataset) | {"device": "NVIDIA H100"} == on["cuda:2"]
 
 
 # Modules that decide features.
