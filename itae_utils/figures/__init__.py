@@ -3,7 +3,8 @@
 from itae_utils.lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
-    "style": ["ReportFigure", "check_figure_path", "describe_numbered", "label_names", "save", "save_as", "styled"],
+    "style": ["ReportFigure", "check_figure_path", "save", "save_as", "styled"],
+    "names": ["describe_numbered", "label_names"],
     "discovery": ["artifact_positions", "attention_examples", "attention_shares", "hidden_norms", "inspection",
                   "norm_distributions"],
     "scores": ["ablation_curves", "ablation_heatmaps", "class_gains", "cluster_sheet", "confusions", "embeddings",

@@ -20,7 +20,8 @@ from itae_utils.analysis.comparison import (
     score_values,
 )
 from itae_utils.analysis.metrics import METRICS
-from itae_utils.figures.style import AFTER, NORMAL, ReportFigure, label_names, styled
+from itae_utils.figures.names import label_names
+from itae_utils.figures.style import AFTER, NORMAL, ReportFigure, styled
 
 LONGEST_TITLE = 44  # columns of a title with its caveat
 MARKERS = {"baseline": ("o", NORMAL, NORMAL), "random control": ("o", "white", NORMAL), "itae": ("D", AFTER, AFTER)}

@@ -18,18 +18,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, ScalarF
 from itae_utils.analysis.inspection import InspectedImage
 from itae_utils.analysis.words import percent
 from itae_utils.extraction.observation import Observation
-from itae_utils.figures.style import (
-    AFTER,
-    ARTIFACT,
-    MAP,
-    NORMAL,
-    PALETTE,
-    WIDTH,
-    ReportFigure,
-    label_names,
-    outline,
-    styled,
-)
+from itae_utils.figures.names import label_names
+from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, WIDTH, ReportFigure, outline, styled
 from itae_utils.method.thresholds import ThresholdFit
 
 OVERLAY = ListedColormap([PALETTE[8]])  # yellow, which everybody can tell from grey
@@ -210,7 +200,7 @@ def attention_shares(seen: Observation) -> Figure:
 
 @styled
 def inspection(images: Sequence[InspectedImage], source: str, block: int, title: str) -> Figure:
-    """Draw one row per image: the image, its norms, its attention before and, with θ, after, and the image under it.
+    """Draw one row per image: the image, its norms, its attention before and, with θ, after, and this over the image.
 
     Artifacts are outlined. Each column has one colour scale; the columns of attention share theirs. `title` is the
     finding in words; the other arguments are those of `Inspection`.

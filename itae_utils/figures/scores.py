@@ -15,7 +15,8 @@ from itae_utils.analysis.ablation import AUTO
 from itae_utils.analysis.scoring import AGREEMENT, CHANGE, over_seeds
 from itae_utils.analysis.vectors import NEIGHBOURS, neighbour_agreement
 from itae_utils.errors import ItaeError
-from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, label_names, styled
+from itae_utils.figures.names import label_names
+from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, styled
 
 MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline",
             AGREEMENT: "ARI between runs"}

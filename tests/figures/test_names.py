@@ -7,7 +7,7 @@ from matplotlib import font_manager
 
 from itae_utils import figures
 from itae_utils.analysis.metrics import confusion
-from itae_utils.figures import style
+from itae_utils.figures import names as figure_names
 from tests.drawn import assert_nothing_is_clipped
 
 OWN = {"DejaVu Sans"}
@@ -19,15 +19,15 @@ def installed(monkeypatch):
     def install(*names):
         fonts = [font for font in font_manager.fontManager.ttflist if font.name in {*OWN, *names}]
         monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
-        style._fonts.cache_clear()
+        figure_names._fonts.cache_clear()
 
     yield install
-    style._fonts.cache_clear()
+    figure_names._fonts.cache_clear()
 
 
 def labels(*names):
     with matplotlib.rc_context():
-        return style.label_names(names)
+        return figure_names.label_names(names)
 
 
 @pytest.mark.parametrize(("name", "label"), [
@@ -45,8 +45,8 @@ def test_names_are_labels_as_they_are(installed, name, label):
 def test_a_name_without_a_font_becomes_a_number_that_the_page_explains(installed, name):
     installed()
     assert labels("cat", name) == ["cat", "#2"]
-    assert f"#2 is {name}" in style.describe_numbered(["cat", name])
-    assert f"#1 is _{name}." in style.describe_numbered([f"_{name}"], str)
+    assert f"#2 is {name}" in figure_names.describe_numbered(["cat", name])
+    assert f"#1 is _{name}." in figure_names.describe_numbered([f"_{name}"], str)
 
 
 def test_names_that_look_the_same_when_cut_become_numbers(installed):
@@ -54,32 +54,32 @@ def test_names_that_look_the_same_when_cut_become_numbers(installed):
     names = [f"{'a' * 40}{place}{'b' * 40}" for place in range(3)]
     assert labels(*names, "a") == ["#1", "#2", "#3", "a"]
     assert labels("same", "same") == ["same", "same"]
-    assert style.describe_numbered(["cat", "#1"]) == ""
+    assert figure_names.describe_numbered(["cat", "#1"]) == ""
 
 
 def test_a_font_that_has_the_characters_is_used(installed):
     """STIX has letters of mathematics that DejaVu Sans lacks."""
     installed("STIXGeneral", "Last Resort High-Efficiency")
     sign = "\N{LONG DIVISION}\N{SQUARE WITH CONTOURED OUTLINE}"
-    missing = [sign for sign in sign if style._fonts(sign) == (["STIXGeneral"], set())]
+    missing = [sign for sign in sign if figure_names._fonts(sign) == (["STIXGeneral"], set())]
     assert labels("猫") == ["#1"], "the boxes of Last Resort are no glyphs"
     assert missing
     with matplotlib.rc_context():
-        assert style.label_names([missing[0]]) == [missing[0]]
+        assert figure_names.label_names([missing[0]]) == [missing[0]]
         assert matplotlib.rcParams["font.family"][-1] == "STIXGeneral"
 
 
 def test_older_versions_of_matplotlib_number_names_that_are_written_from_right_to_left(installed, monkeypatch):
-    monkeypatch.setattr(style, "SHAPES", False)
+    monkeypatch.setattr(figure_names, "SHAPES", False)
     installed()
     assert labels("قطة", "חתול", "cat") == ["#1", "#2", "cat"]
-    monkeypatch.setattr(style, "SHAPES", True)
+    monkeypatch.setattr(figure_names, "SHAPES", True)
     installed()
     assert labels("قطة", "חתול") == ["قطة", "חתול"]
 
 
 def test_wide_characters_count_twice(monkeypatch):
-    monkeypatch.setattr(style, "_fonts", lambda signs: ([], set()))
+    monkeypatch.setattr(figure_names, "_fonts", lambda signs: ([], set()))
     (label,) = labels("漢" * 40)
     assert label == "漢" * 7 + "…" + "漢" * 7
 
