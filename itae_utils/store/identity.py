@@ -76,14 +76,14 @@ def images_identity(backbone: Backbone, dataset: Dataset) -> dict[str, object]:
     name = getattr(dataset, "name", type(dataset).__name__)
     try:
         images = fingerprint(dataset)
-        count = None if images is None else len(dataset.images)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise _unidentified(f"the .images of data set {name!r} identify nothing ({in_one_line(error)})",
                             "give one path or array per item") from error
     if images is None:
         raise _unidentified(f"data set {name!r} has no .images, which would identify it", "give it paths or arrays")
-    if count != len(dataset):
-        raise _unidentified(f"a data set of {len(dataset):,} items has {count:,} .images", "give it as many")
+    if len(dataset.images) != len(dataset):
+        raise _unidentified(f"a data set of {len(dataset):,} items has {len(dataset.images):,} .images",
+                            "give it as many")
     known = {"images": images, "preprocessing": " ".join(repr(backbone.transform).split())}
     if type(dataset) is ImageDataset and type(backbone.transform) is Preprocessing:
         return known
