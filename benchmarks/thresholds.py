@@ -11,6 +11,7 @@ import click
 import numpy as np
 import pandas as pd
 
+from itae_utils.method.artifacts import precision_recall
 from itae_utils.method.thresholds import fit_threshold
 
 SIGMA = 0.1
@@ -33,9 +34,7 @@ def measure(bulk: str, separation: float, share: float, size: int, repeats: int)
         logs = np.where(low, rng.normal(-separation * SIGMA, SIGMA, size), BULKS[bulk](rng, size))
         threshold = fit_threshold(np.exp(logs)).threshold
         if threshold is not None:
-            found = np.exp(logs) <= threshold
-            hits = np.count_nonzero(found & low)
-            outcomes.append((hits / found.sum(), hits / low.sum() if low.any() else np.nan))
+            outcomes.append(precision_recall(np.exp(logs) <= threshold, low))
     precision, recall = np.mean(outcomes, axis=0) if outcomes else (np.nan, np.nan)
     return {"bulk": bulk, "patches": size, "share": share, "D": separation if share else np.nan,
             "found": len(outcomes) / repeats, "precision": precision, "recall": recall}
