@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -55,7 +55,8 @@ def dry_run(plan: Plan, unchanged: Collection[str] = ()) -> list[str]:
         unchanged: folders of the steps that will be reused; they need nothing.
     """
     to_run = tuple(step for step in plan.steps if step.folder not in unchanged)
-    downloads = _downloads([step for step in to_run if not step.notebook.collects])
+    count = cache(size)  # reads a folder once
+    downloads = _downloads([step for step in to_run if not step.notebook.collects], count)
     missing = [megabytes for _, megabytes, present in downloads if not present]
     unknown = f" and {missing.count(0)} of unknown size" if 0 in missing else ""
     return [
@@ -68,7 +69,7 @@ def dry_run(plan: Plan, unchanged: Collection[str] = ()) -> list[str]:
         *([f"  missing in all: {sum(missing):,.0f} MB{unknown}"] if downloads else []),
         "",
         _disk(to_run, downloads),
-        *(_time(to_run) if to_run else ["time: none, nothing has changed"]),
+        *(_time(to_run, count) if to_run else ["time: none, nothing has changed"]),
         "",
         "nothing was run or downloaded, no report was written",
     ]
@@ -83,7 +84,7 @@ def _runs(plan: Plan, unchanged: Collection[str]) -> list[str]:
     return [f"  {pairing + ': ' if pairing else ''}{', '.join(names)}" for pairing, names in pairings.items()]
 
 
-def _downloads(steps: list[Step]) -> list[tuple[str, int, bool]]:
+def _downloads(steps: list[Step], count: Callable[..., tuple]) -> list[tuple[str, int, bool]]:
     """Return name, size in MB (0 if unknown) and presence of all weights and images that come over the network."""
     found = {}
     for step in steps:
@@ -94,7 +95,7 @@ def _downloads(steps: list[Step]) -> list[tuple[str, int, bool]]:
             found[f"weights {backbone}"] = (entry.size_mb if entry else 0, cached_weights(name) is not None)
         if folder := unpacked_folder(dataset):
             found[f"images {dataset}"] = (DATASETS[dataset].megabytes, folder.is_dir())
-        elif str(dataset).startswith(PREFIX) and size(dataset, **step.chosen)[0] is None:
+        elif str(dataset).startswith(PREFIX) and count(dataset, step.setting("limit"), **step.chosen)[0] is None:
             found[f"images {dataset}"] = (0, False)
     return [(name, *about) for name, about in found.items()]
 
@@ -109,13 +110,11 @@ def _disk(steps: tuple[Step, ...], downloads: list[tuple[str, int, bool]]) -> st
             "for the report)")
 
 
-def _time(steps: tuple[Step, ...]) -> list[str]:
+def _time(steps: tuple[Step, ...], count: Callable[..., tuple]) -> list[str]:
     """Estimate the time of all steps, and say from which assumptions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rates = {name: matmul_rate(name) for name in {device, "cpu"}}
-    sizes: dict[tuple, Size] = {}
-    seconds, unknown = 0.0, {}
-    count = cache(size)  # a folder is read once
+    size_of, seconds, unknown = cache(backbone_size), 0.0, {}
     for step in steps:
         seconds += START
         settings = step.settings
@@ -126,9 +125,8 @@ def _time(steps: tuple[Step, ...]) -> list[str]:
         if images is None:  # only the hub knows
             unknown[settings["dataset"]] = None
             continue
-        key = (settings["backbone"], settings.get("image_size"))
-        sizes[key] = sizes.get(key) or backbone_size(*key)
-        needed = work(step.notebook.key, settings, sizes[key], images, classes or 10, fitted)
+        model = size_of(settings["backbone"], settings.get("image_size"))
+        needed = work(step.notebook.key, settings, model, images, classes or 10, fitted)
         seconds += needed.model / (MODEL_EFFICIENCY * rates[device])
         seconds += needed.kmeans / (KMEANS_EFFICIENCY * rates[device]) + needed.interval_seconds
     return [

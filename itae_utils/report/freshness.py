@@ -146,18 +146,13 @@ def _or_none(compute: Callable[[], object]) -> object | None:
 
 def _common() -> State:
     """Return the state that all notebooks share."""
+    code = (path for pattern in PACKAGE_FILES for path in PACKAGE.rglob(pattern))
     return {
-        "code": _or_none(_code),
+        "code": _or_none(partial(files_digest, code, PACKAGE)),
         "versions": {name: version_of(name) for name in (*PACKAGES, *DRAWING)} | {"python": platform.python_version()},
         "environment": {"hub": hub_server() or "", "data": str(data_folder())},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def _code() -> str:
-    paths = sorted(path for pattern in PACKAGE_FILES for path in PACKAGE.rglob(pattern))
-    lines = [f"{path.relative_to(PACKAGE).as_posix()}\t{_sha256(path)}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _cells(notebook: Notebook) -> list[object]:

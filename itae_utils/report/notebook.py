@@ -169,13 +169,12 @@ class NotebookRun:
             more: further entries of the provenance.
         """
         figures = sorted(self._figures, key=lambda name: name != cover)
-        parameters = rules.recorded({**self.parameters, **self._shown_options()})
+        parameters = dict(self.parameters)
+        if "options" in parameters:
+            parameters["options"] = self.options
         write_results(
-            self.output_dir, notebook=self.name, parameters=parameters,
+            self.output_dir, notebook=self.name, parameters=rules.recorded(parameters),
             provenance=about or provenance(self.backbone, self.dataset, **more), thresholds=thresholds or {}, rows=rows,
             figures=figures, headline=headline)
         return Markdown("All numbers of this page are in [results.json](results.json), the figures as PNG and PDF in "
                         "`figures`.")
-
-    def _shown_options(self) -> dict[str, object]:
-        return {"options": dict(self.options)} if "options" in self.parameters else {}

@@ -24,15 +24,6 @@ class Rule:
     words: str
 
 
-def _named(value: object) -> str:
-    return "null" if value is None else str(value)
-
-
-def is_whole(value: object, lowest: int = 0, highest: int = LARGEST) -> bool:
-    """Return whether `value` is a whole number from `lowest` to `highest`; True and False are not numbers."""
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -43,8 +34,10 @@ def _is_list(value: object) -> bool:
 
 
 def _whole(lowest: int, *others: object, highest: int = LARGEST) -> Rule:
-    words = f"a whole number from {lowest} to {highest:,}" + "".join(f", or {_named(other)}" for other in others)
-    return Rule(lambda value: value in others or is_whole(value, lowest, highest), words)
+    words = "".join(f", or {'null' if other is None else other}" for other in others)
+    # True and False are instances of int, but not whole numbers.
+    return Rule(lambda value: value in others or (type(value) is int and lowest <= value <= highest),
+                f"a whole number from {lowest} to {highest:,}{words}")
 
 
 def _one_of(choices: Sequence[str]) -> Rule:
