@@ -315,8 +315,9 @@ def test_two_kinds_of_gpu_have_two_keys(monkeypatch):
 # Modules that decide features.
 DECIDING = ("method/setting.py", "method/layers.py", "method/artifacts.py", "method/attention.py", "method/one_pass.py",
             "method/anatomy.py", "method/thresholds.py", "models/backbones.py", "models/preprocessing.py",
-            "models/pos_embed.py", "models/checkpoints.py", "models/weight_files.py", "models/compiled.py",
-            "models/demo/__init__.py", "data/folders.py", "data/datasets.py", "data/images.py", "data/items.py",
+            "models/pos_embed.py", "models/checkpoints.py", "models/state_dicts.py",
+            "models/transformers_layout.py", "models/weight_files.py", "models/compiled.py", "models/demo/__init__.py",
+            "data/folders.py", "data/datasets.py", "data/images.py", "data/items.py",
             "data/huggingface.py", "data/published.py", "extraction/batches.py",
             "extraction/job.py", "extraction/observation.py")
 
