@@ -59,11 +59,11 @@ def _demo(conditions: Conditions) -> dict[str, object]:
     return {"seconds": dict(seconds), "estimate": {"whole report": [estimated, total]}}
 
 
-def _by_statement(path: Path, target: Path, parameters: Mapping[str, object]) -> str | None:
+def _by_statement(path: Path, target: Path, parameters: Mapping[str, object], kernels: kernel.Kernels) -> str | None:
     """Run a notebook with every statement in a cell of its own, so that each is timed."""
     with TemporaryDirectory() as folder:
         nbformat.write(split(nbformat.read(path, 4)), Path(folder) / path.name)
-        return kernel.execute(Path(folder) / path.name, target, parameters)
+        return kernel.execute(Path(folder) / path.name, target, parameters, kernels)
 
 
 def split(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

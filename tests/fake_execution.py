@@ -21,7 +21,7 @@ class FakeExecute:
         self.missing_figures: list[str] = []
         self.during = lambda parameters: None
 
-    def __call__(self, path: Path, target: Path, parameters: dict) -> str | None:
+    def __call__(self, path: Path, target: Path, parameters: dict, _kernels: object = None) -> str | None:
         collects = "results_dir" in parameters
         self.ran.append(target.parent.name if collects else "/".join(target.parts[-3:-1]))
         shutil.copy(path, target)

@@ -23,7 +23,7 @@ from itae_utils.models.device import resolve_device
 from itae_utils.models.hub import published_weights
 from itae_utils.models.registry import timm_name_of
 from itae_utils.report.freshness import MARK, current_state, find_unchanged, leave_mark
-from itae_utils.report.kernel import execute
+from itae_utils.report.kernel import Kernels, execute
 from itae_utils.report.pages import index_page, notebook_page
 from itae_utils.report.parameters import notebooks_folder
 from itae_utils.report.plan import Plan, Step, make_plan, short_hash, short_name
@@ -158,15 +158,17 @@ def _write_report(plan: Plan, output: Path, force: bool, say: Callable[[str], No
         if (before := _datasets_of(output)) and not before & plan.datasets:
             say(f"{output}: replaces the report of {', '.join(sorted(before))}")
         unchanged = {} if force else find_unchanged(steps)
-        _remove_old(output, [step for step in steps if step.folder not in unchanged])
+        to_run = [step for step in steps if step.folder not in unchanged]
+        _remove_old(output, to_run)
         runs, missing = [], _missing_inputs()
+        kernels = stack.enter_context(Kernels(notebooks_folder(), len(to_run)))
         for step in steps:
             if step.folder in unchanged:
                 run = _reuse(step, unchanged[step.folder]["seconds"], say)
             elif error := missing(step):
                 run = _skip(step, error, say)
             else:
-                run = _run(step, clusters.get(_cluster(step)), say)
+                run = _run(step, kernels, clusters.get(_cluster(step)), say)
             notebook_page(run, [other.notebook for other in steps if other.pairing == step.pairing], output)
             runs.append(run)
         report = Report(output, plan.profile, plan.description, tuple(runs), plan.grid)
@@ -261,14 +263,14 @@ def _skip(step: Step, error: str, say: Callable[[str], None]) -> Run:
     return Run(step.notebook, step.parameters, 0.0, error, None, step.pairing)
 
 
-def _run(step: Step, cluster: str | None, say: Callable[[str], None]) -> Run:
+def _run(step: Step, kernels: Kernels, cluster: str | None, say: Callable[[str], None]) -> Run:
     """Execute one notebook; everything that it writes goes to its folder."""
     say(f"{step.folder} …")
     notebook, folder = step.notebook, make_folder(step.given["output_dir"], mark=True)
     before = current_state(step)
     given = step.given if cluster is None else step.given | {"options": step.given["options"] | {"dask": cluster}}
     start, results = time.perf_counter(), None
-    error = execute(notebook.path, folder / notebook.path.name, given)
+    error = execute(notebook.path, folder / notebook.path.name, given, kernels)
     seconds = time.perf_counter() - start
     if (folder / "results.json").exists() or error is None:
         try:

@@ -1,9 +1,19 @@
 import json
+import os
 import sys
+from pathlib import Path
+
+import pytest
 
 from itae_utils.files import PACKAGE
-from itae_utils.report.kernel import execute
+from itae_utils.report.kernel import Kernels
+from itae_utils.report.kernel import execute as execute_in
 from tests.tiny_notebooks import PARAMETERS, write_notebook
+
+
+def execute(path: Path, target: Path, parameters: dict) -> str | None:
+    with Kernels(path.parent, 1) as kernels:
+        return execute_in(path, target, parameters, kernels)
 
 
 def test_a_failing_notebook_in_a_folder_with_braces(tmp_path):
@@ -38,3 +48,29 @@ def test_the_kernel_is_this_python_with_this_package(tmp_path, monkeypatch):
     assert execute(path, target, {}) is None
     seen = [str(sys.executable), str(PACKAGE / "__init__.py"), str(tmp_path), "module://matplotlib_inline.backend_inline"]
     assert str(seen) in "".join(json.loads(target.read_text(encoding="utf-8"))["cells"][-1]["outputs"][0]["text"])
+
+
+def test_the_next_kernel_starts_and_imports_while_a_notebook_runs(tmp_path):
+    """And it is killed if it is not needed."""
+    mark = "import os, sys, pathlib\n" \
+           "pathlib.Path('seen').write_text(f\"{os.getpid()} {'itae_utils.report.notebook' in sys.modules}\")"
+    path = write_notebook(tmp_path, "01_first", mark, measure=False)
+    with Kernels(tmp_path, 3) as kernels:
+        assert execute_in(path, tmp_path / "out.ipynb", {}, kernels) is None
+        first, has_imported = (tmp_path / "seen").read_text().split()
+        assert has_imported == "True"
+        ahead = [kernels._next.provisioner.pid]
+        assert execute_in(path, tmp_path / "out.ipynb", {}, kernels) is None
+        assert (tmp_path / "seen").read_text() == f"{ahead[0]} True"
+        ahead.append(kernels._next.provisioner.pid)
+    assert len({int(first), *ahead}) == 3
+    for ended in (int(first), *ahead):
+        with pytest.raises(ProcessLookupError):
+            os.kill(ended, 0)
+
+
+def test_the_last_notebook_starts_no_further_kernel(tmp_path):
+    path = write_notebook(tmp_path, "01_first", "x = 1", measure=False)
+    with Kernels(tmp_path, 1) as kernels:
+        assert execute_in(path, tmp_path / "out.ipynb", {}, kernels) is None
+        assert kernels._next is None
