@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Conditions
-from itae_utils.method.anatomy import block_inputs
-from itae_utils.method.artifacts import qkv_norms
+from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.attention import attenuate
+from itae_utils.method.direction import singular_directions
 from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
+from itae_utils.method.statistics import patch_statistic, qkv_norms
 from itae_utils.models.backbones import reset_layer_scale
 
 Contender = Callable[[Tensor], dict[str, Tensor]]  # images (B, 3, H, W) -> features (B, dim) by variant
 
 SOURCE_ORDER = ("key", "query", "value")
+EDITS = ("min", "mask", "mean", "scale")  # of the settings that the loop runs, too
 SHARES = (0.05, 0.01, 0.02, 0.1, 0.2)  # θ is one of these quantiles of the norms, so every variant has artifacts
 STRIDE = 7  # step through the grid of settings: the first few cover all sources, attenuations and shares
 COUNTS = (0, 1, 8, 48)  # numbers of variants in the one pass
@@ -29,6 +31,7 @@ PLAIN = "plain forward_features"
 PREFIX = "prefix alone"
 TRANSFORMERS = "transformers Dinov2Model, SDPA"
 CONTROLS = "ours, 48 variants, 16 of them random controls"
+ALL_SOURCES = "ours, 48 variants of all sources and edits"
 EAGER = "eager attention with a hook, 1 variant"
 
 
@@ -129,7 +132,7 @@ def make_variants(work: Workload, count: int, conditions: Conditions) -> dict[st
     with conditions.running():
         norms = {source: values.double().flatten().sort().values
                  for source, values in qkv_norms(work.model, work.images).items()}
-    grid = list(itertools.product(SHARES, ATTENUATIONS, SOURCE_ORDER))
+    grid = list(itertools.product(SHARES, EDITS, SOURCE_ORDER))
     chosen = {}
     for number in range(count):
         share, attenuation, source = grid[number * STRIDE % len(grid)]
@@ -139,9 +142,27 @@ def make_variants(work: Workload, count: int, conditions: Conditions) -> dict[st
     return chosen
 
 
+def make_all_sources(work: Workload, count: int, conditions: Conditions) -> dict[str, ITAE]:
+    """Make `count` settings over all sources and all edits, with 1 to 20 % of the patches as artifacts."""
+    model, last = work.model, len(work.model.blocks) - 1
+    with conditions.running():
+        block = adapt(model).blocks[-1]
+        qkv = block.qkv(block_inputs(model, work.images, [last])[last])
+        directions = singular_directions(model, last)
+        values = {source: patch_statistic(source, qkv, model.num_prefix_tokens, directions) for source in SOURCES}
+    substitutes = ((0.0,) * model.embed_dim,)
+    chosen = {}
+    for number, (source, edit) in zip(range(count), itertools.cycle(itertools.product(SOURCES, ATTENUATIONS))):
+        share = SHARES[number % len(SHARES)]
+        itae = ITAE(source, 0.0, edit, substitutes=substitutes if edit == "substitute" else None)
+        threshold = float(values[source].quantile(share if itae.side == "low" else 1 - share))
+        chosen[f"{source} {edit} {number}"] = replace(itae, threshold=threshold)
+    return chosen
+
+
 def contender_names(size: str) -> list[str]:
     """Return the names of the contenders at that size, in the order of `make_contenders`."""
-    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), CONTROLS, EAGER, loop(SIZES[size].looped)]
+    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), CONTROLS, ALL_SOURCES, EAGER, loop(SIZES[size].looped)]
 
 
 def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contender]:
@@ -166,6 +187,7 @@ def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contend
         TRANSFORMERS: lambda images: {"other weights": transformers_model()(images).last_hidden_state[:, 0]},
         **{ours(count): one_pass(first(count)) for count in COUNTS},
         CONTROLS: one_pass(controls),
+        ALL_SOURCES: one_pass(make_all_sources(work, max(COUNTS), conditions)),
         EAGER: lambda images: {paper: hooked_once(model, images, itae)},
         loop(len(looped)): lambda images: {name: looped_once(model, images, each) for name, each in looped.items()},
     }

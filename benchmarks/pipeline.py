@@ -20,9 +20,9 @@ from benchmarks.timing import Conditions, interleaved
 from itae_utils.data.datasets import load_dataset
 from itae_utils.extraction.batches import image_batches
 from itae_utils.extraction.features import extract_features
-from itae_utils.method.artifacts import qkv_norms
 from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ITAE
+from itae_utils.method.statistics import qkv_norms
 from itae_utils.models.backbones import Backbone, load_backbone
 
 PICTURE = (500, 375)  # pixels of a typical ImageNet photo

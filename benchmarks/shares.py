@@ -21,7 +21,7 @@ from benchmarks.contenders import make_contenders, make_workload, ours
 from benchmarks.study import OURS, TURNS, Clustering, labels_of, made_features
 from benchmarks.timing import Conditions
 from itae_utils.analysis.metrics import paired_bootstrap, score_runs
-from itae_utils.extraction.observation import SAMPLE
+from itae_utils.extraction.fitting import SAMPLE
 from itae_utils.report import estimate, kernel, report
 
 REPORT = {"profile": "demo", "parameters": {}}

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from itae_utils.data.datasets import ImageDataset
-from itae_utils.method.artifacts import qkv_norms
+from itae_utils.method.anatomy import adapt, block_index, block_inputs
+from itae_utils.method.direction import directions_of, has_directions
+from itae_utils.method.setting import ITAE, SIDES, SOURCES
+from itae_utils.method.statistics import patch_statistic
 from itae_utils.models.backbones import Backbone, weights_sha256
 from itae_utils.models.preprocessing import make_transform
 
@@ -25,6 +29,7 @@ VIT_STRUCTURES = {
     "no_bias": {"qkv_bias": False},
     "one_block": {"depth": 1},
     "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.5, "class_token": True},
+    "swiglu": {"init_values": 0.5, "mlp_layer": SwiGLUPacked, "mlp_ratio": 16 / 3, "act_layer": torch.nn.SiLU},
 }
 # The same for its Eva: fused or split projections, with and without biases, all kinds of rotation.
 _DINOV3 = {"num_reg_tokens": 4, "use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3",
@@ -64,11 +69,38 @@ def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
 
 
-def threshold_at(model, batch: torch.Tensor, source: str, share: float, block: int = -1) -> float:
-    """Return a threshold in the middle of a gap between norms, so that rounding can't move a patch across it."""
-    norms = np.sort(qkv_norms(model, batch, block)[source].flatten().double().numpy())
-    place = max(1, round(share * len(norms)))
-    return float((norms[place - 1] + norms[place]) / 2)
+@torch.no_grad()
+def statistic(model, batch: torch.Tensor, source: str, block: int = -1, rank: int = 1) -> torch.Tensor:
+    """Return a statistic of the patches (B, N) in one block of the unmodified model."""
+    vit, index = adapt(model), block_index(model, block)
+    qkv = vit.blocks[index].qkv(block_inputs(model, batch, [index])[index])
+    return patch_statistic(source, qkv, vit.num_prefix_tokens, directions_of(model, index, ITAE(source, rank=rank)))
+
+
+def threshold_at(model, batch: torch.Tensor, source: str, share: float, block: int = -1, *, side: str | None = None,
+                 rank: int = 1) -> float:
+    """Return a threshold with about that share of the patches on its side, in the middle of the widest gap near.
+
+    So rounding can't move a patch across it.
+    """
+    values = np.sort(statistic(model, batch, source, block, rank).flatten().double().numpy())
+    place = max(1, round(share * len(values)))
+    place = place if (side or SIDES[source]) == "low" else len(values) - place
+    place = max(range(max(1, place - 2), min(len(values), place + 3)), key=lambda each: values[each] - values[each - 1])
+    return float((values[place - 1] + values[place]) / 2)
+
+
+def setting(source: str, threshold, attenuation: str = "min", **options) -> ITAE:
+    """Return a setting for a tiny ViT; the substitutes are random vectors."""
+    if attenuation == "substitute":
+        vectors = np.random.default_rng(3).normal(size=(options.get("blocks", 1), 24))
+        options["substitutes"] = tuple(map(tuple, vectors.tolist()))
+    return ITAE(source, threshold, attenuation, **options)
+
+
+def sources_of(model) -> list[str]:
+    """Return the statistics that a model has."""
+    return [source for source in SOURCES if source != "direction" or has_directions(model)]
 
 
 class MadeDataset(torch.utils.data.Dataset):

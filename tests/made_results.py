@@ -66,14 +66,14 @@ def write_pairing(
         provenance["fitted_on"] = provenance["dataset"] | {"split": fitted_on}
     rows = score_rows(backbone, dataset) if rows is None else rows
     parts = {
-        "01": ("01_artifact_discovery", [], ["attention_maps", "norm_distributions"]),
+        "01": ("01_artifact_discovery", [], ["attention_maps", "statistics"]),
         "02": ("02_itae_ablation", ablation_rows(rows[0]) if rows else [], ["ablation_grid"]),
         "03": ("03_clustering", rows, ["scores", "tsne"]),
     }
     for name, own_rows, figures in (parts[key] for key in notebooks):
         results = {
             "schema": 1, "notebook": name, "provenance": provenance, "figures": figures, "headline": [],
-            "rows": own_rows, "thresholds": {"‖key‖, last block": theta},
+            "rows": own_rows, "thresholds": {"‖key‖₂, last block": theta},
             "parameters": {"backbone": backbone, "dataset": dataset, "source": "key", "threshold": "auto", "seeds": 3,
                            "seed": 0, "clusters": None,
                            "options": {"n_init": 10, "normalize": True, "kmeans_seed": 4} | (options or {})},

@@ -61,6 +61,7 @@ REPORT = [
     ("-p", "alpha", ".nan"), ("-p", "clusters", "1798"), ("-p", "dataset", "3"), ("-p", "dataset", "[digits]"),
     *(("-p", "limit", text) for text in ("", " ", "# 5", "1_000", "010", "0x10", "0o17", "1,000", "1e3000", "1e-3")),
     *(("-p", "normalize", word) for word in ("yes", "no", "on", "off", "y", "1")),
+    ("-p", "source", "attention", "-p", "tail", "low"), ("-p", "threshold", "share:0%"), ("-p", "threshold", "sd:0"),
     ("-p", "limit", "'3'"), ("-p", "limit", "2024-01-01"), ("-p", "normalize", "maybe"), ("-p", "source", "KEY"),
     *(("-p", name, json.dumps(value)) for name, value in INVALID[::3]),
     *(("-p", "limit", text) for text in [
@@ -68,17 +69,21 @@ REPORT = [
         "`", "0100", "1:30", "1" * 5000, "[" * 2000, "- a\n b: c: d", "\x00", "\x07", "? :", "=", "<<", "0b", "._"]),
     *(("--only", "02,03", "--output", output) for output in [
         "file", "file/out", "file/a/b", "/dev/null/out", "/proc/nowhere/out", "", "z" * 300, "z\udcff"])]
+SETTINGS = [
+    *(("--threshold", threshold) for threshold in [
+        "-1", "nan", "inf", "much", "", "1,5", "null", "share:0%", "share:50%", "share:2", "sd:0", "sd:-1", "sd:"]),
+    *(("--rank", rank) for rank in ["0", "1.5", "x", "", "null"]), ("--source", "direction", "--rank", "65"),
+    ("--tail", "both"), ("--source", "attention", "--tail", "low"), ("--source", "direction", "--tail", "low"),
+    ("--source", "keys"), ("--attenuation", "max")]
 EXTRACTIONS = [
     *(("--output", output) for output in [
         "features", "features.csv", "file/features.npz", "", "folder.npz", "new/.npz"]),
     *(("--limit", limit) for limit in ["0", "-1", "x", "1.5", "", "010"]),
-    *(("--batch-size", size) for size in ["0", "many"]),
-    *(("--threshold", threshold) for threshold in ["-1", "nan", "inf", "much", "", "1,5"]), ("--source", "keys")]
+    *(("--batch-size", size) for size in ["0", "many"])]
 INSPECTIONS = [
     ("nowhere.png",), ("empty",), ("file",), ("good.png", "text.png"), ("good.png",) * 51, ("",), (),
     *(("good.png", "--output", output) for output in ["x", "x.gif", "file/x.png", "", "folder.png"]),
-    *(("good.png", "--threshold", threshold) for threshold in ["-1", "nan", "much", ""]),
-    ("good.png", "--source", "keys"), ("good.png", "--backbone", "resnet50"), ("good.png", "--image-size", "13"),
+    ("good.png", "--backbone", "resnet50"), ("good.png", "--image-size", "13"),
     ("good.png", "--checkpoint", "file"), ("good.png", "--device", "gpu"), ("text.png", "--on-error", "skip"),
     ("good.png", "nowhere.png", "--on-error", "skip"), ("~nobody/good.png",)]
 OTHERS = [
@@ -108,8 +113,8 @@ def bad_commands(folder: Path) -> Iterator[list[str]]:
                     ["report", "--dataset", f"imagefolder:{word}"])
     yield from (["inspect", word] for word in [*words, "z" * 5000])
     yield from (["report", *options] for options in (*NAMES, *REPORT))
-    yield from ([*EXTRACT, *options] for options in (*NAMES, *EXTRACTIONS))
-    yield from (["inspect", *options] for options in INSPECTIONS)
+    yield from ([*EXTRACT, *options] for options in (*NAMES, *SETTINGS, *EXTRACTIONS))
+    yield from (["inspect", *options] for options in (*INSPECTIONS, *(("good.png", *each) for each in SETTINGS)))
     yield from OTHERS
     for content in [*(text.encode() for text in PROFILES), b"\xff\xfe\xfd"]:
         (folder / "profile.yaml").write_bytes(content)

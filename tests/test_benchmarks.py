@@ -16,12 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench, memory, passes, pipeline, shares, study
 from benchmarks.contenders import (
+    ALL_SOURCES,
     CONTROLS,
     EAGER,
+    EDITS,
     PLAIN,
+    SHARES,
     SIZES,
+    SOURCE_ORDER,
     contender_names,
     loop,
+    make_all_sources,
     make_contenders,
     make_variants,
     make_workload,
@@ -31,8 +36,9 @@ from benchmarks.passes import check_agreement, flop
 from benchmarks.study import ELKAN, FAISS, LLOYD, OURS, Clustering
 from benchmarks.summary import HEADINGS, summarize, table
 from benchmarks.timing import Conditions, interleaved
-from itae_utils.method.artifacts import qkv_norms
+from itae_utils.method.one_pass import OnePass
 from itae_utils.method.setting import ATTENUATIONS, SOURCES
+from itae_utils.method.statistics import qkv_norms
 
 CPU = Conditions()
 SMALL = Clustering(n=240, dim=16, k=4, seeds=2)
@@ -113,6 +119,8 @@ def test_contenders_give_the_same_features(outputs):
         for name in outputs[one]:
             torch.testing.assert_close(outputs[one][name], outputs[other][name], atol=1e-4, rtol=0)
     controls, settings = outputs[CONTROLS], outputs[ours(48)]
+    assert len(outputs[ALL_SOURCES]) == 49
+    assert torch.equal(outputs[ALL_SOURCES]["baseline"], settings["baseline"])
     same = [name for name in controls if torch.equal(controls[name], settings[name.rpartition(" ")[0] or name])]
     assert len(controls) == 49
     assert 33 <= len(same) < 49  # the baseline and 32 settings; a control may change nothing
@@ -139,12 +147,23 @@ def test_variants_differ_and_the_first_few_cover_the_settings():
     assert len({(itae.source, itae.attenuation, itae.threshold) for itae in variants.values()}) == 60
     assert next(iter(variants)) == "key min 5%"
     first = list(itertools.islice(variants.values(), 8))
-    assert {itae.source for itae in first} == set(SOURCES)
-    assert {itae.attenuation for itae in first} == set(ATTENUATIONS)
+    assert {itae.source for itae in first} == set(SOURCE_ORDER)
+    assert {itae.attenuation for itae in first} == set(EDITS)
     norms = qkv_norms(work.model, work.images)
     for name, itae in variants.items():
         share = float((norms[itae.source] <= itae.threshold).double().mean())
         assert share == pytest.approx(float(name.split()[-1].removesuffix("%")) / 100, abs=0.5 / 256), name
+
+
+def test_48_settings_cover_all_sources_and_edits_and_find_artifacts(work):
+    settings = make_all_sources(work, 48, CPU)
+    assert len(settings) == 48
+    assert {(itae.source, itae.attenuation) for itae in settings.values()} == set(itertools.product(
+        SOURCES, ATTENUATIONS))
+    with CPU.running():
+        results = OnePass(work.model, settings)(work.images, 0).values()
+    for (_, artifacts), share in zip(results, itertools.cycle(SHARES)):
+        assert float(artifacts.double().mean()) == pytest.approx(share, abs=1 / artifacts.numel())
 
 
 @pytest.mark.parametrize(("repeats", "options", "order"), [
@@ -179,10 +198,11 @@ class TestSummary:
         assert rows["rate", "S", PLAIN]["ratio"] == pytest.approx(2 * 3e9 / 12e9)
 
     def test_a_target_is_met_or_missed_by_a_difference(self):
-        rows = summary(passes={"S": made_passes("S", **{loop(48): [44.0] * 3}), "L": made_passes("L")},
+        rows = summary(passes={"S": made_passes("S", **{loop(48): [44.0] * 3, ALL_SOURCES: [1.04] * 3}),
+                               "L": made_passes("L")},
                        memory={"S": {"growth": dict.fromkeys(contender_names("S"), 100) | {ours(8): 150}}})
         assert rows["passes", "S", ours(48)]["verdict"] == "missed by 0.030"
-        assert rows["passes", "L", ours(48)]["verdict"] == "met"
+        assert rows["passes", "L", ours(48)]["verdict"] == rows["passes", "S", ALL_SOURCES]["verdict"] == "met"
         assert rows["loop", "S", loop(48)]["verdict"] == "missed by 1.000"
         assert rows["memory", "S", ours(8)]["verdict"] == "missed by 0.400"
 

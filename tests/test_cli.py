@@ -198,16 +198,20 @@ def read_features(path):
 
 
 class TestExtract:
-    @pytest.mark.parametrize(("suffix", "source", "threshold"), [
-        ("npz", "key", "auto"), ("parquet", "key", "auto"), ("npz", "value", 9)])
-    def test_the_file_holds_features_labels_and_settings(self, tmp_path, suffix, source, threshold):
+    @pytest.mark.parametrize(("suffix", "setting"), [
+        ("npz", ITAE()), ("parquet", ITAE()), ("npz", ITAE(source="value", threshold=9)),
+        ("npz", ITAE(source="token", threshold="share:2%", attenuation="substitute")),
+        ("parquet", ITAE(source="direction", threshold="sd:2", rank=3, attenuation="spread")),
+        ("npz", ITAE(source="query", threshold="share:3%", tail="high"))])
+    def test_the_file_holds_features_labels_and_settings(self, tmp_path, suffix, setting):
         path = tmp_path / "new" / f"features.{suffix}"
-        result = run("extract", "--limit", 60, "--batch-size", 7, "--threshold", threshold, "--source", source,
-                     "--output", path)
+        given = {name: getattr(setting, name) for name in ("source", "threshold", "tail", "rank", "attenuation")}
+        options = [each for name, value in given.items() if value is not None for each in (f"--{name}", value)]
+        result = run("extract", "--limit", 60, "--batch-size", 7, *options, "--output", path)
         assert result.exit_code == 0, result.output
         assert list(path.parent.iterdir()) == [path]
         backbone, dataset = load_backbone("demo"), load_dataset("digits", limit=60)
-        variants = {"baseline": None, "itae": ITAE(source=source, threshold=threshold)}
+        variants = {"baseline": None, "itae": setting}
         expected = extract_features(backbone, dataset, variants, batch_size=7, store=None)
         found, about = read_features(path)
         assert set(found) == {*variants, "targets"}
@@ -216,6 +220,8 @@ class TestExtract:
         np.testing.assert_array_equal(found["targets"], dataset.targets)
         assert np.abs(found["baseline"] - found["itae"]).max() > 0.01
         assert about["thresholds"] == {name: list(expected.thresholds[name]) for name in variants}
+        assert {name: about[name] for name in given if name != "threshold"} == {
+            "source": setting.source, "tail": setting.side, "rank": setting.rank, "attenuation": setting.attenuation}
         assert about["weights_sha256"] == backbone.weights_sha256
         assert (about["classes"], about["split"], about["batch_size"]) == (dataset.classes, dataset.split, 7)
 
@@ -241,10 +247,16 @@ class TestExtract:
         assert list(arrays["targets"]) == [0, 0, 1]
 
     @pytest.mark.parametrize(("options", "said"), [
-        (("--limit", 20), "no θ"), (("--limit", 20, "--threshold", "1e-9"), "at most θ = 1e-09"),
-        (("--limit", "2e1", "--threshold", 9), "θ = 9 ")])
+        (("--limit", 20), "no θ on the norm of the key: 980 patches"),
+        (("--limit", 20, "--threshold", "1e-9"), "θ = 1e-09 on the norm of the key: 0 of 980 patches lie at or below"),
+        (("--limit", "2e1", "--threshold", 9), "θ = 9 on the norm of the key: "),
+        (("--source", "token", "--threshold", "share:2%"), "norm of the token: 59 of 2,940 patches lie at or above"),
+        (("--tail", "high", "--threshold", "share:2%"), "norm of the key: 59 of 2,940 patches lie at or above"),
+        (("--source", "attention", "--threshold", "1"), "[CLS] attention: 0 of 2,940 patches lie at or above"),
+        (("--source", "direction", "--threshold", "share:1%"), "direction: 30 of 2,940 patches lie at or above"),
+        (("--source", "token", "--tail", "low"), "set tail='high'")])
     def test_it_says_which_threshold_was_used_and_if_nothing_changed(self, tmp_path, options, said):
-        result = run("extract", *options, "--output", tmp_path / "f.npz")
+        result = run("extract", "--limit", 60, *options, "--output", tmp_path / "f.npz")
         arrays, _ = read_features(tmp_path / "f.npz")
         assert said in result.output
         assert ("equal to baseline" in result.output) == np.array_equal(arrays["itae"], arrays["baseline"])
@@ -288,6 +300,19 @@ def test_inspect_takes_loading_options(picture, monkeypatch):
     no_model = run("inspect", picture, "--backbone", "vit_tiny_patch16_224", "--checkpoint", "~/bad.png")
     assert (no_model.exit_code, no_model.stderr.count("\n")) == (2, 1)
     assert str(bad) in no_model.stderr
+
+
+def test_inspect_takes_a_setting(picture, monkeypatch):
+    monkeypatch.chdir(picture.parent)
+    for options, found in [
+        (("--source", "attention", "--threshold", "share:10%"), "[CLS] attention follows from share:10%: 5 of 49"),
+        (("--source", "direction", "--rank", "2", "--threshold", "0"), "direction was given: 49 of 49 patches"),
+        (("--tail", "high", "--threshold", "share:10%", "--attenuation", "substitute"), "5 of 49 patches lie at or"),
+    ]:
+        result = run("inspect", picture, *options)
+        assert result.exit_code == 0, result.output
+        assert found in result.output
+        assert ("the attention stays" in result.output) == ("substitute" in options)
 
 
 @pytest.mark.parametrize(("encoding", "arguments", "status"), [

@@ -25,8 +25,8 @@ NUMBERS = ["dataset", "backbone", "variant", "metric", "n", "seeds", "mean", "sd
            "minus_baseline", "low", "high", "normalize", "n_init", "fitted_on", "weights", "images"]
 VARIANTS = {"baseline": "baseline", "random control": "random control", "itae": "ITAE"}
 NBSP = "\N{NO-BREAK SPACE}"  # keeps a number on one line in a narrow table
-LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "–": "--", "×": r"$\times$",
-         "“": "``", "”": "''"}
+LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "₂": "$_2$", "–": "--",
+         "×": r"$\times$", "“": "``", "”": "''"}
 # Column widths, equal in the tables of all data sets, narrow enough for three scores on a page.
 LAYOUT = [{"selector": "tbody th", "props": "white-space: normal; width: 9.5em; min-width: 9.5em; padding-right: .8em"},
           {"selector": "td", "props": "width: 13.4em; min-width: 13.4em; padding-right: .8em"}]
@@ -282,7 +282,8 @@ def _kmeans_used(pairing: Pairing) -> str:
 
 
 def _thresholds_used(pairing: Pairing) -> str:
-    how = "given" if isinstance(_setting(pairing, "threshold"), float | int) else "from the norms alone"
+    rule = _setting(pairing, "threshold")
+    how = "given" if isinstance(rule, float | int) else "found without labels" if rule == "auto" else rule
     return ", ".join(f"θ = {theta:.4g} on {name} ({how})" if isinstance(theta, float | int) else f"no θ found on {name}"
                      for name, theta in pairing.scores["thresholds"].items())
 

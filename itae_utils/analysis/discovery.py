@@ -3,40 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from itae_utils.analysis.words import percent
+from itae_utils.analysis.words import condition, percent, statistic_name, symbol
 from itae_utils.extraction.observation import Observation
 from itae_utils.files import make_folder, replacing
 from itae_utils.method.artifacts import precision_recall
 from itae_utils.method.thresholds import ThresholdFit
 
+USUAL_SHARE = 10  # times the mean weight of a patch: one with more has taken the attention over
+
 
 def threshold_table(fits: Mapping[str, ThresholdFit]) -> pd.DataFrame:
-    """Return one row per source: θ, the share of patches at or below it, the modes' separation and the verdict."""
+    """Return one row per source: its side, θ, the share of patches beyond it, the modes' separation and the verdict."""
     return pd.DataFrame(
         [{
-            "source": source,
+            "statistic": symbol(source),
+            "artifacts are": fit.side,
             "θ": "none" if fit.threshold is None else f"{fit.threshold:.4g}",
-            "patches ≤ θ": "–" if fit.threshold is None else percent((fit.norms <= fit.threshold).mean()),
+            "patches": "–" if fit.threshold is None else percent(fit.beyond(fit.threshold).mean()),
             "separation": "–" if np.isnan(fit.separation) else f"{fit.separation:.1f}",
             "verdict": fit.reason,
-        } for source, fit in fits.items()]
-    ).set_index("source")
+        } for source, fit in fits.items()], index=pd.Index(fits, name="source"),
+    )
 
 
-def detection_table(seen: Observation, thresholds: Mapping[str, float | None]) -> pd.DataFrame:
-    """Return precision and recall of each source's θ against the planted truth; without θ the precision is NaN."""
+def found_patches(
+    seen: Observation, fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]
+) -> dict[str, np.ndarray]:
+    """Return the patches (n, N) that each source calls artifacts with its θ; none without θ."""
+    return {source: replace(fits[source], values=seen.statistics[source]).beyond(theta)
+            for source, theta in thresholds.items() if source in seen.statistics}
+
+
+def detection_table(found: Mapping[str, np.ndarray], thresholds: Mapping[str, float | None], truth: np.ndarray
+                    ) -> pd.DataFrame:
+    """Return precision and recall of each source against the planted truth; without θ the precision is NaN.
+
+    `found` is from `found_patches`.
+    """
     rows = []
-    for source, theta in thresholds.items():
-        found = np.zeros_like(seen.truth) if theta is None else seen.norms[source] <= theta
-        precision, recall = precision_recall(found, seen.truth)
-        rows.append({"source": source, "θ": np.nan if theta is None else theta, "found": int(found.sum()),
-                     "true": int(seen.truth.sum()), "precision": precision, "recall": recall})
+    for source, mask in found.items():
+        precision, recall = precision_recall(mask, truth)
+        rows.append({"source": source, "θ": np.nan if thresholds[source] is None else thresholds[source],
+                     "found": int(mask.sum()), "true": int(truth.sum()), "precision": precision, "recall": recall})
     return pd.DataFrame(rows).set_index("source")
+
+
+def jaccard_table(found: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return how far each two sources agree: the patches that both call artifacts, as a share of those that any does.
+
+    NaN where neither finds any.
+    """
+    def jaccard(one: np.ndarray, other: np.ndarray) -> float:
+        either = np.count_nonzero(one | other)
+        return np.count_nonzero(one & other) / either if either else np.nan
+
+    return pd.DataFrame({column: {row: jaccard(found[row], found[column]) for row in found} for column in found})
+
+
+def takeover(seen: Observation, found: Mapping[str, np.ndarray], source: str) -> dict[str, float]:
+    """Return how often a normal patch takes the attention over after the edit.
+
+    A patch has taken it over if it holds more than 10 times the mean share of the attention that goes to patches.
+
+    Returns:
+        "images": the share of the images with artifacts in which a normal patch has, after the edit.
+        "usual": the same share among the images without artifacts; NaN if there are none.
+        "suspects": the share of these patches that another source calls artifacts; NaN if there are none.
+    """
+    usual = seen.attention_after.mean(axis=1, keepdims=True)
+    over = (seen.attention_after > USUAL_SHARE * usual) & ~seen.artifacts
+    have = seen.artifacts.any(axis=1)
+    others = np.logical_or.reduce([mask for name, mask in found.items() if name != source] or [np.zeros_like(over)])
+    after = over[have]
+
+    def share(mask: np.ndarray) -> float:
+        return float(mask.mean()) if mask.size else np.nan
+
+    return {"images": share(after.any(axis=1)), "usual": share(over[~have].any(axis=1)),
+            "suspects": share(others[have][after])}
+
+
+def describe_takeover(shares: Mapping[str, float]) -> str:
+    """Return Markdown for the result of `takeover`."""
+    usual = ("no image is without artifacts to compare with" if np.isnan(shares["usual"])
+             else f"in images without artifacts it is {percent(shares['usual'])}")
+    suspects = ("" if np.isnan(shares["suspects"]) else
+                f" Another statistic calls {percent(shares['suspects'])} of these patches artifacts.")
+    return (f"After the edit, one normal patch holds more than {USUAL_SHARE} times its mean share of the attention in "
+            f"{percent(shares['images'])} of the images with artifacts; {usual}.{suspects}")
 
 
 def save_maps(
@@ -48,13 +108,13 @@ def save_maps(
         output_dir: created if it does not exist.
         seen: from `observe`.
         chosen: places in `seen` of the k images.
-        source: whose norms are written.
+        source: the statistic that is written.
         names: the files of the data set's images; None for images without files.
 
-    The arrays are before, after, norms and artifacts, each (k, rows, columns) of the patch grid; index (k,), the
+    The arrays are before, after, statistic and artifacts, each (k, rows, columns) of the patch grid; index (k,), the
     numbers of the images in the data set; and names (k,), their files, if they have any.
     """
-    maps = {"before": seen.attention, "after": seen.attention_after, "norms": seen.norms[source],
+    maps = {"before": seen.attention, "after": seen.attention_after, "statistic": seen.statistics[source],
             "artifacts": seen.artifacts}
     arrays = {name: values[chosen].reshape(-1, *seen.patch_grid) for name, values in maps.items()}
     arrays["index"] = seen.indices[chosen]
@@ -81,19 +141,20 @@ def discovery_headline(
     `threshold` is the θ in use for `source`, or None; `fit` is the source's fit in the last block; `detection` is from
     `detection_table`, or None if the truth is unknown.
     """
-    given = fit.is_given(threshold)
+    given, last_block = fit.is_given(threshold), f"{statistic_name(source)}, last block"
     if not seen.artifacts.any():
-        why = f"no patch lies at or below the given θ = {threshold:.4g}" if given else fit.reason
+        why = f"no patch has {condition(source, fit.side, threshold)}" if given else fit.reason
         return [{"label": "Artifacts", "value": "none found" if given or fit.is_tested else "not tested",
-                 "note": f"{source} norms, last block: {why}"}]
+                 "note": f"{last_block}: {why}"}]
     before, after = (percent((weights * seen.artifacts).sum(axis=1).mean())
                      for weights in (seen.attention, seen.attention_after))
-    by = f"the given ‖{source}‖ ≤ {threshold:.4g}" if given else f"‖{source}‖"
+    by = f"{'the given ' * given}{condition(source, fit.side, threshold)}"
     facts = [{"label": "[CLS] attention on artifacts", "value": f"{before} → {after}",
               "note": f"before → after ITAE, mean over all images; {percent(seen.artifacts.mean())} of the patches, "
-                      f"identified by {by}"}]
+                      f"those with {by}"}]
     if detection is not None:
         precision, recall = detection.loc[source, ["precision", "recall"]]
         facts.append({"label": "Detection", "value": f"{precision:.4f} / {recall:.4f}",
-                      "note": f"precision / recall of ‖{source}‖ ≤ {threshold:.4g} against the planted truth"})
+                      "note": f"precision / recall of {condition(source, fit.side, threshold)} against the planted "
+                              "truth"})
     return facts

@@ -1,4 +1,4 @@
-"""Norms, attention and artifacts of single images, which keep their shape (`itae inspect`)."""
+"""Statistics, attention and artifacts of single images, which keep their shape (`itae inspect`)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itae_utils.analysis.words import statistic_name
 from itae_utils.data.images import open_image, shown
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.observation import measure_batch
-from itae_utils.method.attention import attenuated_logits, cls_attention
+from itae_utils.method.artifacts import beyond
+from itae_utils.method.attention import attenuated_logits
+from itae_utils.method.direction import directions_of
 from itae_utils.method.setting import ITAE
+from itae_utils.method.statistics import cls_attention
 from itae_utils.method.thresholds import fit_threshold
 from itae_utils.models.backbones import Backbone, load_backbone
 
@@ -31,7 +35,7 @@ class InspectedImage:
     name: str  # of the file
     picture: np.ndarray  # (H, W, 3) in [0, 1]
     hidden: np.ndarray  # norm of the patch tokens after one block
-    norms: np.ndarray  # norm of the source in the last block
+    statistic: np.ndarray  # in the last block, see `ITAE.source`
     before: np.ndarray  # attention of `[CLS]` in the last block, mean over the heads
     after: np.ndarray | None  # the same with ITAE; None without θ
     artifacts: np.ndarray  # bool
@@ -42,7 +46,7 @@ class Inspection:
     """The result of `inspect_images`."""
 
     images: list[InspectedImage]
-    source: str  # whose norms were compared with θ
+    source: str  # the statistic that was compared with θ
     block: int  # number of the block, from 1, after which `InspectedImage.hidden` is measured
     threshold: str  # a sentence that states θ and its origin, or why there is no θ
     lines: list[str]  # a summary for the terminal: the size of each image, θ, and planted artifacts
@@ -50,9 +54,10 @@ class Inspection:
 
 def inspect_images(
     paths: Sequence[str | Path], *, backbone: str | Backbone = "demo", source: str = "key",
-    threshold: float | str | None = None, on_error: Literal["raise", "skip"] = "raise", **options: object,
+    threshold: float | str | None = None, tail: Literal["low", "high"] | None = None, rank: int = 1,
+    attenuation: str = "min", on_error: Literal["raise", "skip"] = "raise", **options: object,
 ) -> Inspection:
-    """Measure norms, `[CLS]` attention and artifacts of images, one at a time; `figures.inspection` draws the result.
+    """Measure a statistic, `[CLS]` attention and artifacts of images, one at a time; `figures.inspection` draws them.
 
     Images keep their shape: the short side becomes the backbone's image size, the long side the nearest multiple of the
     patch.
@@ -60,16 +65,21 @@ def inspect_images(
     Args:
         paths: at most 50 image files.
         backbone: from `load_backbone`, or its name.
-        source: whose norm identifies artifacts: "query", "key" or "value".
-        threshold: θ; None or "auto" fits it to all patches of these images together, if there are enough.
+        source: the statistic that identifies artifacts, see `ITAE`.
+        threshold: θ, or a rule that is applied to all patches of these images together: "auto" (also None; it needs
+            2,000 patches), "share:2%" or "sd:3".
+        tail: as for `ITAE`.
+        rank: as for `ITAE`.
+        attenuation: as for `ITAE`. "substitute" edits values, so it does not change the attention.
         on_error: "skip" leaves out images that cannot be read, and says so in `lines`.
         options: of `load_backbone`, such as checkpoint, image_size, device and precision, if `backbone` is a name.
 
     Raises:
         ItaeError: no images or more than 50, an unreadable image (named), one that is longer than 16 times its short
-            side or has too many patches, or a bad setting.
+            side or has too many patches, or a bad setting, such as a source that the model does not have.
     """
-    setting = ITAE(source=source, threshold="auto" if threshold is None else threshold)
+    setting = ITAE(source=source, threshold="auto" if threshold is None else threshold, tail=tail, rank=rank,
+                   attenuation=attenuation)
     if isinstance(paths, (str, Path)):
         paths = [paths]
     if not 1 <= len(paths) <= MOST_IMAGES:
@@ -80,10 +90,11 @@ def inspect_images(
     if isinstance(backbone, str):
         backbone = load_backbone(backbone, **options)
     shapes = {path: _shape(backbone, path, size) for path, size in sizes.items()}
+    directions = directions_of(backbone.model, backbone.num_blocks - 1, setting)
     with torch.inference_mode(), backbone.autocast():
         # only one picture at a time is in memory in its full size
         tensors = [backbone.preprocessing.resized(open_image(path), shape) for path, shape in shapes.items()]
-        seen = [measure_batch(backbone, tensor[None].to(backbone.device)) for tensor in tensors]
+        seen = [measure_batch(backbone, tensor[None].to(backbone.device), directions) for tensor in tensors]
         theta, words = _threshold(setting, [measured[source].cpu().numpy() for measured in seen])
         setting = replace(setting, threshold=(theta,))
         block = _peak_block([measured["hidden"][0].cpu().numpy() for measured in seen])
@@ -134,25 +145,31 @@ def _peak_block(hidden: Sequence[np.ndarray]) -> int:
     return int((by_block.max(axis=1) / np.median(by_block, axis=1)).argmax())
 
 
-def _threshold(setting: ITAE, norms: Sequence[np.ndarray]) -> tuple[float | None, str]:
+def _threshold(setting: ITAE, values: Sequence[np.ndarray]) -> tuple[float | None, str]:
     """Return θ, and a sentence about its origin."""
-    pooled = np.concatenate([values.ravel() for values in norms])
-    if setting.threshold == "auto":
-        fit = fit_threshold(pooled)
-        if fit.threshold is None:
-            return None, f"no θ on the norm of the {setting.source}: {fit.reason}"
-        return fit.threshold, f"θ on the norm of the {setting.source}: {fit.reason}"
-    theta = float(setting.threshold)
-    return theta, (f"θ = {theta:.4g} on the norm of the {setting.source} was given: "
-                   f"{np.count_nonzero(pooled <= theta):,} of {pooled.size:,} patches lie at or below it")
+    rule, name = setting.threshold, statistic_name(setting.source)
+    fit = fit_threshold(np.concatenate([each.ravel() for each in values]), side=setting.side, source=setting.source)
+    theta = fit.apply(rule)
+    if theta is None:
+        return None, f"no θ on the {name}: {fit.reason}"
+    if rule == "auto":
+        words = f"θ on the {name}: {fit.reason}"
+    else:
+        origin, where = ("follows from " + rule if isinstance(rule, str) else "was given",
+                         "below" if setting.side == "low" else "above")
+        words = (f"θ = {theta:.4g} on the {name} {origin}: {np.count_nonzero(fit.beyond(theta)):,} of "
+                 f"{fit.values.size:,} patches lie at or {where} it")
+    if setting.attenuation == "substitute":
+        words += "; substitute edits their values, and the attention stays as it is"
+    return float(theta), words
 
 
 def _inspected(
     backbone: Backbone, name: str, tensor: Tensor, measured: dict[str, Tensor], block: int, setting: ITAE
 ) -> InspectedImage:
-    (theta,), norms = setting.thresholds, measured[setting.source]
-    artifacts = torch.zeros_like(norms, dtype=torch.bool) if theta is None else norms <= theta
-    after = cls_attention(attenuated_logits(measured["logits"], artifacts, setting), norms.shape[-1]).mean(dim=1)
+    (theta,), statistic = setting.thresholds, measured[setting.source]
+    artifacts = beyond(statistic, theta, setting.side)
+    after = cls_attention(attenuated_logits(measured["logits"], artifacts, setting), statistic.shape[-1]).mean(dim=1)
     patch_height, patch_width = backbone.model.patch_embed.patch_size
     grid = (tensor.shape[1] // patch_height, tensor.shape[2] // patch_width)
 
@@ -163,7 +180,7 @@ def _inspected(
         name=name,
         picture=backbone.preprocessing.undo(tensor),
         hidden=on_grid(measured["hidden"][0, block]),
-        norms=on_grid(norms),
+        statistic=on_grid(statistic),
         before=on_grid(measured["attention"]),
         after=None if theta is None else on_grid(after),
         artifacts=on_grid(artifacts),

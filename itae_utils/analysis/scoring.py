@@ -91,6 +91,26 @@ def difference_table(
     return table.assign(words=[describe_difference(row) for row in table.to_dict("records")])
 
 
+HARMS = {  # what each step undoes: from the first edit to the second
+    "what the values write\nbaseline → substitute": ("baseline", "edit substitute"),
+    "stolen attention\nsubstitute → mask": ("edit substitute", "edit mask"),
+    "the same, if it is spread evenly\nsubstitute → spread": ("edit substitute", "edit spread"),
+    "both\nbaseline → mask": ("baseline", "edit mask"),
+}
+
+
+def harm_table(
+    targets: np.ndarray, labels: Mapping[str, np.ndarray], *, draws: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Return what each step of `HARMS` gains, as `difference_table` does; the index is (step, metric).
+
+    `labels` (seeds, n) are those of "baseline" and of `ablation.edit_settings`.
+    """
+    _check_variants(labels, "labels", needed=[name for step in HARMS.values() for name in step])
+    return pd.concat({step: paired_bootstrap(targets, labels[one], labels[other], draws=draws, seed=seed)
+                      for step, (one, other) in HARMS.items()}, names=["step"])
+
+
 def class_accuracy(targets: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """Return the share of each class that is in its matched cluster (seeds, n); a class without a match has 0.
 

@@ -77,18 +77,40 @@ def describe_run(backbone: Backbone, dataset: Dataset) -> str:
     return "\n\n".join(lines)
 
 
-def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None) -> str:
-    """Return Markdown that states the θ in use for `source` and its origin, or why there is no θ."""
+def statistic_name(source: str) -> str:
+    """Return what a source measures, in words: "norm of the key"."""
+    others = {"direction": "share along the singular direction", "attention": "share of the [CLS] attention"}
+    return others.get(source, f"norm of the {source}")
+
+
+def symbol(source: str) -> str:
+    """Return what a source measures as a short label: "‖key‖₂"."""
+    return {"direction": "|cos(token, direction)|", "attention": "[CLS] attention"}.get(source, f"‖{source}‖₂")
+
+
+def condition(source: str, side: str, threshold: float) -> str:
+    """Return which patches are artifacts: "‖key‖₂ ≤ 2.464"."""
+    return f"{symbol(source)} {'≤' if side == 'low' else '≥'} {threshold:.4g}"
+
+
+def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None, rule: float | str) -> str:
+    """Return Markdown that states the θ in use for `source` and its origin, or why there is no θ.
+
+    `rule` is what the user gave: "auto", "share:2%", "sd:3" or a number.
+    """
+    name = statistic_name(source)
     if fit.is_given(threshold):
-        return f"θ = {threshold:.4g} on the norm of the {source} was given. The fit to the norms says: {fit.reason}."
+        origin = f"follows from {rule}" if isinstance(rule, str) else "was given"
+        share, where = percent(fit.beyond(threshold).mean()), "below" if fit.side == "low" else "above"
+        return (f"θ = {threshold:.4g} on the {name} in the last block {origin}: {share} of the patches lie at or "
+                f"{where} it. The fit of two modes says: {fit.reason}.")
     if threshold is not None:
-        return f"θ = {threshold:.4g} on the norm of the {source} in the last block: {fit.reason}."
+        return f"θ = {threshold:.4g} on the {name} in the last block: {fit.reason}."
     unchanged = "Nothing is attenuated, so every ITAE feature equals the model's own."
     if fit.is_tested:
-        return (f"**No artifacts were found** with the norm of the {source} in the last block ({fit.reason}). "
-                f"{unchanged}")
-    return (f"**Too few patches to look for artifacts** with the norm of the {source}: {fit.reason}. {unchanged} "
-            "Use more images, or set `threshold` to a number.")
+        return f"**No artifacts were found** with the {name} in the last block ({fit.reason}). {unchanged}"
+    return (f"**Too few patches to look for artifacts** with the {name}: {fit.reason}. {unchanged} Use more images, or "
+            "set `threshold` to a number.")
 
 
 def describe_runs(seeds: int, n_init: int) -> str:

@@ -13,11 +13,12 @@ from click.core import ParameterSource
 from itae_utils.cli.one_line import Group
 from itae_utils.cli.options import (
     LOADING,
+    SETTING,
     PathType,
     backbone_option,
     dask_option,
     loading_options,
-    source_option,
+    setting_options,
     store_option,
     validated,
 )
@@ -111,12 +112,11 @@ def _refuse_twice(names: Iterable[str]) -> None:
 @click.option("--limit", metavar="N", callback=validated, help="Take a stratified sample of so many images.")
 @click.option("--batch-size", metavar="N", callback=validated, help="Images per batch.  [default: auto]")
 @loading_options(*LOADING)
-@click.option("--threshold", default="auto", show_default=True, callback=validated, help="A number, or auto.")
-@source_option
+@setting_options
 @click.option("--output", type=PathType(), metavar="FILE", required=True, help="A .npz or .parquet file.")
 def extract(
     store: str | None, dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None,
-    threshold: float | str, source: str, output: Path, **loading: object,
+    output: Path, **options: object,
 ) -> None:
     """Write a data set's features to a file.
 
@@ -124,51 +124,54 @@ def extract(
     of the image files (names) if any.
     """
     import itae_utils as itae
+    from itae_utils.analysis.words import statistic_name
     from itae_utils.extraction.export import FORMATS, save_features
+    from itae_utils.method.attention import check_setting
     from itae_utils.report.rules import DATASET_OPTIONS
 
     if output.suffix not in FORMATS:
         raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FORMATS)}")
     if output.is_dir():
         raise ItaeError(f"--output {str(output)!r} is a folder: name a file")
-    variants = {"baseline": None, "itae": itae.ITAE(source=source, threshold=threshold)}
-    of_images = {name: loading.pop(name) for name in DATASET_OPTIONS}
+    setting = itae.ITAE(**{name: options.pop(name) for name in SETTING})
+    of_images = {name: options.pop(name) for name in DATASET_OPTIONS}
     images = itae.load_dataset(dataset, limit=limit, **_given(**of_images))
-    model = itae.load_backbone(backbone, **_given(**loading))
+    model = itae.load_backbone(backbone, **_given(**options))
+    check_setting(model.model, setting, model.truth)
     make_folder(output.parent)
-    features = itae.extract_features(model, images, variants, batch_size=batch_size or "auto", store=store or "auto",
-                                     client=dask or "auto")
-    save_features(output, features, images, weights_sha256=model.weights_sha256, source=source)
+    reading = {"batch_size": batch_size or "auto", "store": store or "auto"}
+    features = itae.extract_features(model, images, {"baseline": None, "itae": setting}, client=dask or "auto",
+                                     **reading)
+    save_features(output, features, images, weights_sha256=model.weights_sha256, source=setting.source,
+                  tail=setting.side, rank=setting.rank, attenuation=setting.attenuation)
     click.echo("\n".join([f"{output}: {len(images):,} images, {' and '.join(features)}", *images.notes]))
-    (theta,) = features.thresholds["itae"]
+    name, (theta,) = statistic_name(setting.source), features.thresholds["itae"]
     if theta is None:
-        click.echo(f"no θ was found for the norm of the {source}, so itae is equal to baseline: use more images, "
-                   "another --source, or a number as --threshold")
-    elif not features.artifact_counts["itae"].any():
-        click.echo(f"no patch has a {source} whose norm is at most θ = {theta:.4g}, so itae is equal to baseline")
-    else:
-        click.echo(f"θ = {theta:.4g} on the norm of the {source}")
+        (fit,) = itae.fit_thresholds(model, images, rank=setting.rank, **reading).of(setting)
+        click.echo(f"no θ on the {name}: {fit.reason}. So itae is equal to baseline: use more images, another "
+                   "--source, or a number or share:2% as --threshold")
+        return
+    found, patches = features.artifact_counts["itae"].sum(), len(images) * features.num_patches
+    where = "below" if setting.side == "low" else "above"
+    click.echo(f"θ = {theta:.4g} on the {name}: {found:,} of {patches:,} patches lie at or {where} it"
+               + ("" if found else ", so itae is equal to baseline"))
 
 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=PathType())
 @backbone_option
 @loading_options("checkpoint", "image_size", "device", "on_error")
-@click.option("--threshold", callback=validated, help="A number; default: fitted to all the given images together.")
-@source_option
+@setting_options
 @click.option("--output", type=PathType(), metavar="FILE", default="inspection.png", show_default=True,
               help="The figure; its ending decides the format.")
-def inspect(
-    images: tuple[Path, ...], backbone: str, threshold: float | str | None, source: str, output: Path,
-    **loading: object,
-) -> None:
-    """Draw norms, attention and artifacts of images."""
+def inspect(images: tuple[Path, ...], backbone: str, output: Path, **options: object) -> None:
+    """Draw norms, attention and artifacts of images; a rule for θ is applied to all of them together."""
     from itae_utils import figures
     from itae_utils.analysis.inspection import inspect_images
     from itae_utils.data.images import shown
 
     figures.check_figure_path(output)
-    found = inspect_images(images, backbone=backbone, source=source, threshold=threshold, **_given(**loading))
+    found = inspect_images(images, backbone=backbone, **_given(**options))
     figures.save_as(figures.inspection(found.images, found.source, found.block, found.threshold), output)
     numbered = figures.describe_numbered([image.name for image in found.images], shown)
     click.echo("\n".join([*found.lines, *filter(None, [numbered]), f"{output} written"]))

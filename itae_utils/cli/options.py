@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from itae_utils.method.setting import SOURCES
+from itae_utils.method.setting import ATTENUATIONS, SOURCES, TAILS
 
-NUMBERS = ("limit", "batch_size", "image_size", "threshold")
+NUMBERS = ("limit", "batch_size", "image_size", "threshold", "rank")
 LOADING = {
     "checkpoint": ("PATH", "A file or folder with weights, instead of a download."),
     "image_size": ("PIXELS", "Side of the images that the model sees; default: the backbone's."),
@@ -66,6 +66,22 @@ dask_option = click.option(
     "--dask", metavar="WHERE", callback=validated,
     help="Extract on Dask workers: tcp://… is a cluster's address, local:N starts N processes.  [default: ITAE_DASK]")
 backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
-source_option = click.option(
-    "--source", type=click.Choice(SOURCES), default="key", show_default=True,
-    help="The vector whose norm identifies artifacts.")
+SETTING = {  # options of `ITAE`
+    "source": click.option("--source", type=click.Choice(SOURCES), default="key", show_default=True,
+                           help="The statistic of a patch that identifies artifacts."),
+    "threshold": click.option("--threshold", metavar="VALUE", default="auto", show_default=True, callback=validated,
+                              help="A number, or a rule for the patches: auto, share:2% or sd:3."),
+    "tail": click.option("--tail", type=click.Choice(TAILS),
+                         help="The side of θ of the artifacts.  [default: low for query, key and value, else high]"),
+    "rank": click.option("--rank", metavar="N", default="1", show_default=True, callback=validated,
+                         help="Number of singular directions, for the source direction."),
+    "attenuation": click.option("--attenuation", type=click.Choice(ATTENUATIONS), default="min", show_default=True,
+                                help="The edit of the artifacts."),
+}
+
+
+def setting_options(command: Callable) -> Callable:
+    """Give a command the options in `SETTING`."""
+    for option in reversed(SETTING.values()):
+        command = option(command)
+    return command

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,11 +21,11 @@ from itae_utils.environment import hides_progress, named_cluster, named_store
 from itae_utils.errors import ItaeError
 from itae_utils.extraction import workers
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size
+from itae_utils.extraction.fitting import fitted_settings
 from itae_utils.extraction.job import Job, Work, compute, missing_work, shard_size
-from itae_utils.extraction.observation import fitted_thresholds
 from itae_utils.method.attention import check_setting
-from itae_utils.method.setting import ITAE
-from itae_utils.method.thresholds import ThresholdFit, Thresholds
+from itae_utils.method.setting import ITAE, NEEDS_NORMAL
+from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.identity import Unidentified
 from itae_utils.store.store import Store, digest, open_store
@@ -105,10 +105,10 @@ class Features(Mapping):
 
     @property
     def left_alone(self) -> Mapping[str, int]:
-        """The number of images without a normal patch, which "mean" does not change, by variant."""
+        """The number of images without a normal patch, which some edits do not change, by variant."""
         def count(name: str) -> int:
             itae = self.variants[name]
-            if itae is None or itae.attenuation != "mean":
+            if itae is None or itae.attenuation not in NEEDS_NORMAL:
                 return 0
             return int(np.count_nonzero(self.artifact_counts[name] == self.num_patches))
 
@@ -137,7 +137,7 @@ def extract_features(
             {"image": picture}; see `itae_utils.data.items` for what a picture and the labels may be. A store needs its
             `.images`, paths or arrays, and transforms that are known by their value (not a lambda).
         variants: `ITAE` settings by name; None stands for the unmodified model.
-        thresholds: fits that replace "auto"; None fits them here if a variant needs them.
+        thresholds: from `fit_thresholds`, for variants whose θ is "auto", "share:2%" or "sd:3"; None fits them here.
         batch_size: images per batch. It can change the last bits of the features. "auto" is 64 on a CPU, and on a GPU a
             size that fits in its memory.
         num_workers: number of processes that decode images, or "auto".
@@ -152,14 +152,11 @@ def extract_features(
     """
     dataset = checked_inputs(backbone, dataset, num_workers)
     _check_variants(backbone, variants, thresholds)
-    needs_fit = any(itae is not None and itae.threshold == "auto" and itae.select != "oracle"
-                    for itae in variants.values())
-    place, fits = Place(open_store(store), backbone, dataset), thresholds
+    place = Place(open_store(store), backbone, dataset)
     batch_size = chosen_batch_size(batch_size, place)
-    if needs_fit and fits is None:
-        fits = fitted_thresholds(place, batch_size=batch_size)
-    settings = {name: _resolved(backbone, name, itae, fits) for name, itae in variants.items()}
-    fit_seconds = 0.0 if fits is thresholds else fits.seconds
+    edited = {name: itae for name, itae in variants.items() if itae is not None}
+    fitted, fit_seconds = fitted_settings(place, edited, thresholds, batch_size=batch_size)
+    settings = {name: fitted.get(name) for name in variants}
 
     start = time.perf_counter()
     with _processor(client, backbone) as (run, backbone, device):
@@ -188,27 +185,17 @@ def _check_variants(backbone: Backbone, variants: Mapping[str, ITAE | None], thr
     for name, itae in variants.items():
         if not isinstance(name, str) or not isinstance(itae, ITAE | None):
             raise ItaeError(f"variants hold {name!r}: {itae!r}, but a variant is a name and an ITAE(…) or None")
-    if not isinstance(thresholds, Mapping | None):
+        if itae is not None and itae.select == "oracle" and backbone.truth is None:
+            raise ItaeError(f"variant {name!r} has select='oracle', but {backbone.name} has no ground truth: 'demo' "
+                            "has")
+        if itae is not None:
+            check_setting(backbone.model, itae, backbone.truth)
+    if not isinstance(thresholds, Thresholds | None):
         raise ItaeError(f"thresholds={thresholds!r} are not fits: pass fit_thresholds(backbone, dataset), or put a "
                         "number into ITAE(threshold=…)")
-    if isinstance(thresholds, Thresholds) and thresholds.num_blocks != backbone.num_blocks:
+    if thresholds is not None and thresholds.num_blocks != backbone.num_blocks:
         raise ItaeError(f"thresholds were fitted to a model of {thresholds.num_blocks} blocks, and {backbone.name} has "
                         f"{backbone.num_blocks}: fit them to this backbone")
-
-
-def _resolved(backbone: Backbone, name: str, itae: ITAE | None, thresholds: Thresholds | None) -> ITAE | None:
-    """Return the variant with numbers for "auto", validated against the backbone."""
-    if itae is None:
-        return None
-    if itae.select == "oracle" and backbone.truth is None:
-        raise ItaeError(f"variant {name!r} has select='oracle', but {backbone.name} has no ground truth: 'demo' has")
-    check_setting(backbone.model, itae, backbone.truth)
-    if itae.threshold == "auto" and itae.select != "oracle":
-        fits = [thresholds.get((block, itae.source)) for block in range(-itae.blocks, 0)]
-        if not all(isinstance(fit, ThresholdFit) for fit in fits):
-            raise ItaeError(f"thresholds hold no fits for variant {name!r}: pass fit_thresholds(backbone, dataset)")
-        itae = replace(itae, threshold=tuple(fit.threshold for fit in fits))
-    return itae
 
 
 def _plan(place: Place, backbone: Backbone, settings: Mapping[str, ITAE | None], batch_size: int,

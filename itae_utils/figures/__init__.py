@@ -5,9 +5,9 @@ from itae_utils.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "style": ["ReportFigure", "check_figure_path", "save", "save_as", "styled"],
     "names": ["describe_numbered", "label_names"],
-    "discovery": ["artifact_positions", "attention_examples", "attention_shares", "hidden_norms", "inspection",
-                  "norm_distributions"],
+    "discovery": ["artifact_positions", "attention_examples", "attention_shares", "hidden_norms", "inspection"],
+    "statistics": ["agreement", "output_norms", "statistic_distributions", "value_norms"],
     "scores": ["ablation_curves", "ablation_heatmaps", "class_gains", "cluster_sheet", "confusions", "embeddings",
-               "score_overview"],
+               "harms", "score_overview"],
     "comparison": ["published_and_measured"],
 })

@@ -5,7 +5,7 @@ A figure's title states its finding. No function touches pyplot's state: figures
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import seaborn as sns
@@ -16,11 +16,10 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, ScalarFormatter
 
 from itae_utils.analysis.inspection import InspectedImage
-from itae_utils.analysis.words import percent
+from itae_utils.analysis.words import percent, symbol
 from itae_utils.extraction.observation import Observation
 from itae_utils.figures.names import label_names
 from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, WIDTH, ReportFigure, outline, styled
-from itae_utils.method.thresholds import ThresholdFit
 
 OVERLAY = ListedColormap([PALETTE[8]])  # yellow, which everybody can tell from grey
 SHORTEST_ROW, TALLEST_ROW = 0.3, 2.0  # height over width of a row of `inspection`; longer images are drawn smaller
@@ -65,45 +64,6 @@ def _hidden_norms_title(seen: Observation) -> str:
     if ratio[block] < 1.5:
         return f"Artifacts are not longer than other patches: at most {ratio[block]:.2f} × (after block {block + 1})"
     return f"Artifacts stand out most after block {block + 1}: {ratio[block]:.3g} × as long as other patches"
-
-
-@styled
-def norm_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> Figure:
-    """Draw the distribution of ‖P_i‖ for every source, with θ if there is one; the log scale shows rare patches."""
-    figure = ReportFigure(_norms_title(fits, thresholds), height=3.4)
-    panels = figure.subplots(1, len(fits), sharey=True, squeeze=False)[0]
-    for axes, (source, fit) in zip(panels, fits.items(), strict=True):
-        theta, norms = thresholds[source], fit.norms.ravel()
-        edges = np.histogram_bin_edges(norms.astype(np.float64), bins=100)  # float32 has no 100 steps in a small range
-        axes.hist(norms, edges, color=NORMAL)
-        axes.set(xlabel=f"‖{source}‖₂ in the last block", yscale="log", title=f"{source}: no θ")
-        if theta is not None:
-            axes.hist(norms[norms <= theta], edges, color=ARTIFACT)
-            if edges[0] <= theta <= edges[-1]:  # a line far outside would squeeze the norms
-                axes.axvline(theta, color="black", linestyle="--", linewidth=1)
-            axes.set_title(f"{source}: θ = {theta:.4g}, {percent((norms <= theta).mean())} at or below")
-        axes.ticklabel_format(axis="x", useOffset=False)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_formatter("")
-    figure.axes[0].set_ylabel("patches (log scale)")
-    return figure
-
-
-def _norms_title(fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]) -> str:
-    """Return the finding of the fits, and the share of patches at or below each θ that was given."""
-    used = {source: theta for source, theta in thresholds.items() if theta is not None}
-    found = [source for source, theta in used.items() if not fits[source].is_given(theta)]
-    below = {source: percent((fits[source].norms <= theta).mean()) for source, theta in used.items()}
-    given = [f"{below[source]} of the patches lie at or below the θ given for the {source}"
-             for source in used if source not in found]
-    if found:
-        finding = f"The norm of the {' and the '.join(found)} separates artifacts from other patches"
-    elif not all(fit.is_tested for fit in fits.values()):
-        finding = "Too few patches to test the norms for a separate low mode"
-    else:
-        finding = "No norm has a separate low mode"
-    return "; ".join([finding, *given])
 
 
 @styled
@@ -200,17 +160,19 @@ def attention_shares(seen: Observation) -> Figure:
 
 @styled
 def inspection(images: Sequence[InspectedImage], source: str, block: int, title: str) -> Figure:
-    """Draw one row per image: the image, its norms, its attention before and, with θ, after, and this over the image.
+    """Draw one row per image: the image, its maps, its attention before and, with θ, after, and this over the image.
 
     Artifacts are outlined. Each column has one colour scale; the columns of attention share theirs. `title` is the
     finding in words; the other arguments are those of `Inspection`.
     """
     labels = label_names([image.name for image in images])
-    columns = {f"‖hidden‖ after block {block}": [image.hidden for image in images],
-               f"‖{source}‖ in the last block": [image.norms for image in images],
-               "[CLS] attention": [image.before for image in images]}
+    columns = {f"‖hidden‖₂ after block {block}": [image.hidden for image in images]}
+    if source != "attention":  # it has a column of its own
+        columns[f"{symbol(source)}\nin the last block"] = [image.statistic for image in images]
+    attention = {"[CLS] attention": [image.before for image in images]}
     if images[0].after is not None:
-        columns["… after ITAE"] = [image.after for image in images]
+        attention["… after ITAE"] = [image.after for image in images]
+    columns |= attention
     *_, over = columns  # the attention in the last column is laid over the image, too
     heights = [min(max(image.hidden.shape[0] / image.hidden.shape[1], SHORTEST_ROW), TALLEST_ROW) for image in images]
     column_width = (WIDTH - 0.5) / (2 + len(columns))
@@ -218,14 +180,14 @@ def inspection(images: Sequence[InspectedImage], source: str, block: int, title:
     *grid, scales = figure.subplots(len(images) + 1, 2 + len(columns), height_ratios=[*heights, 0.06])
     for scale in scales[[0, -1]]:
         scale.set_axis_off()
-    brightest = max(values.max() for name, maps in columns.items() if "‖" not in name for values in maps)
+    brightest = max(values.max() for maps in attention.values() for values in maps)
     for row, image, label, weights in zip(grid, images, labels, columns[over], strict=True):
         _on_grid(row[0], image.picture, image.hidden.shape)
         row[0].set_title(label, fontsize=7.5)
         _lay_over(row[-1], image.picture, weights)
     grid[0][-1].set_title("this over the image", fontsize=9)
     for column, scale, (name, maps) in zip(np.transpose(grid)[1:-1], scales[1:-1], columns.items(), strict=True):
-        high = max(values.max() for values in maps) if "‖" in name else brightest
+        high = brightest if name in attention else max(values.max() for values in maps)
         for axes, values in zip(column, maps, strict=True):
             drawn = _on_grid(axes, values, values.shape, cmap=MAP, vmin=0, vmax=high)
         column[0].set_title(name, fontsize=9)

@@ -16,7 +16,7 @@ from itae_utils.analysis.scoring import AGREEMENT, CHANGE, over_seeds
 from itae_utils.analysis.vectors import NEIGHBOURS, neighbour_agreement
 from itae_utils.errors import ItaeError
 from itae_utils.figures.names import label_names
-from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, ReportFigure, styled
+from itae_utils.figures.style import AFTER, ARTIFACT, COLUMNS, MAP, NORMAL, PALETTE, ReportFigure, panels, styled
 
 MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline",
             AGREEMENT: "ARI between runs"}
@@ -46,21 +46,23 @@ def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
              else f"Best of {len(means)} settings: {best} (baseline {baseline:.3f})")
     columns = [*dict.fromkeys(settings.theta[settings.theta != AUTO]), AUTO]
     sources, rows = list(dict.fromkeys(settings.source)), list(dict.fromkeys(settings.attenuation))
-    figure = ReportFigure(title, height=1.7 + 0.42 * len(rows))
-    panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
+    figure = ReportFigure(title, height=0.7 + (1 + 0.42 * len(rows)) * -(-len(sources) // COLUMNS))
+    drawn = panels(figure, len(sources))
     unit, fmt, suffix = (1000, ".1f", " × 1000") if measure == CHANGE else (1, ".2f", "")
     low, high = min(means.min(), baseline) * unit, max(means.max(), baseline) * unit
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5  # equal values get the colour in the middle of the scale
-    for axes, source in zip(panels, sources, strict=True):
+    for axes, source in zip(drawn, sources, strict=True):
         table = means[source].unstack("theta").reindex(index=rows, columns=columns)
         sns.heatmap(table * unit, vmin=low, vmax=high, cmap=MAP, annot=True, fmt=fmt, linewidths=1, cbar=False, ax=axes)
         axes.set(title=source, xlabel="θ as share of the patches", ylabel="")
         axes.tick_params(length=0)
+        axes.tick_params("y", rotation=0)
         if table[AUTO].isna().all():
             axes.text(len(columns) - 0.5, len(rows) / 2, "no θ found", rotation=90, ha="center", va="center")
-    panels[0].set_ylabel("attenuation")
-    bar = figure.colorbar(panels[0].collections[0], ax=panels, label=MEASURES[measure] + suffix, pad=0.01)
+    for axes in drawn[::COLUMNS]:
+        axes.set_ylabel("attenuation")
+    bar = figure.colorbar(drawn[0].collections[0], ax=drawn, label=MEASURES[measure] + suffix, pad=0.01)
     bar.ax.axhline(baseline * unit, color="white", linewidth=2)
     return figure
 
@@ -73,12 +75,14 @@ def ablation_curves(scores: pd.DataFrame, measure: str) -> Figure:
     """
     _check_measure(scores, measure)
     sources = list(dict.fromkeys(scores.source.dropna()))
-    figure = ReportFigure(_curves_title(scores, measure), height=4)
-    for axes, source in zip(figure.subplots(1, len(sources), squeeze=False, sharey=True)[0], sources, strict=True):
+    figure = ReportFigure(_curves_title(scores, measure), height=1 + 3 * -(-len(sources) // COLUMNS))
+    drawn = panels(figure, len(sources))
+    for axes, source in zip(drawn, sources, strict=True):
         _curves(axes, scores, source, measure)
-    figure.axes[0].set_ylabel(MEASURES[measure])
-    handles, labels = figure.axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    for axes in drawn[::COLUMNS]:
+        axes.set_ylabel(MEASURES[measure])
+    handles, labels = drawn[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
     return figure
 
 
@@ -117,10 +121,10 @@ def _curves_title(scores: pd.DataFrame, measure: str) -> str:
     against = "" if measure == CHANGE else f"; baseline {baseline:.3f}"
     if auto.empty:
         low, high = means["itae"].min(), means["itae"].max()
-        return f"The norms gave no θ; at fixed shares {MEASURES[measure]} is {low:.3f} to {high:.3f}{against}"
+        return f"No θ was found; at fixed shares {MEASURES[measure]} is {low:.3f} to {high:.3f}{against}"
     found, sources = auto.groupby(["source", "attenuation"])[measure].agg(mean), list(dict.fromkeys(auto.source))
     control = ", ".join(f"{means['random', source, AUTO].iloc[0]:.3f}" for source in sources)
-    return (f"With θ from the norms alone ({', '.join(sources)}) {MEASURES[measure]} is {found.min():.3f} to "
+    return (f"With θ found without labels ({', '.join(sources)}) {MEASURES[measure]} is {found.min():.3f} to "
             f"{found.max():.3f}; with as many random patches {control}{against}")
 
 
@@ -145,6 +149,29 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
         axes.set_xlabel(f"{MEASURES[metric]} (mean ± sd)" if "seed" in scores else MEASURES[metric])
         axes.set_ylim(len(variants) - 0.5, -0.6)
         axes.margins(x=0.15)
+    return figure
+
+
+@styled
+def harms(differences: pd.DataFrame, measure: str = "acc") -> Figure:
+    """Draw what each step from one edit to another gains, with its 95 % interval.
+
+    `differences` are from `scoring.harm_table`.
+    """
+    name = MEASURES[measure]
+    rows = differences.xs(measure, level="metric")
+    written, stolen = (f"{rows.difference.iloc[place]:+.3f}" for place in (0, 1))
+    figure = ReportFigure(f"Undoing what the artifacts' values write gains {written} {name}, undoing stolen attention "
+                          f"{stolen}", height=1.4 + 0.42 * len(rows))
+    axes = figure.subplots()
+    for place, row in enumerate(rows[::-1].itertuples()):
+        clear = not row.low <= 0 <= row.high
+        axes.plot([row.low, row.high], [place, place], color=AFTER, linewidth=2)
+        axes.plot(row.difference, place, "o", color=AFTER, markerfacecolor=AFTER if clear else "white")
+    axes.axvline(0, color="black", linestyle="--", linewidth=1)
+    axes.set(yticks=range(len(rows)), yticklabels=rows.index[::-1],
+             xlabel=f"gain of {name}, with its 95 % interval over images (open: the interval contains 0)")
+    axes.margins(y=0.25)
     return figure
 
 

@@ -23,6 +23,7 @@ DPI = 150
 PALETTE = sns.color_palette("colorblind").as_hex()
 NORMAL, ARTIFACT, AFTER = PALETTE[0], PALETTE[3], PALETTE[2]
 MAP = "cividis"
+COLUMNS = 3  # of panels; more would squeeze their labels
 FORMATS = ("png", "pdf", "svg", "jpg")
 STYLE = {
     "axes.spines.top": False,
@@ -58,6 +59,14 @@ def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
             return draw(*args, **kwargs)
 
     return in_style
+
+
+def panels(figure: Figure, count: int) -> list[Axes]:
+    """Return panels with a common y axis, in rows of at most `COLUMNS`; places that are left over stay empty."""
+    grid = figure.subplots(-(-count // COLUMNS), min(COLUMNS, count), sharey=True, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return list(grid[:count])
 
 
 def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:

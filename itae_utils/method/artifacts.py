@@ -1,9 +1,9 @@
-"""Which patches are artifacts: their norms, the patches that a setting selects, and the truth of a planted model."""
+"""Which patches are artifacts: those that a setting selects, and the truth of a planted model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,66 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid
 from itae_utils.method.layers import Hook
-from itae_utils.method.setting import ITAE, SOURCES
+from itae_utils.method.setting import ITAE
 
 
-def patch_norms(x: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Return the L2 norm of every patch's whole vector, all heads together: (B, T, D) -> (B, N), float32."""
-    return x[:, num_prefix_tokens:].float().norm(dim=-1)
-
-
-@torch.no_grad()
-def token_norms(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the L2 norm of every patch token after each block, on the patch grid.
-
-    The tokens are taken before the final norm, because normalised outputs hide artifacts. `[CLS]` and register tokens
-    are left out. No gradients are recorded.
-
-    Returns:
-        (B, blocks, rows, columns), float32.
-    """
-    vit, norms = adapt(model), []
-    grid = patch_grid(model, images)
-
-    def measure(_module: nn.Module, _args: tuple[Tensor], tokens: Tensor) -> None:
-        norms.append(patch_norms(tokens, vit.num_prefix_tokens))
-
-    with ExitStack() as stack:
-        for adapter in vit.blocks:
-            stack.callback(adapter.block.register_forward_hook(measure).remove)
-        vit.run(images)
-    return torch.stack(norms, dim=1).unflatten(-1, grid)
-
-
-@torch.no_grad()
-def qkv_norms(model: nn.Module, images: Tensor, block: int = -1) -> dict[str, Tensor]:
-    """Return the L2 norms of every patch's query, key and value in one block, on the patch grid.
-
-    All heads count together. The norms are measured on the outputs of the qkv projection, biases included, before any
-    q/k norm or rotation (paper, method section: ‖P_i‖₂). No gradients are recorded.
-
-    Returns:
-        {"query" | "key" | "value": (B, rows, columns)}, float32.
-    """
-    vit, index = adapt(model), block_index(model, block)
-    grid = patch_grid(model, images)
-    qkv = vit.blocks[index].qkv(block_inputs(model, images, [index])[index])
-    return {source: patch_norms(qkv[source], vit.num_prefix_tokens).unflatten(1, grid) for source in SOURCES}
-
-
-def select_artifacts(norms: Tensor, threshold: float | None, itae: ITAE, *, block: int,
+def select_artifacts(values: Tensor, threshold: float | None, itae: ITAE, *, block: int,
                      image_numbers: range | tuple[int, ...], truth: Tensor | None = None) -> Tensor:
-    """Return the patches that a setting edits in one block: (B, N) norms -> (B, N) bool.
+    """Return the patches that a setting edits in one block: a statistic (B, N) -> (B, N) bool.
 
-    By default they are A = {i : ‖P_i‖₂ ≤ θ} (paper, method section). The controls select |A| random patches, or the
-    true artifacts. Nothing is copied from the device.
+    By default they are A = {i : P_i ≤ θ} (paper, method section) or, on the high side, {i : P_i ≥ θ}. The controls
+    select |A| random patches, or the true artifacts. Nothing is copied from the device.
 
     Args:
-        norms: ‖P_i‖₂ of `itae.source`.
+        values: P_i, the statistic `itae.source`.
         threshold: θ of this block; None selects no patch.
-        itae: the setting; only `select` and `seed` are read.
+        itae: the setting; only `select`, `seed` and its side are read.
         block: index of the block, used by the random control.
         image_numbers: each image's number in its data set, used by the random control.
         truth: (B, N) bool, used by the oracle.
@@ -82,14 +37,21 @@ def select_artifacts(norms: Tensor, threshold: float | None, itae: ITAE, *, bloc
     if itae.select == "oracle":
         if truth is None:
             raise ItaeError("select='oracle' needs the true artifacts, which only a planted backbone (demo) has")
-        if truth.shape != norms.shape:
-            raise ItaeError(f"truth has shape {tuple(truth.shape)}, but images and patches have {tuple(norms.shape)}")
+        if truth.shape != values.shape:
+            raise ItaeError(f"truth has shape {tuple(truth.shape)}, but images and patches have {tuple(values.shape)}")
         return truth
-    artifacts = torch.zeros_like(norms, dtype=torch.bool) if threshold is None else norms <= threshold
+    artifacts = beyond(values, threshold, itae.side)
     if itae.select == "random":
-        ranks = patch_ranks(image_numbers, norms.shape[-1], itae.seed, block, norms.device)
+        ranks = patch_ranks(image_numbers, values.shape[-1], itae.seed, block, values.device)
         return ranks < artifacts.sum(dim=-1, keepdim=True)
     return artifacts
+
+
+def beyond(values: Tensor, threshold: float | None, side: str) -> Tensor:
+    """Return which values lie on a side of θ, "low" (≤) or "high" (≥); none if θ is None."""
+    if threshold is None:
+        return torch.zeros_like(values, dtype=torch.bool)
+    return values <= threshold if side == "low" else values >= threshold
 
 
 @lru_cache(maxsize=16)  # all random variants of a batch share one draw per seed and block

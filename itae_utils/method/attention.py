@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from itae_utils.errors import ItaeError, whole_number
 from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid, without_compiled_code
-from itae_utils.method.artifacts import CapturedTruth, FiringRule, capture_truth, patch_norms, select_artifacts
-from itae_utils.method.layers import QKV
-from itae_utils.method.setting import ITAE, SOURCES
+from itae_utils.method.artifacts import CapturedTruth, FiringRule, capture_truth, select_artifacts
+from itae_utils.method.direction import check_directions, directions_of
+from itae_utils.method.layers import QKV, BlockAdapter, scaled_logits
+from itae_utils.method.setting import ITAE, PROJECTIONS
+from itae_utils.method.statistics import cls_attention, patch_statistic
 
 QUERY_CHUNK_BYTES = 64 * 2**20  # memory for logits with rows="all": queries are processed in chunks of this size
 
 
-def scaled_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Return QKᵀ/√d in float32: (B, H, Q, d), (B, H, T, d) -> (B, H, Q, T)."""
-    return (q * q.shape[-1] ** -0.5 @ k.mT).float()
-
-
 def attenuated_logits(logits: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
     """Return the logits with those of the artifacts replaced in every row; prefix tokens are never edited.
+
+    A row that has no normal patch is left as it is by "mean", "spread" and "clip". "substitute" edits no logits, but
+    the values, see `substituted`.
 
     Args:
         logits: (B, H, Q, T), scaled, after any q/k norm. The last N of the T tokens are the patches.
@@ -59,12 +59,34 @@ def attenuated_logits(logits: Tensor, artifacts: Tensor, itae: ITAE) -> Tensor:
             artifacts = artifacts & (count > 0)  # without a normal patch there is no mean: leave the row as it is
         case "scale":
             new = logits + math.log(itae.alpha)
+        case "clip":
+            highest = torch.where(artifacts, -math.inf, patches).amax(dim=-1, keepdim=True)
+            new = torch.where(highest.isinf(), logits, logits.minimum(highest))
+        case "spread":  # in terms of weights: each of n normal patches gains Σ_A w / n, and the row's sum stays
+            count = (~artifacts).sum(dim=-1, keepdim=True)
+            taken = torch.where(artifacts, patches, -math.inf).logsumexp(dim=-1, keepdim=True)
+            given = torch.where(artifacts, -math.inf, patches.logaddexp(taken - count.log()))
+            spread = torch.cat([logits[..., :num_prefix_tokens].expand(*given.shape[:-1], -1), given], dim=-1)
+            return torch.where(artifacts.any(dim=-1, keepdim=True) & (count > 0), spread, logits)
+        case "substitute":
+            return logits.expand(-1, -1, max(logits.shape[2], artifacts.shape[2]), -1)
     return torch.where(nn.functional.pad(artifacts, (num_prefix_tokens, 0)), new, logits)
 
 
-def cls_attention(logits: Tensor, num_patches: int) -> Tensor:
-    """Return the attention weights from `[CLS]` to the patches: logits (B, H, 1, T) -> (B, H, N)."""
-    return logits.softmax(dim=-1)[:, :, 0, -num_patches:]
+def substituted(weights: Tensor, artifacts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention weights without those of the artifacts, and the sum of the latter in each row.
+
+    For "substitute": the sum becomes the weight of the substitute's value.
+
+    Args:
+        weights: (B, H, Q, T).
+        artifacts: (B, N) bool.
+
+    Returns:
+        Weights (B, H, Q, T), and sums (B, H, Q, 1).
+    """
+    mask = nn.functional.pad(artifacts, (weights.shape[-1] - artifacts.shape[-1], 0))[:, None, None]
+    return weights.masked_fill(mask, 0), weights.where(mask, 0).sum(dim=-1, keepdim=True)
 
 
 @contextmanager
@@ -81,7 +103,7 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
     Args:
         model: a timm VisionTransformer or Eva (EVA, DINOv3) with a `[CLS]` token, or a transformers Dinov2Model or
             Dinov2WithRegistersModel.
-        itae: the setting, with numeric thresholds.
+        itae: the setting, with numeric thresholds; for "substitute", one that `fit_setting` returned.
         truth: needed by select="oracle": the rule of a planted backbone, or the true artifacts (B, N) of the next
             batch.
         first_image: index, in the data set, of the first image of the next batch; later images are numbered
@@ -91,7 +113,7 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
         The model.
 
     Raises:
-        ItaeError: an unsupported model, `itae` is not a setting, threshold "auto", more blocks than the model has, or
+        ItaeError: an unsupported model, `itae` is not a setting or not fitted, more blocks than the model has, or
             an oracle without `truth` or before the artifacts appear.
     """
     vit, first_image = adapt(model), whole_number("first_image", first_image, 0)
@@ -100,10 +122,12 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
     with ExitStack() as context:
         context.enter_context(without_compiled_code())
         captured = context.enter_context(capture_truth(truth, model))
-        for index, threshold in zip(range(len(vit.blocks))[-itae.blocks:], itae.thresholds, strict=True):
+        edited = range(len(vit.blocks))[-itae.blocks:]
+        for index, threshold, substitute in zip(edited, itae.thresholds, check_substitutes(itae), strict=True):
             if threshold is None and itae.select != "oracle":
                 continue
-            editor = _RowEditor(itae, threshold, index, vit.num_prefix_tokens, captured, first_image,
+            editor = _RowEditor(itae, threshold, substitute, index, vit.num_prefix_tokens,
+                                directions_of(model, index, itae), captured, first_image,
                                 is_active=lambda: contexts[-1] is context)
             context.enter_context(vit.blocks[index].edit_heads(editor))
         contexts.append(context)
@@ -123,6 +147,8 @@ def check_setting(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | Non
     depth = len(adapt(model).blocks)
     if itae.blocks > depth:
         raise ItaeError(f"blocks={itae.blocks} but the model has {depth}: use at most {depth}")
+    if itae.source == "direction" and itae.select != "oracle":
+        check_directions(model, depth - itae.blocks, itae.rank)
     if itae.select != "oracle":
         return
     if not isinstance(truth, FiringRule) and not (isinstance(truth, Tensor) and truth.dtype == torch.bool):
@@ -131,6 +157,18 @@ def check_setting(model: nn.Module, itae: ITAE, truth: FiringRule | Tensor | Non
     if isinstance(truth, FiringRule) and depth - itae.blocks <= truth.block:
         raise ItaeError(f"blocks={itae.blocks} with select='oracle' reaches back to block {depth - itae.blocks}, but "
                         f"the artifacts appear after block {truth.block}: use at most {depth - truth.block - 1}")
+
+
+def check_substitutes(itae: ITAE) -> tuple[tuple[float, ...] | None, ...]:
+    """Return the substitute of each edited block, in block order; None for one that needs none.
+
+    Raises:
+        ItaeError: the setting still lacks them.
+    """
+    if itae.needs_substitutes:
+        raise ItaeError("attenuation='substitute' lacks the mean value of the artifacts: "
+                        "use the setting that fit_setting(backbone, dataset, setting) returns")
+    return itae.substitutes or (None,) * itae.blocks
 
 
 def is_attenuated(model: nn.Module) -> bool:
@@ -147,8 +185,10 @@ class _RowEditor:
 
     itae: ITAE
     threshold: float | None        # of this block
+    substitute: tuple[float, ...] | None
     block: int                     # its index
     num_prefix_tokens: int
+    directions: Tensor | None
     truth: CapturedTruth
     next_image: int                # index of the next image in the data set
     is_active: Callable[[], bool]  # whether this editor's context is the innermost
@@ -159,10 +199,13 @@ class _RowEditor:
         self.next_image = image_numbers.stop
         if not self.is_active():
             return x
-        norms = patch_norms(qkv[self.itae.source], self.num_prefix_tokens)
-        artifacts = select_artifacts(norms, self.threshold, self.itae, block=self.block, image_numbers=image_numbers,
+        values = patch_statistic(self.itae.source, qkv, self.num_prefix_tokens, self.directions)
+        artifacts = select_artifacts(values, self.threshold, self.itae, block=self.block, image_numbers=image_numbers,
                                      truth=self.truth.mask)
-        q, k, v = (qkv.heads(source) for source in SOURCES)
+        q, k, v = (qkv.heads(name) for name in PROJECTIONS)
+        if self.substitute is not None:
+            mask = nn.functional.pad(artifacts, (v.shape[2] - artifacts.shape[-1], 0))[:, None, :, None]
+            v = torch.where(mask, _substitute_value(qkv.block, self.substitute, v), v)
         edited, has_artifacts = x.clone(), artifacts.any(dim=-1)[:, None, None]
         for rows in self._row_chunks(k):
             logits = attenuated_logits(scaled_logits(q[:, :, rows], k), artifacts, self.itae)
@@ -177,6 +220,12 @@ class _RowEditor:
         B, H, T, _ = k.shape
         step = max(1, QUERY_CHUNK_BYTES // (4 * B * H * T))
         return [slice(start, start + step) for start in range(0, T, step)]
+
+
+def _substitute_value(block: BlockAdapter, substitute: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return the value of a normed token (C,) in every head, (H, 1, d)."""
+    token = torch.tensor(substitute, dtype=like.dtype, device=like.device)
+    return block.project(token, "value").unflatten(-1, (block.num_heads, 1, block.head_dim))
 
 
 @torch.no_grad()
@@ -211,11 +260,10 @@ def attention_map(model: nn.Module, images: Tensor, block: int = -1, *, itae: IT
             stack.enter_context(attenuate(model, itae, truth=truth))
         inputs = block_inputs(model, images, [index])[index]
     qkv = vit.blocks[index].qkv(inputs)
-    logits = scaled_logits(qkv.heads("query")[:, :, :1], qkv.heads("key"))
-    first_edited = len(vit.blocks) - (0 if itae is None else itae.blocks)
+    logits, first_edited = qkv.cls_logits, len(vit.blocks) - (0 if itae is None else itae.blocks)
     if index >= first_edited:
-        norms = patch_norms(qkv[itae.source], vit.num_prefix_tokens)
-        artifacts = select_artifacts(norms, itae.thresholds[index - first_edited], itae, block=index,
+        values = patch_statistic(itae.source, qkv, vit.num_prefix_tokens, directions_of(model, index, itae))
+        artifacts = select_artifacts(values, itae.thresholds[index - first_edited], itae, block=index,
                                      image_numbers=range(len(images)), truth=captured.mask)
         logits = attenuated_logits(logits, artifacts, itae)
     attn = cls_attention(logits, math.prod(grid)).unflatten(-1, grid)

@@ -6,10 +6,10 @@ There is one adapter per block class of timm and `transformers`. The method uses
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.setting import SOURCES
+from itae_utils.method.setting import PROJECTIONS
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,35 @@ class QKV:
     """Queries, keys and values of one block, (B, T, H · d) each.
 
     They are the projections' outputs, biases included, before any q/k norm or rotation; norms are measured on them.
+
+    Attributes:
+        block: the block's adapter.
+        by_name: the three by name.
+        rope: the rotary embedding of the patches, if any.
+        tokens: (B, T, C), as they enter the block.
     """
 
     block: BlockAdapter
-    by_source: dict[str, Tensor]
+    by_name: Mapping[str, Tensor]
     rope: Tensor | None = None
+    tokens: Tensor | None = None
 
-    def __getitem__(self, source: str) -> Tensor:
-        return self.by_source[source]
+    def __getitem__(self, name: str) -> Tensor:
+        return self.by_name[name]
 
-    def heads(self, source: str) -> Tensor:
+    def heads(self, name: str) -> Tensor:
         """Return one of the three as it enters the attention, after q/k norm and rotation: (B, H, T, d)."""
-        return self.block.heads(source, self[source], self.rope)
+        return self.block.heads(name, self[name], self.rope)
+
+    @cached_property
+    def cls_logits(self) -> Tensor:
+        """The scaled logits of the `[CLS]` query, (B, H, 1, T) float32."""
+        return scaled_logits(self.heads("query")[:, :, :1], self.heads("key"))
+
+
+def scaled_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Return QKᵀ/√d in float32: (B, H, Q, d), (B, H, T, d) -> (B, H, Q, T)."""
+    return (q * q.shape[-1] ** -0.5 @ k.mT).float()
 
 
 def _do_nothing(*_args: object, **_kwargs: object) -> None:
@@ -77,6 +94,16 @@ class BlockAdapter(ABC):
     head_dim: int
     projections: list[nn.Module]  # the Linear modules that compute q, k and v
     after_heads: nn.Module        # the first module that is applied to the concatenated heads, (B, T, H · d)
+    output_projection: nn.Linear  # from the concatenated heads to the tokens
+
+    @property
+    @abstractmethod
+    def value_weight(self) -> Tensor:
+        """The weight of the projection to the values, (H · d, C)."""
+
+    @abstractmethod
+    def scale(self, branch: int) -> Tensor:
+        """Return the factors of LayerScale after the attention (1) or the MLP (2), (C,); ones if there is none."""
 
     @abstractmethod
     def project(self, x: Tensor, source: str) -> Tensor:
@@ -84,11 +111,11 @@ class BlockAdapter(ABC):
 
     def project_all(self, x: Tensor, rope: Tensor | None) -> QKV:
         """Return the queries, keys and values of normed tokens (B, T, C)."""
-        return QKV(self, {source: self.project(x, source) for source in SOURCES}, rope)
+        return QKV(self, {source: self.project(x, source) for source in PROJECTIONS}, rope)
 
     def qkv(self, inputs: BlockInput) -> QKV:
         """Return the queries, keys and values of a block's input."""
-        return self.project_all(self.block.norm1(inputs.tokens), inputs.rope)
+        return replace(self.project_all(self.block.norm1(inputs.tokens), inputs.rope), tokens=inputs.tokens)
 
     def heads(self, source: str, projected: Tensor, rope: Tensor | None) -> Tensor:
         """Split a projection into heads as they enter the attention: (B, T, H · d) -> (B, H, T, d)."""
@@ -100,8 +127,14 @@ class BlockAdapter(ABC):
 
     @contextmanager
     def capture_qkv(self, receive: Callable[[QKV], None]) -> Iterator[None]:
-        """While open, every forward pass calls `receive` with its q, k and v."""
-        handles = self._register_hooks(receive)
+        """While open, every forward pass calls `receive` with its q, k and v, and the tokens that enter the block."""
+        entered: list[Tensor] = []
+
+        def enter(_module: nn.Module, args: tuple[Tensor], _kwargs: dict[str, object]) -> None:
+            entered[:] = args[:1]  # not appended: a failed pass may have left its tokens
+
+        handles = [self.block.register_forward_pre_hook(Hook(enter), with_kwargs=True),
+                   *self._register_hooks(lambda qkv: receive(replace(qkv, tokens=entered.pop())))]
         try:
             yield
         finally:
@@ -134,6 +167,7 @@ class TimmAdapter(BlockAdapter):
         self.num_heads, self.head_dim = self.attention.num_heads, self.attention.head_dim
         self.projections = [self.attention.qkv]
         self.after_heads = self.attention.norm  # an Identity in most models
+        self.output_projection = self.attention.proj
 
     @abstractmethod
     def _weight_and_bias(self, source: str) -> tuple[Tensor, Tensor | None]:
@@ -142,6 +176,16 @@ class TimmAdapter(BlockAdapter):
     @abstractmethod
     def _layer_scale(self, branch: int, x: Tensor) -> Tensor:
         """Apply LayerScale to the attention branch (1) or the MLP branch (2)."""
+
+    @property
+    def value_weight(self) -> Tensor:
+        """The weight of the projection to the values, (H · d, C)."""
+        return self._weight_and_bias("value")[0]
+
+    def scale(self, branch: int) -> Tensor:
+        """Return the factors of LayerScale."""
+        weight = self.output_projection.weight
+        return self._layer_scale(branch, weight.new_ones(len(weight)))
 
     def project(self, x: Tensor, source: str) -> Tensor:
         """Return one projection, computed with its own part of the weights."""
@@ -153,14 +197,16 @@ class TimmAdapter(BlockAdapter):
         norms = {"query": self.attention.q_norm, "key": self.attention.k_norm}
         return norms[source](heads) if source in norms else heads
 
-    def value_sums(self, weights: Tensor, x: Tensor) -> Tensor:
+    def value_sums(self, weights: Tensor, x: Tensor, further: Tensor | None = None) -> Tensor:
         """Return Σ_t w_t V_t, (B, H, Q, d), for attention weights (B, H, Q, T) that add up to 1 and normed tokens x.
 
         Values are linear in the tokens. So the tokens (B, T, C) are averaged first and only the averages are projected,
-        which gives the same sums without projecting every token.
+        which gives the same sums without projecting every token. `further` (B, H, Q, C) are weighted sums of other
+        normed tokens, whose weights are missing in `weights`.
         """
         weight, bias = self._weight_and_bias("value")
         averages = (weights.flatten(1, 2) @ x).unflatten(1, weights.shape[1:3])
+        averages = averages if further is None else averages + further
         by_head = weight.unflatten(0, (self.num_heads, self.head_dim))
         sums = torch.einsum("bhqc,hdc->bhqd", averages, by_head)  # a matmul would copy the weights for every image
         return sums if bias is None else sums + bias.view(self.num_heads, 1, self.head_dim)
@@ -185,7 +231,7 @@ class VitAdapter(TimmAdapter):
     """timm's Block with Attention: one Linear computes q, k and v."""
 
     def _weight_and_bias(self, source: str) -> tuple[Tensor, Tensor | None]:
-        qkv, index = self.attention.qkv, SOURCES.index(source)
+        qkv, index = self.attention.qkv, PROJECTIONS.index(source)
         return qkv.weight.chunk(3)[index], None if qkv.bias is None else qkv.bias.chunk(3)[index]
 
     def project_all(self, x: Tensor, rope: Tensor | None) -> QKV:
@@ -193,7 +239,7 @@ class VitAdapter(TimmAdapter):
         return self._split(linear(x, self.attention.qkv.weight, self.attention.qkv.bias))
 
     def _split(self, projected: Tensor) -> QKV:
-        return QKV(self, dict(zip(SOURCES, projected.chunk(3, dim=-1), strict=True)))
+        return QKV(self, dict(zip(PROJECTIONS, projected.chunk(3, dim=-1), strict=True)))
 
     def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
         hook = Hook(lambda _module, _args, projected: receive(self._split(projected)))
@@ -212,7 +258,7 @@ class EvaAdapter(TimmAdapter):
             self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
 
     def _weight_and_bias(self, source: str) -> tuple[Tensor, Tensor | None]:
-        index = SOURCES.index(source)
+        index = PROJECTIONS.index(source)
         if self.attention.qkv is None:
             return self.projections[index].weight, self.projections[index].bias
         return self.attention.qkv.weight.chunk(3)[index], getattr(self.attention, f"{source[0]}_bias")
@@ -248,20 +294,30 @@ class Dinov2Adapter(BlockAdapter):
                             "install transformers>=5.18")
         self.num_heads, self.head_dim = self.attention.num_attention_heads, self.attention.head_dim
         self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
-        self.after_heads = self.attention.o_proj
+        self.after_heads = self.output_projection = self.attention.o_proj
+
+    @property
+    def value_weight(self) -> Tensor:
+        """The weight of the projection to the values, (H · d, C)."""
+        return self.projections[2].weight
+
+    def scale(self, branch: int) -> Tensor:
+        """Return the factors of LayerScale."""
+        return getattr(self.block, f"layer_scale{branch}").lambda1
 
     def project(self, x: Tensor, source: str) -> Tensor:
-        """Return the output of one of the three modules."""
-        return self.projections[SOURCES.index(source)](x)
+        """Return the output of one of the three modules, without calling the hooks on it."""
+        module = self.projections[PROJECTIONS.index(source)]
+        return linear(x, module.weight, module.bias)
 
     def _register_hooks(self, receive: Callable[[QKV], None]) -> list[RemovableHandle]:
         captured: dict[str, Tensor] = {}
 
         def capture(source: str, _module: nn.Module, _args: tuple[Tensor], projected: Tensor) -> None:
             captured[source] = projected
-            if len(captured) == len(SOURCES):
+            if len(captured) == len(PROJECTIONS):
                 receive(QKV(self, dict(captured)))
                 captured.clear()
 
         return [module.register_forward_hook(Hook(partial(capture, source)))
-                for source, module in zip(SOURCES, self.projections, strict=True)]
+                for source, module in zip(PROJECTIONS, self.projections, strict=True)]

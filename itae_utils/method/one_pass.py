@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from itae_utils.method.anatomy import adapt, block_inputs
-from itae_utils.method.artifacts import FiringRule, capture_truth, patch_norms, select_artifacts
-from itae_utils.method.attention import attenuate, attenuated_logits, scaled_logits
-from itae_utils.method.layers import BlockInput
+from itae_utils.method.artifacts import FiringRule, capture_truth, select_artifacts
+from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, substituted
+from itae_utils.method.direction import directions_of
+from itae_utils.method.layers import QKV, BlockAdapter, BlockInput, scaled_logits
 from itae_utils.method.setting import ITAE
+from itae_utils.method.statistics import patch_statistic
 
 # The last bits of an output depend on how many rows are computed at once. So there are always this many: the baseline
 # and up to seven variants, padded with the baseline.
@@ -43,6 +45,8 @@ class OnePass:
         # Variants with equal edits are next to each other, so that they are edited at once.
         self.shallow = sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name]))
         self.captured = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
+        self.directions = {itae.rank: directions_of(model, self.last, itae) for itae in edited.values()
+                           if itae.source == "direction"}
         self.truth = truth if any(itae.select == "oracle" for itae in edited.values()) else None
 
     def _first_block(self, name: str) -> int:
@@ -58,7 +62,7 @@ class OnePass:
         image_numbers = range(first_image, first_image + len(images))
         with capture_truth(self.truth, self.model) as captured:
             inputs = block_inputs(self.model, images, self.captured)
-        last_block = _LastBlock(self.model, inputs[self.last], image_numbers, captured.mask)
+        last_block = _LastBlock(self.model, inputs[self.last], image_numbers, captured.mask, self.directions)
         baseline, *outputs = last_block.run([self.settings[name] for name in self.shallow])
         results = dict(zip(self.shallow, outputs, strict=True))
         results |= {name: baseline for name, itae in self.settings.items() if itae is None}
@@ -74,7 +78,8 @@ class OnePass:
         with attenuate(self.model, itae, truth=truth, first_image=image_numbers.start):
             for index in range(first, self.last):
                 tokens = replace(inputs[index], tokens=tokens).run(self.model.blocks[index])
-        last_block = _LastBlock(self.model, replace(inputs[self.last], tokens=tokens), image_numbers, truth)
+        last_block = _LastBlock(self.model, replace(inputs[self.last], tokens=tokens), image_numbers, truth,
+                                self.directions)
         _, output = last_block.run([itae])
         output.changed |= (tokens != inputs[self.last].tokens).flatten(1).any(dim=1)
         return output
@@ -97,18 +102,29 @@ def _edit(itae: ITAE) -> tuple[str, float]:
     return itae.attenuation, itae.alpha
 
 
+class _Projections(dict):
+    """Queries, keys and values of normed tokens x (B, T, C), each computed when it is first read."""
+
+    def __init__(self, adapter: BlockAdapter, x: Tensor) -> None:
+        self._adapter, self._x = adapter, x
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self._adapter.project(self._x, name)
+        return self[name]
+
+
 class _LastBlock:
     """The last block for one batch, computed for `[CLS]` alone; all variants share its keys and logits."""
 
-    def __init__(self, model: nn.Module, inputs: BlockInput, image_numbers: range, truth: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, inputs: BlockInput, image_numbers: range, truth: Tensor | None,
+                 directions: Mapping[int, Tensor]) -> None:
         self.model, self.adapter = model, adapt(model).blocks[-1]
-        self.image_numbers, self.truth = image_numbers, truth
+        self.image_numbers, self.truth, self.directions = image_numbers, truth, directions
         self.cls_token, self.x = inputs.tokens[:, 0], self.adapter.block.norm1(inputs.tokens)
+        self.qkv = QKV(self.adapter, _Projections(self.adapter, self.x), inputs.rope, inputs.tokens)
         query = self.adapter.project(self.x[:, :1], "query")
-        self.key = self.adapter.project(self.x, "key")
-        self.logits = scaled_logits(self.adapter.heads("query", query, inputs.rope),
-                                    self.adapter.heads("key", self.key, inputs.rope))
-        self.norms: dict[str, Tensor] = {}
+        self.logits = scaled_logits(self.adapter.heads("query", query, inputs.rope), self.qkv.heads("key"))
+        self.statistics: dict[tuple[str, int], Tensor] = {}
 
     def run(self, settings: Sequence[ITAE]) -> list[_Output]:
         """Return the output of the baseline, then of each setting."""
@@ -127,15 +143,31 @@ class _LastBlock:
             rows.append(attenuated_logits(self.logits, torch.stack(selected, dim=1), alike[0]))
             artifacts += selected
         logits = torch.cat(rows + [self.logits] * (GROUP - len(artifacts)), dim=2)
-        heads = self.adapter.value_sums(logits.softmax(dim=-1), self.x).permute(2, 0, 1, 3).flatten(2)
+        weights, further = self._substitute(logits.softmax(dim=-1), settings, artifacts[1:])
+        heads = self.adapter.value_sums(weights, self.x, further).permute(2, 0, 1, 3).flatten(2)
         tokens = self.adapter.finish(self.cls_token, self.x[:, 0], heads)  # (GROUP, B, C)
         outputs = self.model.fc_norm(self.model.norm(tokens))  # one of the two is the final norm, the other an Identity
-        changed = (logits != self.logits).any(dim=-1).any(dim=1)
+        changed = (weights != weights[:, :, :1]).any(dim=-1).any(dim=1)
         return [_Output(outputs[index], selected, changed[:, index]) for index, selected in enumerate(artifacts)]
 
+    def _substitute(self, weights: Tensor, settings: Sequence[ITAE], artifacts: Sequence[Tensor]
+                    ) -> tuple[Tensor, Tensor | None]:
+        """Return the weights (B, H, GROUP, T) without those of substituted tokens, and the weighted substitutes."""
+        vectors = {row: check_substitutes(itae)[-1] for row, itae in enumerate(settings, start=1)}
+        vectors = {row: vector for row, vector in vectors.items() if vector is not None}
+        if not vectors:
+            return weights, None
+        further = weights.new_zeros(*weights.shape[:3], self.x.shape[-1])
+        for row, vector in vectors.items():
+            place = slice(row, row + 1)
+            weights[:, :, place], share = substituted(weights[:, :, place], artifacts[row - 1])
+            further[:, :, place] = share * torch.tensor(vector, dtype=weights.dtype, device=weights.device)
+        return weights, further
+
     def _select(self, itae: ITAE) -> Tensor:
-        if itae.source not in self.norms:
-            projected = self.key if itae.source == "key" else self.adapter.project(self.x, itae.source)
-            self.norms[itae.source] = patch_norms(projected, self.model.num_prefix_tokens)
-        return select_artifacts(self.norms[itae.source], itae.thresholds[-1], itae, block=len(self.model.blocks) - 1,
+        index, key = len(self.model.blocks) - 1, (itae.source, itae.rank)
+        if key not in self.statistics:
+            self.statistics[key] = patch_statistic(itae.source, self.qkv, self.model.num_prefix_tokens,
+                                                   self.directions.get(itae.rank), self.logits)
+        return select_artifacts(self.statistics[key], itae.thresholds[-1], itae, block=index,
                                 image_numbers=self.image_numbers, truth=self.truth)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal
 
 from itae_utils.errors import ItaeError, whole_number
 
-SOURCES = ("query", "key", "value")  # in the order of a fused qkv projection
-ATTENUATIONS = ("min", "mask", "mean", "scale")
+PROJECTIONS = ("query", "key", "value")  # in the order of a fused qkv projection
+NORMS = (*PROJECTIONS, "token")
+SOURCES = (*NORMS, "direction", "attention")
+SIDES = dict.fromkeys(PROJECTIONS, "low") | dict.fromkeys(("token", "direction", "attention"), "high")
+TAILS = ("low", "high")
+ATTENUATIONS = ("min", "mask", "mean", "scale", "spread", "clip", "substitute")
+NEEDS_NORMAL = ("mean", "spread", "clip")  # they leave an image without normal patches as it is
 ROWS = ("cls", "all")
 SELECTIONS = ("threshold", "random", "oracle")
 
@@ -20,12 +26,21 @@ class ITAE:
     """One setting of Inference-Time Attention Engineering (paper, method section).
 
     Attributes:
-        source: the projection P whose norms identify artifacts: the patches with ‖P_i‖₂ ≤ θ.
-        threshold: θ. A number, one number per edited block in block order (None leaves that block unedited), or "auto",
-            which is fitted without labels.
-        attenuation: the new logit of an artifact. "min" is the smallest logit of the row over the patches (the paper's
-            choice), "mask" is −∞, "mean" is the mean logit of the row over the normal patches, and "scale" multiplies
-            the attention weight by `alpha`.
+        source: the statistic that identifies artifacts. "query", "key" and "value" are the L2 norms ‖P_i‖ of these
+            projections (the paper's). "token" is the norm of the token that enters the block, "direction" the share of
+            that token's length along the `rank` leading singular directions of the blocks before (SINDER,
+            arXiv 2407.16826), and "attention" the patch's share of the `[CLS]` row, the mean over the heads.
+        threshold: θ. A number, one number per edited block in block order (None leaves that block unedited), or a rule
+            that is applied to a sample without labels: "auto" takes the valley between two modes, "share:2%" the
+            extreme 2 % of the patches, and "sd:3" those beyond the mean by 3 standard deviations.
+        tail: the side of θ on which the artifacts lie, "low" (P_i ≤ θ) or "high" (P_i ≥ θ). None is low for "query",
+            "key" and "value" (the paper's choice), and high for the others. "direction" and "attention" are never low.
+        rank: number of singular directions, for "direction".
+        attenuation: the edit. "min" sets the artifacts' logits to the smallest logit of the row over the patches (the
+            paper's choice), "mask" to −∞, "mean" to the mean logit of the row over the normal patches. "scale"
+            multiplies their attention weights by `alpha`, "spread" shares their weights evenly among the normal
+            patches, and "clip" cuts their logits at the row's largest logit of a normal patch. "substitute" keeps the
+            weights, and replaces the artifacts' values by their mean over a sample.
         alpha: factor on the weights for "scale", in (0, 1). The row is renormalised afterwards.
         blocks: number of blocks that are edited, counted from the last. The paper edits one.
         rows: the query rows that are edited, "cls" (the paper's choice) or "all". With one block both give the same
@@ -33,26 +48,35 @@ class ITAE:
         select: "threshold" is the method. Two controls replace its patches: "random" draws as many patches as the
             threshold finds, and "oracle" takes the true artifacts, if they are known, and ignores the threshold.
         seed: seed of the random control.
+        substitutes: for "substitute", the token (C,) after the block's first norm whose value replaces those of the
+            artifacts, one per edited block; None where there is no artifact. `fit_setting` fills them in.
 
     Raises:
         ItaeError: a value is not one of these.
     """
 
-    source: Literal["query", "key", "value"] = "key"
-    threshold: float | Literal["auto"] | tuple[float | None, ...] = "auto"
-    attenuation: Literal["min", "mask", "mean", "scale"] = "min"
+    source: Literal["query", "key", "value", "token", "direction", "attention"] = "key"
+    threshold: float | str | tuple[float | None, ...] = "auto"
+    attenuation: Literal["min", "mask", "mean", "scale", "spread", "clip", "substitute"] = "min"
     alpha: float = 0.1
     blocks: int = 1
     rows: Literal["cls", "all"] = "cls"
     select: Literal["threshold", "random", "oracle"] = "threshold"
     seed: int = 0
+    tail: Literal["low", "high"] | None = None
+    rank: int = 1
+    substitutes: tuple[tuple[float, ...] | None, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, allowed in [("source", SOURCES), ("attenuation", ATTENUATIONS), ("rows", ROWS),
                               ("select", SELECTIONS)]:
             if getattr(self, name) not in allowed:
                 raise ItaeError(f"{name}={getattr(self, name)!r} is not known: use one of {', '.join(allowed)}")
-        for name, least in [("blocks", 1), ("seed", 0)]:
+        if self.tail is not None and self.tail not in TAILS:
+            raise ItaeError(f"tail={self.tail!r} is not known: use low, high or None")
+        if self.tail == "low" and self.source not in NORMS:
+            raise ItaeError(f"tail='low' with source={self.source!r}: its artifacts are high, leave tail out")
+        for name, least in [("blocks", 1), ("seed", 0), ("rank", 1)]:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not (_is_number(self.alpha) and 0 < self.alpha < 1):
             raise ItaeError(f"alpha={self.alpha!r} must be a number between 0 and 1, both excluded (use 'mask' for 0)")
@@ -64,7 +88,8 @@ class ITAE:
             object.__setattr__(self, "rows", "cls")
 
     def _check_threshold(self) -> None:
-        if isinstance(self.threshold, str) and self.threshold == "auto":
+        if isinstance(self.threshold, str):
+            threshold_rule(self.threshold)
             return
         values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         if isinstance(self.threshold, tuple) and len(values) != self.blocks:
@@ -72,21 +97,68 @@ class ITAE:
                             "give one number per block")
         for value in values:
             if value is not None and not (_is_number(value) and value >= 0):
-                raise ItaeError(f"threshold={value!r} must be a number of at least 0, or 'auto'")
+                raise ItaeError(f"threshold={value!r} must be a number of at least 0, or {RULE_WORDS}")
+
+    @property
+    def side(self) -> Literal["low", "high"]:
+        """Return the side of θ on which the artifacts lie."""
+        return self.tail or SIDES[self.source]
+
+    @property
+    def needs_threshold(self) -> bool:
+        """Return whether θ is still a rule, which `fit_setting` turns into numbers."""
+        return isinstance(self.threshold, str) and self.select != "oracle"
+
+    @property
+    def needs_substitutes(self) -> bool:
+        """Return whether the edit needs vectors, which `fit_setting` measures."""
+        return self.attenuation == "substitute" and self.substitutes is None
 
     @property
     def thresholds(self) -> tuple[float | None, ...]:
-        """Return θ of each edited block, in block order; None where no patch is selected by its norm.
+        """Return θ of each edited block, in block order; None where no patch is selected by it.
 
         Raises:
-            ItaeError: the threshold is still "auto".
+            ItaeError: the threshold is still a rule.
         """
         if self.select == "oracle":
             return (None,) * self.blocks
-        if self.threshold == "auto":
-            raise ItaeError("threshold='auto' is not a number yet: "
-                            "fit_thresholds(backbone, dataset)[block, source].threshold gives one")
+        if isinstance(self.threshold, str):
+            raise ItaeError(f"threshold={self.threshold!r} is not a number yet: "
+                            "use the setting that fit_setting(backbone, dataset, setting) returns")
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * self.blocks
+
+
+RULE_WORDS = "'auto', 'share:2%' or 'sd:3'"
+
+
+def threshold_rule(text: str) -> tuple[str, float]:
+    """Return the kind of a rule for θ and its number: "auto" → ("auto", 0), "share:2%" → ("share", 0.02), "sd:3".
+
+    Raises:
+        ItaeError: another text, a share outside (0 %, 50 %), or a number of standard deviations that is not above 0.
+    """
+    if text == "auto":
+        return "auto", 0.0
+    if found := re.fullmatch(r"share:\s*([\d.e+-]+)\s*%", text):
+        number = _number(found[1])
+        if number is not None and 0 < number < 50:
+            return "share", number / 100
+        raise ItaeError(f"threshold={text!r}: use a share above 0 % and below 50 %, such as 'share:2%'")
+    if found := re.fullmatch(r"sd:\s*([\d.e+-]+)", text):
+        number = _number(found[1])
+        if number is not None and number > 0:
+            return "sd", number
+        raise ItaeError(f"threshold={text!r}: use a number of standard deviations above 0, such as 'sd:3'")
+    raise ItaeError(f"threshold={text!r} is not known: use a number of at least 0, or {RULE_WORDS}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _is_number(value: object) -> bool:

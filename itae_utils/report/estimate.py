@@ -13,7 +13,8 @@ import torch
 from itae_utils.data.datasets import size
 from itae_utils.data.huggingface import PREFIX
 from itae_utils.data.published import DATASETS, unpacked_folder
-from itae_utils.extraction.observation import SAMPLE
+from itae_utils.extraction.fitting import SAMPLE
+from itae_utils.method.setting import ATTENUATIONS
 from itae_utils.models.backbones import stock_model
 from itae_utils.models.hub import cached_weights
 from itae_utils.models.registry import BACKBONES
@@ -25,6 +26,7 @@ MODEL_EFFICIENCY, KMEANS_EFFICIENCY = 0.5, 0.7  # of a matrix product's rate
 USUAL_ROUNDS = 5  # of products of all centres, which a start of k-means takes
 SCORE = 12_000  # operations per start, image and cluster that k-means takes beside its products: it waits for memory
 DRAWS = 1000  # of an interval
+HARM_STEPS = 4  # comparisons of edits in notebook 02
 TABLE, MATCH = 1.5e-8, 3e-11  # seconds per image in a contingency table, and per cubed class in a match
 SPREAD = 3  # the estimate may be wrong by this factor, in either direction
 
@@ -163,6 +165,7 @@ def work(
     elif key == "02":  # the deeper settings run the last blocks by themselves
         columns = len(parameters.get("percents", ())) + 1
         clusterings = len(parameters.get("sources", ())) * columns * (len(parameters.get("attenuations", ())) + 1)
+        clusterings, comparisons = clusterings + len(ATTENUATIONS), HARM_STEPS
         passes = fit + 1.6 * images
     else:  # the model, and the same with random weights; raw pixels and the variants are clustered
         passes, clusterings, comparisons = fit + 2 * (images + fitted), 6, 5

@@ -14,6 +14,7 @@ from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
 from itae_utils.figures.style import save
 from itae_utils.files import make_folder
+from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone, load_backbone
 from itae_utils.report import rules
 from itae_utils.report.parameters import notebooks_folder, read_code, read_notebook
@@ -127,6 +128,13 @@ class NotebookRun:
         """Return the seed of "subset", "threshold", "control" or "kmeans": its option, else the parameter `seed`."""
         own = self.options[f"{of}_seed"]
         return int(self.parameters["seed"] if own is None else own)
+
+    def setting(self, **changes: object) -> ITAE:
+        """Return the setting of the method that the parameters and options name, with some changes."""
+        values = self.options | self.parameters
+        names = ("source", "threshold", "tail", "rank", "attenuation", "alpha")
+        named = {name: values[name] for name in names if name in values}
+        return ITAE(**named | {"seed": self.seed("control")} | changes)
 
     @property
     def reading(self) -> dict[str, object]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.setting import ATTENUATIONS, SOURCES
+from itae_utils.method.setting import ATTENUATIONS, NORMS, SOURCES, TAILS, threshold_rule
 from itae_utils.models.registry import POS_EMBEDS, PRECISIONS, PREPROCESSING
 
 LARGEST = 2**31 - 1  # upper limit of every seed and count
@@ -26,6 +26,16 @@ class Rule:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_threshold(value: object) -> bool:
+    if not isinstance(value, str):
+        return _is_number(value) and value >= 0
+    try:
+        threshold_rule(value)
+    except ItaeError:
+        return False
+    return True
 
 
 def _is_list(value: object) -> bool:
@@ -64,8 +74,10 @@ RULES: dict[str, Rule] = {
     "limit": _whole(1, None),
     "source": _one_of(SOURCES),
     "sources": _some_of(SOURCES),
-    "threshold": Rule(lambda value: value == "auto" or (_is_number(value) and value >= 0),
-                      "a number of at least 0, or auto"),
+    "threshold": Rule(_is_threshold, "a number of at least 0, auto, a share of the patches above 0 % and below 50 % "
+                                     "such as share:2%, or standard deviations above 0 such as sd:3"),
+    "tail": Rule(lambda value: value in (*TAILS, None), "low, high or null"),
+    "rank": _whole(1),
     "attenuation": _one_of(ATTENUATIONS),
     "attenuations": _some_of(ATTENUATIONS),
     "alpha": Rule(lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1, both excluded"),
@@ -121,6 +133,8 @@ OPTIONS: dict[str, object] = {
     "label_column": None,
     "batch_size": "auto",     # images per batch
     "num_workers": "auto",    # processes that load images
+    "tail": None,             # side of θ on which artifacts lie, "low" or "high"; None is the usual one of the source
+    "rank": 1,                # number of singular directions, for the source "direction"
     "algorithm": "exact",     # of k-means, also "scikit-learn" or "mini-batch"
     "store": "auto",          # where features are stored: a folder, a URL, or "none"
     "dask": "auto",           # a scheduler's address, or "local:N" for N processes
@@ -145,11 +159,14 @@ def check_values(parameters: Mapping[str, object], origin: str = "") -> None:
     Raises:
         ItaeError: a value is not valid; the message names the parameter, the value and the valid values.
     """
-    prefix = f"{origin}: " if origin else ""
-    for name, value in {**parameters, **_options(parameters)}.items():
+    prefix, values = f"{origin}: " if origin else "", {**parameters, **_options(parameters)}
+    for name, value in values.items():
         if name in RULES and not RULES[name].allows(value):
             raise ItaeError(f"{prefix}{name}={value!r} is not valid: use {RULES[name].words}")
         check_encoding(name, value)
+    if values.get("tail") == "low" and (source := values.get("source", NORMS[0])) not in NORMS:
+        raise ItaeError(f"{prefix}tail='low' is not valid with source={source!r}, whose artifacts are high: leave it "
+                        "out")
 
 
 def check_options(options: Mapping[str, object], known: Mapping[str, object], origin: str = "options") -> None:

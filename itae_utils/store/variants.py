@@ -34,7 +34,7 @@ from itae_utils.store.store import ArrayKind, Store, code_digest, digest
 # Modules and packages that can change norms and features: a change of their code makes stored ones invalid.
 CODE = ("data/datasets.py", "data/folders.py", "data/huggingface.py", "data/images.py", "data/items.py",
         "data/published.py", "models/*.py", "models/demo/__init__.py", "method/*.py", "extraction/batches.py",
-        "extraction/job.py", "extraction/observation.py")
+        "extraction/fitting.py", "extraction/job.py", "extraction/observation.py")
 PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may change the last bits
 
 
@@ -85,6 +85,16 @@ class Place:
         return compute()
 
 
+    def remembered_of_model(self, kind: str, options: Mapping[str, object],
+                            compute: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """Return `remembered` for what depends on the model alone, not on the images."""
+        with suppress(Unidentified):
+            if self.store is not None:
+                key = {name: self.key[name] for name in ("code", "versions", "weights_sha256", "model", "heads")}
+                return self.store.remembered(kind, key | options, compute)
+        return compute()
+
+
 def device_name(device: torch.device) -> str:
     """Return the model name of a GPU, such as "NVIDIA A100-SXM4-40GB", or the type of another device, such as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -105,15 +115,16 @@ def setting_key(itae: ITAE | None, truth: FiringRule | None = None) -> dict[str,
     """Return the settings that have an effect on a variant, with numeric thresholds; {} for the unmodified model."""
     if itae is None:
         return {}
-    key = asdict(itae)
-    if itae.attenuation != "scale":
-        del key["alpha"]
-    if itae.select != "random":
-        del key["seed"]
+    key = asdict(itae) | {"tail": itae.side}
+    unused = [name for name, used in (("alpha", itae.attenuation == "scale"), ("seed", itae.select == "random"),
+                                      ("rank", itae.source == "direction"), ("substitutes", itae.substitutes))
+              if not used]
     if itae.select == "oracle":
-        del key["source"], key["threshold"]
-        return key | {"truth": asdict(truth)}
-    return key | {"threshold": [None if value is None else float(value) for value in itae.thresholds]}
+        unused += ["source", "threshold", "tail", "rank"]
+        key["truth"] = asdict(truth)
+    else:
+        key["threshold"] = [None if value is None else float(value) for value in itae.thresholds]
+    return {name: value for name, value in key.items() if name not in unused}
 
 
 class StoredVariant:

@@ -141,7 +141,7 @@ def test_numbers(tmp_path):
 def test_unknown_settings_are_listed_with_the_values_used(tmp_path):
     table = comparison.settings_table([pairing_of(tmp_path, "dinov2_vitb14", "tiny-imagenet")])
     assert table["used here"].tolist() == [
-        "key", "θ = 2.5 on ‖key‖, last block (from the norms alone)", "28 px", "resize",
+        "key", "θ = 2.5 on ‖key‖₂, last block (found without labels)", "28 px", "resize",
         "scaled to length 1, not reduced", "k-means++, best of 10 starts, 3 seeds from 4", "dinov2_vitb14",
         "measured here, in the rows “baseline”"]
     assert (comparison.settings_table([])["used here"] == "not run").all()
@@ -149,8 +149,16 @@ def test_unknown_settings_are_listed_with_the_values_used(tmp_path):
     write_pairing(tmp_path / "two" / "b", "demo", "stl10")
     pairings, _ = collect(tmp_path / "two")
     assert comparison.settings_table(pairings)["used here"].iloc[1] == (
-        "θ = 2.5 on ‖key‖, last block (from the norms alone) (demo on stl10); "
-        "no θ found on ‖key‖, last block (demo on digits)")
+        "θ = 2.5 on ‖key‖₂, last block (found without labels) (demo on stl10); "
+        "no θ found on ‖key‖₂, last block (demo on digits)")
+
+
+@pytest.mark.parametrize(("threshold", "how"), [(2.5, "given"), (2, "given"), ("auto", "found without labels"),
+                                                ("share:2%", "share:2%"), ("sd:3", "sd:3")])
+def test_the_threshold_used_is_listed_with_its_origin(tmp_path, threshold, how):
+    pairing = pairing_of(tmp_path, "demo", "digits")
+    pairing.scores["parameters"]["threshold"] = threshold
+    assert comparison.settings_table([pairing])["used here"].iloc[1] == f"θ = 2.5 on ‖key‖₂, last block ({how})"
 
 
 def test_ablation_table(tmp_path):

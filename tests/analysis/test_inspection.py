@@ -6,9 +6,10 @@ from itae_utils.analysis import inspection
 from itae_utils.analysis.inspection import inspect_images
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
-from itae_utils.method.artifacts import qkv_norms, token_norms
 from itae_utils.method.attention import attention_map
-from itae_utils.method.setting import ITAE
+from itae_utils.method.direction import singular_directions
+from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
+from itae_utils.method.statistics import qkv_norms, token_norms
 from itae_utils.models.backbones import load_backbone
 from tests.conftest import as_backbone, tiny_vit
 
@@ -54,13 +55,109 @@ def test_maps_are_those_of_the_model(tmp_path, structure):
     theta = float(np.median(norms))
     (image,) = inspect_images([tmp_path / "a.png"], backbone=backbone, source="value", threshold=theta).images
     setting = ITAE(source="value", threshold=theta)
-    np.testing.assert_array_equal(image.norms, norms)
+    np.testing.assert_array_equal(image.statistic, norms)
     np.testing.assert_array_equal(image.artifacts, norms <= theta)
     np.testing.assert_array_equal(image.before, attention_map(backbone.model, tensor)[0].numpy())
     np.testing.assert_array_equal(image.after, attention_map(backbone.model, tensor, itae=setting)[0].numpy())
     hidden = token_norms(backbone.model, tensor)[0].numpy()
     assert any(np.array_equal(image.hidden, block) for block in hidden)
     assert image.picture.shape == (32, 48, 3)
+
+
+@pytest.fixture
+def noise(tmp_path):
+    """A random picture of 4 × 6 patches, and the tiny model that sees it as a tensor."""
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    backbone = as_backbone(tiny_vit())
+    return tmp_path / "noise.png", backbone, backbone.preprocessing.resized(Image.open(tmp_path / "noise.png"),
+                                                                            (32, 48))[None]
+
+
+def expected_statistic(backbone, tensor, source, rank):
+    """Measure a statistic of the last block's patches, one by one from the tokens that enter it."""
+    model = backbone.model
+    if source == "attention":
+        return attention_map(model, tensor)[0].numpy()
+    if source in ("query", "key", "value"):
+        return qkv_norms(model, tensor)[source][0].numpy()
+    entered = []
+    handle = model.blocks[-1].register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
+    model(tensor)
+    handle.remove()
+    tokens = entered[0][0, model.num_prefix_tokens:].double().numpy()
+    if source == "direction":
+        along = tokens @ singular_directions(model, len(model.blocks) - 1, rank).numpy()
+        values = [np.sqrt((part ** 2).sum() / (token ** 2).sum()) for part, token in zip(along, tokens, strict=True)]
+    else:
+        values = [np.sqrt((token ** 2).sum()) for token in tokens]
+    return np.reshape(values, (4, 6))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_and_side_with_a_share(noise, source):
+    path, backbone, tensor = noise
+    expected = expected_statistic(backbone, tensor, source, rank=2)
+    for tail in ("low", "high", None) if source in ("query", "key", "value", "token") else ("high", None):
+        found = inspect_images(path, backbone=backbone, source=source, threshold="share:25%", tail=tail, rank=2)
+        (image,) = found.images
+        np.testing.assert_allclose(image.statistic, expected, rtol=1e-5)
+        assert image.artifacts.sum() == 6
+        order, low = expected.ravel().argsort(), (tail or ("low" if source in ("query", "key", "value") else "high"))
+        assert set(np.flatnonzero(image.artifacts)) == set(order[:6] if low == "low" else order[-6:])
+        assert f"6 of 24 patches lie at or {'below' if low == 'low' else 'above'} it" in found.lines[1]
+        assert found.source == source
+
+
+def test_standard_deviations(noise):
+    path, backbone, tensor = noise
+    expected = expected_statistic(backbone, tensor, "token", rank=1)
+    (image,) = inspect_images(path, backbone=backbone, source="token", threshold="sd:1.5").images
+    np.testing.assert_array_equal(image.artifacts, expected > expected.mean() + 1.5 * expected.std())
+    assert image.artifacts.any()
+
+
+@pytest.mark.parametrize("attenuation", ATTENUATIONS)
+def test_attenuations(noise, attenuation):
+    path, backbone, tensor = noise
+    found = inspect_images(path, backbone=backbone, threshold="share:25%", attenuation=attenuation)
+    (image,), words = found.images, "the attention stays as it is"
+    if attenuation == "substitute":
+        np.testing.assert_array_equal(image.after, image.before)
+        assert words in found.lines[1]
+        return
+    theta = float(np.sort(image.statistic, axis=None)[5:7].mean())
+    after = attention_map(backbone.model, tensor, itae=ITAE(threshold=theta, attenuation=attenuation))[0].numpy()
+    np.testing.assert_allclose(image.after, after, rtol=1e-5, atol=1e-8)
+    assert not np.allclose(after, image.before, rtol=1e-3)
+    assert words not in found.lines[1]
+
+
+def test_the_reason_names_the_side_that_has_a_second_mode(tmp_path, digits):
+    """The planted artifacts have small keys and large tokens."""
+    paths = [tmp_path / f"{index}.png" for index in range(45)]
+    for index, path in enumerate(paths):
+        digits[index][0].save(path)
+    wrong = inspect_images(paths, source="token", tail="low")
+    assert "set tail='high'" in wrong.threshold
+    assert all(image.after is None for image in wrong.images)
+    right = inspect_images(paths, source="token")
+    assert "two modes" in right.threshold
+    low_keys = inspect_images(paths)
+    both, either = (sum(np.count_nonzero(join(one.artifacts, other.artifacts)) for one, other
+                        in zip(right.images, low_keys.images, strict=True)) for join in (np.logical_and, np.logical_or))
+    assert both / either > 0.9
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rank": 25}, "rank=25 .*24"), ({"backbone": as_backbone(tiny_vit("qk_norm", depth=1))}, "direction"),
+    ({"backbone": as_backbone(tiny_vit("scale_norm"))}, "block 0 has a norm inside its attention"),
+])
+def test_a_direction_that_the_model_does_not_have(noise, change, message):
+    path, backbone, _ = noise
+    with pytest.raises(ItaeError, match=message):
+        inspect_images(path, **{"backbone": backbone, "source": "direction"} | change)
+    inspect_images(path, **{"backbone": backbone, "source": "token"} | change)
 
 
 def test_peak_block_is_where_a_token_is_longest_against_the_median():
@@ -90,7 +187,7 @@ def test_theta_is_fitted_to_all_given_images_together(tmp_path, digits):
     with backbone.truth.capture(backbone.model) as captured:
         for image, index in zip(found.images, range(45), strict=True):
             backbone.model(backbone.transform(digits[index][0])[None])
-            np.testing.assert_array_equal(image.artifacts, image.norms <= theta)
+            np.testing.assert_array_equal(image.artifacts, image.statistic <= theta)
             assert not (image.artifacts.ravel() & ~captured.mask[0].numpy()).any()
 
 
@@ -100,6 +197,12 @@ def test_theta_is_fitted_to_all_given_images_together(tmp_path, digits):
     ({"paths": ["missing.png"]}, "'missing.png'"),
     ({"source": "hidden"}, "source='hidden'"),
     ({"threshold": -1.0}, "threshold=-1.0"),
+    ({"threshold": "share:50%"}, "'share:50%'"),
+    ({"threshold": "sd:0"}, "'sd:0'"),
+    ({"tail": "upper"}, "tail='upper'"),
+    ({"tail": "low", "source": "attention"}, "tail='low' with source='attention'"),
+    ({"rank": 0}, "rank=0"),
+    ({"attenuation": "max"}, "attenuation='max'"),
     ({"on_error": "ignore"}, "on_error='ignore'"),
     ({"image_size": 30}, "30"),
     ({"checkpoint": "w.pth"}, "w.pth"),

@@ -6,6 +6,7 @@ from sklearn.metrics import adjusted_rand_score
 from itae_utils.analysis import scoring
 from itae_utils.analysis.metrics import evaluate_clustering, paired_bootstrap
 from itae_utils.errors import ItaeError
+from itae_utils.method.setting import ATTENUATIONS
 from itae_utils.store.housekeeping import list_entries
 from itae_utils.store.store import open_store
 
@@ -68,6 +69,23 @@ def test_difference_table_is_paired_bootstrap_against_the_baseline():
     assert table.words["b", "acc"].startswith("+0.")
 
 
+def test_harms_are_paired_bootstraps_of_the_two_sides_of_each_step():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 3, 90)
+    labels = {name: np.where(rng.random((2, 90)) < right, targets, rng.integers(0, 3, (2, 90)))
+              for name, right in [("baseline", 0.3), *((f"edit {each}", 0.5) for each in ATTENUATIONS)]}
+    table = scoring.harm_table(targets, labels, draws=30, seed=1)
+    steps = [("baseline", "edit substitute"), ("edit substitute", "edit mask"), ("edit substitute", "edit spread"),
+             ("baseline", "edit mask")]
+    assert len(table) == 3 * len(steps)
+    for step, (one, other) in zip(table.index.unique("step"), steps, strict=True):
+        expected = paired_bootstrap(targets, labels[one], labels[other], draws=30, seed=1)
+        pd.testing.assert_frame_equal(table.loc[step], expected)
+        assert all(name.removeprefix("edit ") in step for name in (one, other)), "the step says what it compares"
+    both, parts = table.difference.loc[list(table.index.unique("step"))[3]], table.difference
+    np.testing.assert_allclose(both, sum(parts.loc[step] for step in table.index.unique("step")[:2]))
+
+
 def test_class_accuracy_against_a_slow_count():
     targets = np.array([5, 5, 5, 7, 7, 9])
     labels = np.array([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
@@ -84,6 +102,7 @@ def test_class_accuracy_against_a_slow_count():
     (lambda: scoring.score_labels([0, 1], [[0, 1]], [0]), "list"),
     (lambda: scoring.agreement_scores({}), "dict"),
     (lambda: scoring.difference_table([0, 1], {"itae": [[0, 1]]}), "'baseline'"),
+    (lambda: scoring.harm_table([0, 1], {"baseline": [[0, 1]], "edit mask": [[0, 1]]}), "'edit substitute'"),
 ])
 def test_wrong_objects_are_named(call, named):
     with pytest.raises(ItaeError, match=named) as raised:

@@ -8,6 +8,7 @@ from nbconvert.filters import markdown2html
 
 from itae_utils.analysis import words
 from itae_utils.data.datasets import load_dataset
+from itae_utils.method.setting import SOURCES
 from itae_utils.method.thresholds import fit_threshold
 from itae_utils.models.backbones import load_backbone
 from itae_utils.results import check_results
@@ -96,18 +97,49 @@ def test_runs_of_k_means_are_described(seeds, n_init, numbers):
     assert all(number in words.describe_runs(seeds, n_init) for number in numbers)
 
 
+@pytest.mark.parametrize(("source", "name", "symbol"), [
+    ("key", "norm of the key", "‖key‖₂"), ("token", "norm of the token", "‖token‖₂"),
+    ("direction", "share along the singular direction", "|cos(token, direction)|"),
+    ("attention", "share of the [CLS] attention", "[CLS] attention"),
+])
+def test_statistics_have_a_name_and_a_symbol(source, name, symbol):
+    assert words.statistic_name(source) == name
+    assert words.symbol(source) == symbol
+    assert words.condition(source, "low", 2.46449) == f"{symbol} ≤ 2.464"
+    assert words.condition(source, "high", 150.0) == f"{symbol} ≥ 150"
+
+
+def test_no_two_statistics_have_the_same_words():
+    assert len(set(map(words.statistic_name, SOURCES))) == len(set(map(words.symbol, SOURCES))) == len(SOURCES) == 6
+
+
 def test_threshold_is_described_with_its_origin():
     rng = np.random.default_rng(0)
     two = fit_threshold(np.concatenate([rng.normal(1, 0.05, 200), rng.normal(8, 0.5, 3800)]))
     one, few = fit_threshold(rng.normal(8, 0.5, 4000)), fit_threshold(np.arange(1.0, 1000.0))
-    found, given, none, untested = (words.describe_threshold("key", fit, threshold) for fit, threshold in (
-        (two, two.threshold), (two, 3.0), (one, None), (few, None)))
+    found, given, none, untested = (words.describe_threshold("key", fit, threshold, rule) for fit, threshold, rule in (
+        (two, two.threshold, "auto"), (two, 3.0, 3.0), (one, None, "auto"), (few, None, "auto")))
     assert found.startswith(f"θ = {two.threshold:.4g} on the norm of the key")
     assert "θ = 3 " in given
     assert "given" in given
     assert one.reason in none
     assert "999 patches" in untested
     assert len({text.split("**")[1] for text in (none, untested)}) == 2
+
+
+@pytest.mark.parametrize("side", ["low", "high"])
+@pytest.mark.parametrize("rule", ["share:2%", "share:0.5%", "sd:2", 6.5])
+def test_theta_from_elsewhere_is_described_with_its_rule_and_the_share_beyond_it(side, rule):
+    values = np.random.default_rng(0).normal(8, 0.5, 4000)
+    fit = fit_threshold(values, side=side)
+    theta = fit.apply(rule)
+    text = words.describe_threshold("token", fit, theta, rule)
+    beyond = sum(value <= theta if side == "low" else value >= theta for value in values.tolist()) / 4000
+    assert text.startswith(f"θ = {theta:.4g} on the norm of the token")
+    assert f"{words.percent(beyond)} of the patches lie at or {'below' if side == 'low' else 'above'} it" in text
+    assert (f"follows from {rule}:" in text) == isinstance(rule, str)
+    assert ("was given" in text) == (not isinstance(rule, str))
+    assert fit.reason in text
 
 
 def test_thetas_of_several_blocks():

@@ -15,7 +15,8 @@ from itae_utils.extraction.batches import (
     resolve_batch_size,
 )
 from itae_utils.extraction.features import extract_features
-from itae_utils.extraction.observation import fit_thresholds, observe
+from itae_utils.extraction.fitting import fit_thresholds
+from itae_utils.extraction.observation import observe
 from itae_utils.store.store import open_store
 from itae_utils.store.variants import Place
 from tests.conftest import array_dataset, as_backbone, tiny_vit

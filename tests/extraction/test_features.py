@@ -8,23 +8,26 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import features as module
+from itae_utils.extraction import fitting
 from itae_utils.extraction.features import extract_features
-from itae_utils.extraction.observation import fit_thresholds, observe
+from itae_utils.extraction.fitting import fit_thresholds
+from itae_utils.extraction.observation import observe
+from itae_utils.method import thresholds as thresholds_module
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attenuate
-from itae_utils.method.setting import ITAE, SOURCES
+from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
 from itae_utils.method.thresholds import ThresholdFit, Thresholds
-from tests.conftest import array_dataset, as_backbone, setup, threshold_at
+from tests.conftest import array_dataset, as_backbone, setting, setup, threshold_at
 
 
-def test_auto_is_resolved_to_numbers_block_by_block():
+def test_auto_is_resolved_to_numbers_block_by_block(monkeypatch):
     backbone, dataset, batch = setup()
     model = backbone.model
     numbers = {1: threshold_at(model, batch, "key", 0.3, 1), 2: threshold_at(model, batch, "key", 0.2)}
     variants = {"auto": ITAE(), "deep": ITAE(blocks=3), "fixed": ITAE(threshold=numbers[2]), "baseline": None}
-    fits = {(block - 3, source): ThresholdFit(numbers.get(block), 0.1, 5.0, "made", np.empty(0))
-            for block in range(3) for source in SOURCES}
+    monkeypatch.setattr(thresholds_module, "fit_threshold", lambda block, **_: ThresholdFit(
+        numbers.get(block), 0.1, 5.0, "made", np.empty(0)))
+    fits = Thresholds({(block, source): block for block in range(3) for source in SOURCES})
     features = extract_features(backbone, dataset, variants, thresholds=fits)
     assert features.thresholds == {"auto": (numbers[2],), "deep": (None, numbers[1], numbers[2]),
                                    "fixed": (numbers[2],), "baseline": ()}
@@ -36,12 +39,13 @@ def test_auto_is_resolved_to_numbers_block_by_block():
 
 def test_auto_fits_once_and_does_no_harm_where_nothing_is_found(monkeypatch):
     backbone, dataset, _ = setup(count=4)
-    calls, fit = [], module.fitted_thresholds
-    monkeypatch.setattr(module, "fitted_thresholds", lambda *args, **options: calls.append(1) or fit(*args, **options))
-    features = extract_features(backbone, dataset, {"baseline": None, "a": ITAE(), "b": ITAE("value", blocks=2)})
+    calls, fit = [], fitting.fitted_thresholds
+    monkeypatch.setattr(fitting, "fitted_thresholds", lambda *args, **options: calls.append(1) or fit(*args, **options))
+    features = extract_features(backbone, dataset, {"baseline": None, "a": ITAE(), "b": ITAE("value", blocks=2),
+                                                    "c": ITAE("direction", attenuation="substitute")})
     assert len(calls) == 1
     assert features.thresholds["b"] == (None, None)  # too few patches to fit
-    for name in "ab":
+    for name in "abc":
         assert np.array_equal(features[name], features["baseline"])
     extract_features(backbone, dataset, {"fixed": ITAE(threshold=1.0), "oracle-free": None})
     assert len(calls) == 1
@@ -66,7 +70,8 @@ def test_oracle_edits_the_backbone_s_true_artifacts():
 @pytest.mark.parametrize("structure", ["dinov2", "dinov3", "eva02_split"])
 def test_bfloat16_is_close(structure):
     backbone, dataset, batch = setup(structure, count=4)
-    variants = {"baseline": None, "itae": ITAE(threshold=threshold_at(backbone.model, batch, "key", 0.3))}
+    threshold = threshold_at(backbone.model, batch, "token", 0.3)
+    variants = {"baseline": None} | {name: setting("token", threshold, name) for name in ATTENUATIONS}
     full = extract_features(backbone, dataset, variants)
     half = extract_features(as_backbone(backbone.model, precision="bf16"), dataset, variants)
     for name in variants:

@@ -3,23 +3,20 @@ import dataclasses
 import numpy as np
 import pytest
 
-from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
-from itae_utils.extraction import observation
-from itae_utils.extraction.observation import fit_thresholds, measure_batch, observe, sample_indices, sampled_norms
-from itae_utils.method.artifacts import FiringRule, qkv_norms, token_norms
+from itae_utils.extraction.observation import measure_batch, observe, sample_indices
+from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attention_map
 from itae_utils.method.one_pass import OnePass
-from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.models.backbones import load_backbone
-from itae_utils.models.preprocessing import Preprocessing
+from itae_utils.method.setting import ITAE
+from itae_utils.method.statistics import token_norms
 from tests import reference
-from tests.conftest import EVA_STRUCTURES, MadeDataset, as_backbone, setup, threshold_at, tiny_vit
+from tests.conftest import MadeDataset, as_backbone, setting, setup, sources_of, statistic, threshold_at, tiny_vit
 
 # --- observe ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "one_block", "dinov3", "eva02_fused",
+@pytest.mark.parametrize("structure", ["plain", "registers", "qk_norm", "one_block", "swiglu", "dinov3", "eva02_fused",
                                        "rope_mixed"])
 def test_one_pass_measures_what_the_single_functions_measure(structure):
     backbone, dataset, batch = setup(structure, count=7)
@@ -29,18 +26,51 @@ def test_one_pass_measures_what_the_single_functions_measure(structure):
     assert seen.indices.tolist() == list(range(7))
     assert seen.patch_grid == (4, 4)
     assert np.allclose(seen.hidden_norms, token_norms(model, batch).flatten(2), atol=1e-4)
-    for source in SOURCES:
-        assert np.allclose(seen.norms[source], qkv_norms(model, batch)[source].flatten(1), atol=1e-4)
+    assert list(seen.statistics) == sources_of(model)
+    for source, values in seen.statistics.items():
+        assert np.allclose(values, statistic(model, batch, source), atol=1e-4), source
+    assert np.array_equal(seen.statistics["attention"], seen.attention)
     assert np.allclose(seen.attention, attention_map(model, batch).flatten(1), atol=1e-6)
     assert np.allclose(seen.attention_after, attention_map(model, batch, itae=itae).flatten(1), atol=1e-6)
-    assert np.array_equal(seen.artifacts, seen.norms["key"] <= itae.threshold)
+    assert np.array_equal(seen.artifacts, seen.statistics["key"] <= itae.threshold)
     assert seen.truth is None
+
+
+@pytest.mark.parametrize(("source", "rank", "attenuation"), [
+    ("token", 1, "spread"), ("direction", 3, "clip"), ("attention", 1, "substitute"), ("value", 1, "mean")])
+def test_artifacts_and_attention_on_the_high_side(source, rank, attenuation):
+    backbone, dataset, batch = setup("dinov2", count=5)
+    threshold = threshold_at(backbone.model, batch, source, 0.3, side="high", rank=rank)
+    itae = setting(source, threshold, attenuation, tail="high", rank=rank)
+    seen = observe(backbone, dataset, itae, batch_size=2)
+    assert np.array_equal(seen.artifacts, statistic(backbone.model, batch, source, rank=rank) >= threshold)
+    assert np.allclose(seen.attention_after, attention_map(backbone.model, batch, itae=itae).flatten(1), atol=1e-6)
+
+
+def test_mean_norms_of_the_values_of_artifacts_and_of_others_by_head():
+    backbone, dataset, batch = setup("registers", count=4)
+    model = backbone.model
+    largest = statistic(model, batch, "token").amax(1)
+    itae = ITAE("token", float(largest.sort().values[:2].mean()))  # one image has no artifact
+    seen = observe(backbone, dataset, itae, batch_size=3)
+    tokens, _ = reference.embedded(model, batch)
+    for block in model.blocks[:2]:
+        tokens = block(tokens)
+    last = model.blocks[2]
+    qkv = reference.projected(last.attn, last.norm1(tokens))
+    assert seen.value_norms.shape == (4, 3, 2)
+    for image, head, group in np.ndindex(4, 3, 2):
+        _, _, v = reference.one_head(last.attn, qkv[image], head, None)
+        norms = [reference.length(v[5 + patch]) for patch in range(16) if seen.artifacts[image, patch] == (group == 0)]
+        expected = sum(norms) / len(norms) if norms else np.nan
+        assert seen.value_norms[image, head, group] == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert np.isnan(seen.value_norms[:, 0, 0]).sum() == 1
 
 
 def test_without_a_threshold_no_patch_is_an_artifact():
     backbone, dataset = as_backbone(tiny_vit()), MadeDataset(4)
-    for setting in (None, ITAE(threshold=(None,))):
-        seen = observe(backbone, dataset, setting)
+    for itae in (None, ITAE(threshold=(None,))):
+        seen = observe(backbone, dataset, itae)
         assert not seen.artifacts.any()
         assert np.array_equal(seen.attention, seen.attention_after)
 
@@ -78,7 +108,7 @@ def test_measuring_a_trainable_model_records_no_gradients():
     assert not any(values.requires_grad for values in measure_batch(backbone, batch).values())
 
 
-# --- samples and their norms ------------------------------------------------------------------------------------------
+# --- samples ----------------------------------------------------------------------------------------------------------
 
 def test_a_sample_is_seeded_sorted_and_at_most_the_whole():
     assert sample_indices(5, 10, 0).tolist() == [0, 1, 2, 3, 4]
@@ -89,70 +119,3 @@ def test_a_sample_is_seeded_sorted_and_at_most_the_whole():
     for sample in (0, -3):
         with pytest.raises(ItaeError, match=f"sample={sample}"):
             sample_indices(5, sample, 0)
-
-
-@pytest.mark.parametrize("structure", ["registers", *EVA_STRUCTURES])
-def test_norms_of_every_block_and_source(structure):
-    backbone, dataset, batch = setup(structure, count=20)
-    sampled = sampled_norms(backbone, dataset, sample=7, seed=3, batch_size=4)
-    x, options = reference.embedded(backbone.model, batch[sample_indices(20, 7, 3)])
-    for index, block in enumerate(backbone.model.blocks):
-        qkv = reference.projected(block.attn, block.norm1(x))[:, backbone.model.num_prefix_tokens:]
-        for source, part in zip(SOURCES, qkv.split(24, dim=-1), strict=True):
-            assert np.allclose(sampled[index, source], part.square().sum(-1).sqrt(), atol=1e-4)
-        x = block(x, **options[index])
-
-
-def test_images_are_loaded_and_resized_as_asked(monkeypatch):
-    dataset, by_pil = MadeDataset(20, size=30), as_backbone(tiny_vit())
-    on_device = dataclasses.replace(by_pil, resize="device")
-
-    def measured(backbone, **options):
-        options |= {"sample": 7, "seed": 3, "batch_size": 4}
-        norms = sampled_norms(backbone, dataset, **options)
-        return np.concatenate([*norms.values(), *observe(backbone, dataset, **options).norms.values()])
-
-    expected = measured(by_pil)
-    assert np.array_equal(measured(by_pil, num_workers=1), expected)
-    monkeypatch.setattr(Preprocessing, "__call__", lambda *_: pytest.fail("resized one by one"))
-    assert np.allclose(measured(on_device), expected, rtol=0.05)
-
-
-# --- θ ----------------------------------------------------------------------------------------------------------------
-
-def test_every_block_and_source_is_measured_and_no_hook_is_left():
-    model = tiny_vit()
-    fits = fit_thresholds(as_backbone(model), MadeDataset(20), sample=8)
-    assert fits.seconds > 0
-    assert {key: fit.norms.shape for key, fit in fits.items()} == {
-        (block, source): (8, 16) for block in range(3) for source in SOURCES}
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("structure", ["registers", "dinov2", "qk_norm"])
-def test_no_threshold_is_found_in_random_models(structure):
-    fits = fit_thresholds(as_backbone(tiny_vit(structure)), MadeDataset(200))
-    assert all(fit.norms.size == 3200 for fit in fits.values())
-    assert {key: fit.reason for key, fit in fits.items() if fit.threshold is not None} == {}
-
-
-def test_norms_are_measured_once_for_the_same_sample(tmp_path, monkeypatch):
-    """A second fit with the same store runs no image; another sample, seed or batch size does."""
-    dataset, backbone = load_dataset("digits", limit=80), load_backbone("demo")
-    images, run = [], observation.block_inputs
-    monkeypatch.setattr(observation, "block_inputs", lambda model, batch, blocks: images.append(len(batch)) or run(
-        model, batch, blocks))
-
-    def fit(**options):
-        return fit_thresholds(backbone, dataset, **{"sample": 60, "batch_size": 30, "store": tmp_path} | options)
-
-    plain, first, again = fit(store=None), fit(), fit()
-    assert sum(images) == 120
-    for key in plain:
-        assert np.array_equal(plain[key].norms, again[key].norms)
-        assert plain[key].threshold == first[key].threshold == again[key].threshold
-        assert plain[key].norms.shape == (60, 49)
-    for options in ({"sample": 50}, {"seed": 1}, {"batch_size": 20}):
-        images.clear()
-        fit(**options)
-        assert sum(images) == options.get("sample", 60)

@@ -4,43 +4,9 @@ import pytest
 
 from itae_utils import figures
 from itae_utils.analysis.inspection import InspectedImage
-from itae_utils.extraction.observation import Observation
 from itae_utils.figures.style import outline
-from itae_utils.method.thresholds import fit_threshold
 from tests.drawn import assert_nothing_is_clipped, title
-
-GRID = (4, 5)
-PATCHES = 20
-
-
-@pytest.fixture
-def seen():
-    """Twelve images whose first patch is an artifact: 30 × as long from block 2 on, with 0.8 of the attention."""
-    rng = np.random.default_rng(0)
-    artifacts = np.zeros((12, PATCHES), dtype=bool)
-    artifacts[:, 0] = True
-    hidden = rng.uniform(0.9, 1.1, (12, 3, PATCHES))
-    hidden[:, 1:, 0] *= 30
-    attention = np.full((12, PATCHES), 0.2 / (PATCHES - 1))
-    attention[:, 0] = 0.8
-    after = np.full((12, PATCHES), 1 / (PATCHES - 1))
-    after[:, 0] = 0
-    norms = {name: rng.uniform(1, 2, (12, PATCHES)) for name in ("query", "key", "value")}
-    return Observation(np.arange(12), GRID, hidden, norms, attention, after, artifacts, artifacts)
-
-
-@pytest.fixture
-def nothing(seen):
-    none = np.zeros_like(seen.artifacts)
-    flat = np.full_like(seen.attention, 1 / PATCHES)
-    return Observation(seen.indices, GRID, np.ones_like(seen.hidden_norms), seen.norms, flat, flat, none, None)
-
-
-@pytest.fixture
-def fits():
-    rng = np.random.default_rng(0)
-    two = np.concatenate([rng.normal(1, 0.05, 300), rng.normal(8, 0.5, 5000)])
-    return {"query": fit_threshold(rng.normal(8, 0.5, 5000)), "key": fit_threshold(two)}
+from tests.figures.conftest import GRID, PATCHES
 
 
 def inspected(rows, columns, *, after=True, artifact=True, name="a picture.png"):
@@ -64,10 +30,9 @@ def limits(figure):
     return {image.get_clim() for axes in figure.axes for image in axes.get_images() if image.get_array().ndim == 2}
 
 
-def test_no_figure_is_clipped_or_known_to_pyplot(seen, nothing, fits):
+def test_no_figure_is_clipped_or_known_to_pyplot(seen, nothing):
     drawn = [
         figures.hidden_norms(seen), figures.hidden_norms(nothing), examples(seen), examples(nothing),
-        figures.norm_distributions(fits, {name: fit.threshold for name, fit in fits.items()}),
         figures.artifact_positions(seen.artifacts, GRID), figures.attention_shares(seen),
         figures.inspection([inspected(4, 5), inspected(7, 3)], "key", 2, "two images " * 20),
     ]
@@ -96,31 +61,6 @@ def test_hidden_norms_without_artifacts_draws_one_group(nothing):
     assert "7 × the median of its block (after block 3)" in title(figure)
     assert figure.legends[0].get_texts()[0].get_text() == "all patches, median"
     assert len(figure.legends[0].get_texts()) == 3
-
-
-def test_norm_distributions_draws_theta_if_there_is_one(fits):
-    theta = fits["key"].threshold
-    figure = figures.norm_distributions(fits, {"query": None, "key": theta})
-    assert "the key separates artifacts" in title(figure)
-    query, key = figure.axes
-    assert query.get_title(loc="left") == "query: no θ"
-    assert f"θ = {theta:.4g}, 5.7 % at or below" in key.get_title(loc="left")
-    assert [line.get_xdata()[0] for line in key.lines] == [theta]
-    assert not query.lines
-
-
-def test_norm_distributions_without_any_theta_says_so(fits):
-    assert "No norm" in title(figures.norm_distributions(fits, {"query": None, "key": None}))
-    few = dict.fromkeys(fits, fit_threshold(np.arange(1.0, 1000.0)))
-    assert "Too few patches" in title(figures.norm_distributions(few, dict.fromkeys(fits)))
-
-
-@pytest.mark.parametrize(("theta", "share"), [(1000.0, "100 %"), (1e-4, "0 %")])
-def test_norm_distributions_with_a_given_theta_claims_nothing_and_keeps_to_the_norms(fits, theta, share):
-    fitted = figures.norm_distributions(fits, {"query": None, "key": None})
-    figure = figures.norm_distributions(fits, {"query": None, "key": theta})
-    assert title(figure).startswith(f"{title(fitted)}; {share} of the patches")
-    assert figure.axes[1].get_xlim() == pytest.approx(fitted.axes[1].get_xlim())
 
 
 def test_attention_examples_share_colours_and_outline_artifacts(seen):
@@ -183,21 +123,24 @@ def test_inspection_draws_long_images_smaller():
     assert 50 * 150 * (taller - 1.2) < 2**16, "the pixels of the largest image that matplotlib can save"
 
 
-def test_norms_that_differ_by_rounding_are_drawn():
-    norms = np.float32(30) + np.spacing(np.float32(30)) * np.arange(3, dtype=np.float32).repeat(1000)
-    figure = figures.norm_distributions({"key": fit_threshold(norms)}, {"key": None})
-    assert_nothing_is_clipped(figure)
-
-
 def test_inspection_has_an_after_only_with_theta():
     with_theta = figures.inspection([inspected(4, 5)], "key", 2, "title")
     without = figures.inspection([inspected(4, 5, after=False, artifact=False)], "key", 2, "title")
     titles = [axes.get_title(loc="left") for axes in with_theta.axes if axes.get_title(loc="left")]
-    assert titles == ["a picture.png", "‖hidden‖ after block 2", "‖key‖ in the last block", "[CLS] attention",
+    assert titles == ["a picture.png", "‖hidden‖₂ after block 2", "‖key‖₂\nin the last block", "[CLS] attention",
                       "… after ITAE", "this over the image"]
     assert "… after ITAE" not in [axes.get_title(loc="left") for axes in without.axes]
     before, after = [axes.get_images()[0].get_clim() for axes in with_theta.axes[3:5]]
     assert before == after == (0, 0.5)
+
+
+@pytest.mark.parametrize(("source", "brightest"), [("direction", [50, 5, 0.5, 0.5]), ("attention", [50, 0.5, 0.5])])
+def test_inspection_draws_each_statistic_on_its_own_scale_and_attention_once(source, brightest):
+    figure = figures.inspection([inspected(4, 5), inspected(7, 3)], source, 2, "title")
+    assert_nothing_is_clipped(figure)
+    first_row = figure.axes[1:1 + len(brightest)]
+    assert [axes.get_images()[0].get_clim()[1] for axes in first_row] == brightest
+    assert figure.axes[1 + len(brightest)].get_title(loc="left") == "this over the image"
 
 
 @pytest.mark.parametrize(("name", "label"), [

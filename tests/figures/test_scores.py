@@ -9,23 +9,24 @@ from itae_utils import figures
 from itae_utils.analysis.metrics import confusion
 from itae_utils.analysis.scoring import AGREEMENT, CHANGE
 from itae_utils.errors import ItaeError
+from itae_utils.method.setting import ATTENUATIONS, SOURCES
 from tests.drawn import assert_nothing_is_clipped, title
 
 THETAS = {"1 %": 0.01, "5 %": 0.05, "auto": 0.03}
 DIGITS = [str(digit) for digit in range(10)]
 
 
-def ablation(measure="acc", *, auto=True, oracle=True):
+def ablation(measure="acc", *, auto=True, oracle=True, sources=("query", "key"), attenuations=("min", "mask")):
     """Scores that rise by 0.1 for the key, by 0.01 for each later attenuation; two seeds 0.02 apart."""
     rows = [{"variant": "baseline", "kind": "baseline", "value": 0.5}]
     if oracle:
         rows.append({"variant": "oracle", "kind": "oracle", "value": 0.8})
-    for source, (theta, share) in itertools.product(("query", "key"), THETAS.items()):
+    for source, (theta, share) in itertools.product(sources, THETAS.items()):
         if theta == "auto" and (source == "query" or not auto):
             continue
         about = {"source": source, "theta": theta, "share": share}
         rows += [{"variant": f"{source} {kind} {theta}", "kind": "itae", "attenuation": kind, **about,
-                  "value": 0.6 + 0.1 * (source == "key") + 0.01 * place} for place, kind in enumerate(("min", "mask"))]
+                  "value": 0.6 + 0.1 * (source == "key") + 0.01 * place} for place, kind in enumerate(attenuations)]
         rows.append({"variant": f"random like {source} {theta}", "kind": "random", **about, "value": 0.45})
     table = pd.concat([pd.DataFrame(rows).assign(seed=seed) for seed in (0, 1)])
     return table.assign(**{measure: table.value + 0.02 * table.seed - 0.01}).set_index("variant")
@@ -49,6 +50,22 @@ def test_heat_maps_share_colours_and_name_the_best_setting():
     assert "no θ found" in [text.get_text() for text in query.texts]
     assert "no θ found" not in [text.get_text() for text in key.texts]
     assert_nothing_is_clipped(figure)
+
+
+def test_every_source_and_edit_has_its_place():
+    table = ablation(sources=SOURCES, attenuations=ATTENUATIONS)
+    heat, curves = figures.ablation_heatmaps(table, "acc"), figures.ablation_curves(table, "acc")
+    for figure in (heat, curves):
+        assert_nothing_is_clipped(figure)
+        panels = [axes for axes in figure.axes if axes.get_title(loc="left").split(":")[0] in SOURCES]
+        assert [axes.get_title(loc="left").split(":")[0] for axes in panels] == list(SOURCES)
+        assert [bool(axes.get_ylabel()) for axes in panels] == [True, False, False] * 2
+        boxes = [axes.get_tightbbox(figure.canvas.get_renderer()) for axes in panels]
+        assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    assert [label.get_text() for label in heat.axes[0].get_yticklabels()] == list(ATTENUATIONS)
+    assert [text.get_text() for text in curves.legends[0].get_texts()][:len(ATTENUATIONS)] == list(ATTENUATIONS)
+    colors = [line.get_color() for line in curves.axes[0].lines if line.get_label() in ATTENUATIONS]
+    assert len(set(colors)) == len(ATTENUATIONS)
 
 
 def test_changes_are_in_thousandths_and_have_no_baseline():
@@ -87,7 +104,7 @@ def test_curves_of_shares_below_a_millionth_are_labelled_without_an_exponent():
 
 def test_curves_without_any_theta_say_so():
     figure = figures.ablation_curves(ablation(auto=False, oracle=False), "acc")
-    assert "no θ" in title(figure)
+    assert title(figure).startswith("No θ was found")
     assert re.findall(r"\d\.\d+", title(figure)) == ["0.600", "0.710", "0.500"]
     assert "oracle" not in [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -103,6 +120,41 @@ def test_score_overview_draws_every_variant_against_the_baseline():
     assert_nothing_is_clipped(figure)
     unlabelled = figures.score_overview(pd.DataFrame({"variant": ["baseline", "itae"], AGREEMENT: [0.4, 0.5]}), "x")
     assert unlabelled.axes[0].get_xlabel() == "ARI between runs", "one value has no spread"
+
+
+def steps(**acc):
+    """Return a table as of `harm_table` from difference, low and high of ACC by step; NMI is 0.9 everywhere."""
+    rows = {(name, metric): values if metric == "acc" else (0.9, 0.9, 0.9) for name, values in acc.items()
+            for metric in ("acc", "nmi")}
+    return pd.DataFrame(rows.values(), columns=["difference", "low", "high"],
+                        index=pd.MultiIndex.from_tuples(rows, names=["step", "metric"]))
+
+
+def test_harms_draw_each_step_with_its_interval():
+    made = {"written": (0.12, 0.1, 0.15), "stolen": (-0.01, -0.03, 0.02), "evenly": (0.05, 0.0, 0.1),
+            "both": (-0.2, -0.3, -0.1)}
+    figure = figures.harms(steps(**made))
+    assert re.findall(r"[+-]\d\.\d+", title(figure)) == ["+0.120", "-0.010"]
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[::-1] == list(made), "read from the top"
+    whiskers = [line for line in axes.lines if len(line.get_xdata()) == 2 and np.ptp(line.get_xdata())]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    for place, name in enumerate(names):
+        difference, low, high = made[name]
+        assert [tuple(line.get_xdata()) for line in whiskers if line.get_ydata()[0] == place] == [(low, high)]
+        (point,) = (line for line in points if line.get_ydata()[0] == place)
+        assert point.get_xdata() == [difference]
+        clear = not low <= 0 <= high
+        assert (point.get_markerfacecolor() != "white") == clear, "open if the interval holds 0"
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0]
+    assert_nothing_is_clipped(figure)
+
+
+def test_harms_of_another_measure():
+    figure = figures.harms(steps(written=(0.1, 0, 0.2), stolen=(0.1, 0, 0.2)), "nmi")
+    assert re.findall(r"[+-]\d\.\d+", title(figure)) == ["+0.900", "+0.900"]
+    assert "NMI" in figure.axes[0].get_xlabel()
 
 
 def test_embeddings_count_neighbours_of_the_same_class():

@@ -10,8 +10,8 @@ from torch import nn
 
 from itae_utils.errors import ItaeError
 from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid, tokens_entering
-from itae_utils.method.artifacts import qkv_norms, token_norms
 from itae_utils.method.attention import attention_map
+from itae_utils.method.statistics import qkv_norms, token_norms
 from tests import reference
 from tests.conftest import STRUCTURES, as_backbone, images, tiny_vit
 

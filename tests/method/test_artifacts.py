@@ -5,58 +5,9 @@ import pytest
 import torch
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.artifacts import (
-    FiringRule,
-    patch_norms,
-    precision_recall,
-    qkv_norms,
-    select_artifacts,
-    token_norms,
-)
+from itae_utils.method.artifacts import FiringRule, precision_recall, select_artifacts
 from itae_utils.method.setting import ITAE
-from tests import reference
-from tests.conftest import EVA_STRUCTURES, STRUCTURES, images, tiny_vit
-
-
-def length(vector) -> float:
-    return math.sqrt(sum(float(x) ** 2 for x in vector))
-
-
-def test_patch_norms_take_the_whole_vector_of_patches_alone():
-    keys = torch.randn(2, 6, 8)
-    expected = [[length(token) for token in image[2:]] for image in keys]
-    assert torch.allclose(patch_norms(keys, 2), torch.tensor(expected), atol=1e-5)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_token_norms_of_every_block_on_the_grid(structure):
-    model, batch = tiny_vit(structure), images(2, 24, 40)
-    norms = token_norms(model, batch)
-    assert norms.shape == (2, len(model.blocks), 3, 5)
-    x, options = reference.embedded(model, batch)
-    for index, block in enumerate(model.blocks):
-        x = block(x, **options[index])
-        patches = x[:, model.num_prefix_tokens:]
-        expected = torch.tensor([[[length(patches[i, 5 * row + column]) for column in range(5)] for row in range(3)]
-                                 for i in range(2)])
-        assert torch.allclose(norms[:, index], expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("structure", ["registers", "qk_norm", "no_bias", *EVA_STRUCTURES])
-@pytest.mark.parametrize("block", [0, 1, -1])
-def test_qkv_norms_are_measured_before_any_qk_norm(structure, block):
-    model, batch = tiny_vit(structure), images(2, 24, 40)
-    norms = qkv_norms(model, batch, block)
-    x, options = reference.embedded(model, batch)
-    for index in range(block % 3):
-        x = model.blocks[index](x, **options[index])
-    layer = model.blocks[block]
-    parts = reference.projected(layer.attn, layer.norm1(x))[:, model.num_prefix_tokens:].split(24, dim=-1)
-    for source, part in zip(["query", "key", "value"], parts, strict=True):
-        assert norms[source].shape == (2, 3, 5)
-        assert norms[source][1, 2, 4] == pytest.approx(length(part[1, 14]), abs=1e-4)
-        assert torch.allclose(norms[source].flatten(1), part.square().sum(-1).sqrt(), atol=1e-4)
-
+from tests.conftest import images, tiny_vit
 
 # --- selection --------------------------------------------------------------------------------------------------------
 
@@ -68,9 +19,11 @@ def selected(norms=NORMS, threshold=8.0, block=2, image_numbers=range(10, 15), t
                             truth=truth)
 
 
-def test_threshold_selects_norms_up_to_it():
-    assert selected().tolist() == (NORMS <= 8).tolist()
-    assert not selected(threshold=None).any()
+def test_threshold_selects_the_values_on_its_side_and_those_at_it():
+    assert selected().tolist() == selected(source="token", tail="low").tolist() == (NORMS <= 8).tolist()
+    assert selected(tail="high").tolist() == selected(source="attention").tolist() == (NORMS >= 8).tolist()
+    for tail in ("low", "high"):
+        assert not selected(threshold=None, tail=tail).any()
 
 
 @pytest.mark.parametrize("image_numbers", [range(10, 15), (3, 4, 11, 700, 2**40)])

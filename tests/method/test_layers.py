@@ -9,11 +9,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
 from itae_utils.method.anatomy import adapt, block_inputs
-from itae_utils.method.artifacts import qkv_norms, token_norms
 from itae_utils.method.attention import attention_map, attenuate
-from itae_utils.method.setting import ITAE, SOURCES
+from itae_utils.method.setting import ITAE, PROJECTIONS, SOURCES
+from itae_utils.method.statistics import qkv_norms, token_norms
 from tests import reference
-from tests.conftest import STRUCTURES, MadeDataset, as_backbone, dataset_tensor, images, threshold_at, tiny_vit
+from tests.conftest import (
+    STRUCTURES,
+    MadeDataset,
+    as_backbone,
+    dataset_tensor,
+    images,
+    setting,
+    statistic,
+    threshold_at,
+    tiny_vit,
+)
 from tests.dinov2 import meta_weights, theirs
 
 
@@ -28,7 +38,10 @@ def test_projections_are_the_same_one_by_one_together_and_captured(structure):
     (seen,) = captured  # a closed context captures nothing
     qkv, x = adapter.qkv(inputs), adapter.block.norm1(inputs.tokens)
     expected = reference.projected(model.blocks[last].attn, x).split(24, dim=-1)
-    for source, part in zip(SOURCES, expected, strict=True):
+    assert torch.equal(qkv.tokens, inputs.tokens)
+    assert torch.equal(seen.tokens, inputs.tokens)
+    assert torch.allclose(seen.cls_logits, qkv.cls_logits, atol=1e-5)
+    for source, part in zip(PROJECTIONS, expected, strict=True):
         assert torch.allclose(qkv[source], part, atol=1e-5)
         assert torch.allclose(seen[source], part, atol=1e-5)
         assert torch.allclose(seen.heads(source), qkv.heads(source), atol=1e-5)
@@ -46,6 +59,8 @@ def test_value_sums_are_sums_of_values_and_copy_no_weights(structure):
         sums = adapter.value_sums(weights, x)
     expected = weights @ adapter.heads("value", adapter.project(x, "value"), None)
     assert torch.allclose(sums, expected, atol=1e-5)
+    with_further = adapter.value_sums(weights[..., 1:], x[:, 1:], weights[..., :1] @ x[:, None, :1])
+    assert torch.allclose(with_further, expected, atol=1e-5)
     assert max(results.sizes) < 20 * width * width / 4  # one copy of the value weights per image has four times as many
 
 
@@ -115,24 +130,26 @@ def tiny_theirs(size: str = "small", registers: bool = False, **options):
                   layer_norm_eps=1e-6, **options)
 
 
-def twins(registers: bool):
+def twins(registers: bool, gated: bool = False):
     """Return a random `transformers` model, and timm's model with the same weights."""
-    model = tiny_theirs(registers=registers)
-    twin = tiny_vit("dinov2" if registers else "layer_scale")
+    model = tiny_theirs("giant" if gated else "small", registers=registers)
+    twin = tiny_vit("dinov2" if registers else "swiglu" if gated else "layer_scale")
     twin.load_state_dict(checkpoint_filter_fn(meta_weights(model), twin))
     return model, twin
 
 
-@pytest.mark.parametrize("registers", [False, True])
-def test_a_transformers_model_measures_as_its_timm_twin(registers):
-    model, twin = twins(registers)
+@pytest.mark.parametrize(("registers", "gated"), [(False, False), (True, False), (False, True)])
+def test_a_transformers_model_measures_as_its_timm_twin(registers, gated):
+    model, twin = twins(registers, gated)
     batch = images(2)
     assert (model(batch).last_hidden_state - twin.forward_features(batch)).abs().max() < 1e-5
     for block in (0, -1):
         found, expected = qkv_norms(model, batch, block), qkv_norms(twin, batch, block)
-        assert all(torch.allclose(found[source], expected[source], atol=1e-4) for source in SOURCES)
+        assert all(torch.allclose(found[source], expected[source], atol=1e-4) for source in PROJECTIONS)
         assert torch.allclose(attention_map(model, batch, block), attention_map(twin, batch, block), atol=1e-5)
     assert torch.allclose(token_norms(model, batch), token_norms(twin, batch), atol=1e-4)
+    for source in SOURCES:
+        assert torch.allclose(statistic(model, batch, source), statistic(twin, batch, source), atol=1e-4), source
 
 
 @pytest.mark.parametrize("registers", [False, True])
@@ -140,6 +157,8 @@ def test_a_transformers_model_measures_as_its_timm_twin(registers):
 @pytest.mark.parametrize("options", [
     {}, {"source": "query", "attenuation": "mask"}, {"source": "value", "attenuation": "mean"},
     {"attenuation": "scale", "blocks": 2, "rows": "all"}, {"select": "random", "seed": 2, "blocks": 2},
+    {"source": "token", "attenuation": "substitute", "blocks": 2}, {"source": "direction", "attenuation": "spread"},
+    {"source": "attention", "attenuation": "clip", "rows": "all", "blocks": 2},
 ])
 def test_attenuate_on_a_transformers_model_is_attenuate_on_its_timm_twin(registers, attention, options):
     model, twin = twins(registers)
@@ -147,7 +166,7 @@ def test_attenuate_on_a_transformers_model_is_attenuate_on_its_timm_twin(registe
     batch, plain = images(3), model(images(3)).last_hidden_state
     blocks = range(-options.get("blocks", 1), 0)
     thresholds = [threshold_at(twin, batch, options.get("source", "key"), 0.3, block) for block in blocks]
-    itae = ITAE(threshold=thresholds, **options)
+    itae = setting(**{"source": "key", "threshold": thresholds} | options)
     with attenuate(twin, itae):
         expected = twin.forward_features(batch)
     with attenuate(model, itae):

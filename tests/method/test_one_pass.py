@@ -3,19 +3,21 @@ import pytest
 import torch
 
 from itae_utils.extraction.features import extract_features
-from itae_utils.method.artifacts import FiringRule, qkv_norms
+from itae_utils.method import one_pass
+from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attenuate
 from itae_utils.method.one_pass import GROUP, OnePass
-from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
+from itae_utils.method.setting import ATTENUATIONS, ITAE, NEEDS_NORMAL, PROJECTIONS, SOURCES
+from itae_utils.method.statistics import qkv_norms
 from tests import reference
-from tests.conftest import EVA_STRUCTURES, STRUCTURES, setup, threshold_at
+from tests.conftest import EVA_STRUCTURES, STRUCTURES, setting, setup, sources_of, statistic, threshold_at
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_baseline_is_the_model_s_output_and_every_attenuation_follows_the_equations(structure):
     backbone, dataset, batch = setup(structure, count=3)
     threshold = threshold_at(backbone.model, batch, "key", 0.3)
-    variants = {name: ITAE("key", threshold, name, alpha=0.3) for name in ATTENUATIONS}
+    variants = {name: setting("key", threshold, name, alpha=0.3) for name in ATTENUATIONS}
     features = extract_features(backbone, dataset, {"baseline": None} | variants, batch_size=2)
     assert features["baseline"].dtype == np.float32
     assert features.targets.tolist() == [0, 1, 2]
@@ -26,11 +28,16 @@ def test_baseline_is_the_model_s_output_and_every_attenuation_follows_the_equati
 
 
 def every_kind_of_variant(model, batch) -> dict[str, ITAE | None]:
-    thresholds = {source: threshold_at(model, batch, source, 0.3) for source in SOURCES}
+    thresholds = {source: threshold_at(model, batch, source, 0.3) for source in sources_of(model)}
     both = [threshold_at(model, batch, "key", 0.3, block) for block in (-2, -1)]
-    shallow = {f"{source}-{name}": ITAE(source, thresholds[source], name)
-               for source in SOURCES for name in ATTENUATIONS}
+    shallow = {f"{source}-{name}": setting(source, thresholds[source], name)
+               for source in thresholds for name in ATTENUATIONS}
+    if "direction" in thresholds:
+        shallow["rank 3"] = ITAE("direction", threshold_at(model, batch, "direction", 0.3, rank=3), rank=3)
     return {"baseline": None} | shallow | {
+        "other tail": ITAE("key", threshold_at(model, batch, "key", 0.3, side="high"), tail="high"),
+        "two blocks, substituted": setting("key", both, "substitute", blocks=2),
+        "two blocks by attention": ITAE("attention", thresholds["attention"], "clip", blocks=2),
         "random": ITAE("key", thresholds["key"], select="random", seed=5),
         "two blocks": ITAE("key", both, blocks=2),
         "all rows": ITAE("key", both, blocks=2, rows="all"),
@@ -66,6 +73,17 @@ def test_the_bytes_of_a_variant_do_not_depend_on_the_others():
             assert torch.equal(part, alone), name
 
 
+def test_each_statistic_is_measured_once_for_all_variants(monkeypatch):
+    backbone, _, batch = setup(count=3)
+    settings, measured = every_kind_of_variant(backbone.model, batch), []
+    shallow = {name: itae for name, itae in settings.items() if itae is None or itae.blocks == 1}
+    measure = one_pass.patch_statistic
+    monkeypatch.setattr(one_pass, "patch_statistic", lambda source, *rest: measured.append(source) or measure(
+        source, *rest))
+    OnePass(backbone.model, shallow)(batch, 0)
+    assert sorted(measured) == sorted([*SOURCES, "direction"])  # of two ranks
+
+
 def test_images_are_run_once_for_any_number_of_variants():
     backbone, dataset, batch = setup(count=6)
     calls, variants = [], every_kind_of_variant(backbone.model, batch)
@@ -79,11 +97,11 @@ def test_random_patches_are_drawn_once_per_image_for_all_variants(monkeypatch):
     backbone, _, batch = setup(count=3)
     threshold = threshold_at(backbone.model, batch, "key", 0.3)
     controls = {f"{source} {name} {factor}": ITAE(source, threshold * factor, name, select="random", seed=91)
-                for source in SOURCES for name in ("min", "mask", "mean") for factor in (0.9, 1.1)}
-    one_pass, draws, draw = OnePass(backbone.model, controls), [], np.random.default_rng
+                for source in PROJECTIONS for name in ("min", "mask", "mean") for factor in (0.9, 1.1)}
+    run, draws, draw = OnePass(backbone.model, controls), [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: draws.append(seed) or draw(seed))
     for first_image in (0, 3):
-        one_pass(batch, first_image)
+        run(batch, first_image)
     assert len(controls) == 18
     assert draws == [[91, 2, number] for number in range(6)]
 
@@ -93,8 +111,9 @@ def test_a_pass_reads_nothing_back_from_the_device(structure):
     """Tensors on the meta device have no values: whatever waits for one fails."""
     backbone, _, batch = setup(structure, count=3)
     settings = every_kind_of_variant(backbone.model, batch) | {"oracle": ITAE(select="oracle", blocks=2)}
-    one_pass = OnePass(backbone.model.to("meta"), settings, FiringRule(0, (5, 6), 0.9))
-    results = one_pass(batch.to("meta"), 0)
+    run = OnePass(backbone.model, settings, FiringRule(0, (5, 6), 0.9))
+    backbone.model.to("meta")
+    results = run(batch.to("meta"), 0)
     assert {tuple(output.shape) for output, _ in results.values()} == {(3, 24)}
     assert all(artifacts.is_meta for _, artifacts in results.values())
 
@@ -102,28 +121,30 @@ def test_a_pass_reads_nothing_back_from_the_device(structure):
 @pytest.mark.parametrize("structure", ["registers", "dinov3", "eva02_split"])
 def test_images_without_artifacts_get_the_baseline_s_own_output(structure):
     backbone, dataset, batch = setup(structure, count=6)
-    smallest = qkv_norms(backbone.model, batch)["key"].flatten(1).amin(1)
-    threshold = float(smallest.sort().values[2:4].mean())  # three images have artifacts, three have none
-    untouched = (smallest > threshold).numpy()
-    variants = {"baseline": None, "min": ITAE("key", threshold), "mask": ITAE("key", threshold, "mask"),
-                "deep": ITAE("key", [0.0, threshold], blocks=2), "deep, nothing": ITAE("key", [0.0, 0.0], blocks=2)}
-    features = extract_features(backbone, dataset, variants, batch_size=4)
-    for name in ("min", "mask", "deep"):
+    largest = statistic(backbone.model, batch, "attention").amax(1)
+    threshold = float(largest.sort().values[2:4].mean())  # three images have artifacts, three have none
+    untouched = (largest < threshold).numpy()
+    edits = {name: setting("attention", threshold, name) for name in ATTENUATIONS}
+    edits["deep"] = setting("attention", [1.0, threshold], "substitute", blocks=2)
+    nothing = setting("attention", [1.0, 1.0], "substitute", blocks=2)
+    features = extract_features(backbone, dataset, {"baseline": None} | edits | {"nothing": nothing}, batch_size=4)
+    for name in edits:
         equal = (features[name] == features["baseline"]).all(1)
         assert equal.tolist() == untouched.tolist(), name
         assert (features.artifact_counts[name] == 0).tolist() == untouched.tolist()
-    assert np.array_equal(features["deep, nothing"], features["baseline"])
+    assert np.array_equal(features["nothing"], features["baseline"])
 
 
 def test_images_without_a_normal_patch_are_unchanged_and_counted():
     backbone, dataset, batch = setup(count=6)
     largest = qkv_norms(backbone.model, batch)["key"].flatten(1).amax(1)
     threshold = float(largest.sort().values[1:3].mean())
-    features = extract_features(backbone, dataset, {"baseline": None, "mean": ITAE("key", threshold, "mean"),
-                                                    "min": ITAE("key", threshold)})
-    equal = (features["mean"] == features["baseline"]).all(1)
-    assert equal.tolist() == (largest <= threshold).tolist()
-    assert features.left_alone == {"baseline": 0, "mean": 2, "min": 0}
+    features = extract_features(backbone, dataset, {"baseline": None} | {
+        name: setting("key", threshold, name) for name in ATTENUATIONS})
+    for name in ATTENUATIONS:
+        equal = torch.from_numpy((features[name] == features["baseline"]).all(1))
+        assert equal[largest <= threshold].tolist() == [name in NEEDS_NORMAL] * 2, name
+    assert features.left_alone == {"baseline": 0} | {name: 2 * (name in NEEDS_NORMAL) for name in ATTENUATIONS}
 
 
 @pytest.mark.parametrize("structure", ["plain", "dinov3"])

@@ -5,7 +5,7 @@ import pytest
 
 from itae_utils.errors import ItaeError
 from itae_utils.method import thresholds
-from itae_utils.method.setting import SOURCES
+from itae_utils.method.setting import ITAE, NORMS, SIDES, SOURCES
 from itae_utils.method.thresholds import Thresholds, fit_threshold
 
 
@@ -126,9 +126,76 @@ def test_what_is_no_array_of_numbers_is_refused(norms):
         fit_threshold(norms)
 
 
-def test_quantile():
-    fit = fit_threshold(np.arange(1, 10_001, dtype=float))
-    assert fit.quantile(0.25) == pytest.approx(2500.75)
+# --- the high side, and other statistics ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("share", [0.002, 0.1, 0.5])
+@pytest.mark.parametrize("source", NORMS)
+def test_the_high_side_mirrors_the_low_one(source, share):
+    norms, rare = mixture(np.random.default_rng(11), 20_000, share, gap=10)
+    low, high = fit_threshold(norms, side="low", source=source), fit_threshold(1 / norms, side="high", source=source)
+    assert (low.side, high.side) == ("low", "high")
+    assert (low.share, low.separation) == pytest.approx((high.share, high.separation), rel=1e-3)
+    assert (low.threshold is None) == (high.threshold is None) == (share == 0.5)
+    if low.threshold is not None:
+        assert high.threshold == pytest.approx(1 / low.threshold, rel=1e-3)
+        assert ((1 / norms >= high.threshold) == rare).mean() > 0.999
+
+
+@pytest.mark.parametrize("source", ["direction", "attention"])
+def test_shares_are_fitted_as_they_are(source):
+    rng = np.random.default_rng(12)
+    rare = rng.random(20_000) < 0.03
+    values = np.where(rare, rng.normal(0.9, 0.03, 20_000), np.abs(rng.normal(0, 0.15, 20_000))).clip(0, 1)
+    fit, small, bulk, equal = (fit_threshold(each, side="high", source=source)
+                               for each in (values, values * 1e-6, values[~rare], np.full(3_000, 0.25)))
+    assert (fit.beyond(fit.threshold) == rare).mean() > 0.999
+    assert small.threshold == pytest.approx(fit.threshold * 1e-6)
+    assert (bulk.threshold, equal.threshold, equal.reason) == (None, None, "all values are equal")
+
+
+@pytest.mark.parametrize(("side", "other"), [("low", "high"), ("high", "low")])
+def test_the_verdict_names_the_other_side_and_what_to_type(side, other):
+    norms, _ = mixture(np.random.default_rng(13), 20_000, 0.05, gap=10)
+    norms = norms if other == "low" else 1 / norms
+    fit, there = (fit_threshold(norms, side=each, source="token") for each in (side, other))
+    assert fit.threshold is None
+    assert f"rare {other} mode" in fit.reason
+    assert f"tail='{other}'" in fit.reason
+    assert there.threshold is not None
+    one_mode = fit_threshold(np.random.default_rng(13).lognormal(0, 1, 20_000), side=side)
+    one_sided = fit_threshold(norms / norms.max(), side="high", source="attention")
+    assert not [each.reason for each in (there, one_mode, one_sided) if "tail=" in each.reason]
+
+
+@pytest.mark.parametrize(("side", "expected"), [("low", 2500.75), ("high", 7500.25)])
+def test_quantile_and_what_lies_beyond(side, expected):
+    fit = fit_threshold(np.arange(1, 10_001, dtype=float).reshape(100, 100), side=side)
+    assert fit.quantile(0.25) == pytest.approx(expected)
+    found = fit.beyond(fit.quantile(0.25))
+    assert (found.shape, found.sum()) == ((100, 100), 2500)
+    assert found[0].all() == (side == "low")
+    assert fit.beyond(7.0).sum() == (7 if side == "low" else 9994)
+    assert not fit.beyond(None).any()
+
+
+def test_a_rule_becomes_the_number_that_it_means():
+    norms, _ = mixture(np.random.default_rng(15), 20_000, 0.05, gap=10)
+    low, high = (fit_threshold(norms, side=side) for side in ("low", "high"))
+    for rule, share in [("share:2%", 0.02), ("share: 0.5 %", 0.005), ("share:49.9%", 0.499)]:
+        assert low.beyond(low.apply(rule)).mean() == pytest.approx(share, abs=1e-4)
+        assert high.beyond(high.apply(rule)).mean() == pytest.approx(share, abs=1e-4)
+    assert low.apply("sd:1.5") == pytest.approx(norms.mean() - 1.5 * norms.std())
+    assert high.apply("sd:3") == pytest.approx(norms.mean() + 3 * norms.std())
+    assert low.apply("sd:100") == 0  # below every norm
+    assert (low.apply("auto"), high.apply("auto")) == (low.threshold, None)
+    assert (low.apply(150.0), low.apply(None)) == (150, None)
+
+
+@pytest.mark.parametrize("options", [{"side": "left"}, {"side": None}, {"source": "keys"}])
+def test_an_unknown_side_or_source_is_refused(options):
+    (name, value), = options.items()
+    with pytest.raises(ItaeError, match=f"{name}={value!r}"):
+        fit_threshold(np.ones(10), **options)
 
 
 # --- fits by block and source -----------------------------------------------------------------------------------------
@@ -141,15 +208,28 @@ def norms():
 
 def test_a_fit_is_computed_once_when_it_is_first_read(norms, monkeypatch):
     fitted, fit = [], thresholds.fit_threshold
-    monkeypatch.setattr(thresholds, "fit_threshold", lambda values: fitted.append(values) or fit(values))
+    monkeypatch.setattr(thresholds, "fit_threshold", lambda values, **of: fitted.append(values) or fit(values, **of))
     fits = Thresholds(norms, seconds=2.0)
-    assert ((2, "key") in fits, len(fits), list(fits)) == (True, 9, list(norms))
+    assert ((2, "key") in fits, len(fits), list(fits)) == (True, 18, list(norms))
     assert (fitted, fits.seconds) == ([], 2.0)
     assert fits[-1, "key"] is fits[2, "key"] is fits.get((-1, "key"))
     assert [values is norms[2, "key"] for values in fitted] == [True]
     assert fits.seconds > 2.0
-    assert dict(fits) == {key: fit_threshold(values) for key, values in norms.items()}
-    assert len(fitted) == 9
+    assert dict(fits) == {(block, source): fit_threshold(values, side=SIDES[source], source=source)
+                          for (block, source), values in norms.items()}
+    assert len(fitted) == 18
+
+
+def test_fits_of_the_other_side_and_of_a_setting(norms):
+    fits = Thresholds(norms, rank=2)
+    assert fits[1, "key", "low"] is fits[1, "key"] is fits[-2, "key"]
+    assert fits[1, "token", "high"] is fits[1, "token"]
+    assert fits[1, "key", "high"] == fit_threshold(norms[1, "key"], side="high") != fits[1, "key"]
+    assert fits.of(ITAE("value", blocks=2)) == [fits[1, "value"], fits[2, "value"]]
+    assert fits.of(ITAE("value", tail="high")) == [fits[2, "value", "high"]]
+    assert fits.of(ITAE("direction", rank=2)) == [fits[2, "direction"]]
+    with pytest.raises(ItaeError, match=r"rank=1.*rank=2"):
+        fits.of(ITAE("direction"))
 
 
 def test_negative_blocks_count_from_the_end_however_a_fit_is_read(norms):
@@ -158,7 +238,8 @@ def test_negative_blocks_count_from_the_end_however_a_fit_is_read(norms):
         assert (block - 3, "value") in fits
         assert fits[block - 3, "value"] is fits.get((block - 3, "value")) is fits[block, "value"]
     assert {block for block, _ in fits} == {0, 1, 2}
-    for key in [(3, "key"), (-4, "key"), (0, "keys"), "key"]:
+    for key in [(3, "key"), (-4, "key"), (0, "keys"), "key", (0, "key", "left"), (0, "attention", "low"),
+                (0, "key", "low", 1), (0.0, "key")]:
         assert key not in fits
         assert fits.get(key) is None
         assert fits.get(key, "default") == "default"

@@ -12,7 +12,7 @@ from itae_utils.analysis.metrics import evaluate_clustering
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
-from itae_utils.extraction.observation import fit_thresholds
+from itae_utils.extraction.fitting import fit_thresholds
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import load_backbone, stock_model, weights_sha256
 from itae_utils.models.registry import BACKBONES

@@ -8,10 +8,11 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
-from itae_utils.extraction.observation import observe, sampled_norms
-from itae_utils.method.artifacts import token_norms
+from itae_utils.extraction.fitting import sampled_statistics
+from itae_utils.extraction.observation import observe
 from itae_utils.method.attention import attention_map, attenuate
 from itae_utils.method.setting import ITAE
+from itae_utils.method.statistics import token_norms
 from itae_utils.models.backbones import load_backbone
 from itae_utils.models.compiled import compile_blocks
 from tests.conftest import MadeDataset, as_backbone, dataset_tensor, images, threshold_at, tiny_vit
@@ -113,6 +114,6 @@ def test_measurements_change_only_by_rounding(structure, graphs):
     close(token_norms(compiled, batch), token_norms(plain, batch), atol=1e-4)
     seen, others = (observe(backbone, dataset, variants["min"], batch_size=3) for backbone in backbones)
     np.testing.assert_allclose(seen.hidden_norms, others.hidden_norms, rtol=0, atol=1e-4)
-    norms, others = (sampled_norms(backbone, dataset, sample=7, seed=0, batch_size=3) for backbone in backbones)
+    norms, others = (sampled_statistics(backbone, dataset, sample=7, seed=0, batch_size=3) for backbone in backbones)
     for place in norms:
         np.testing.assert_allclose(norms[place], others[place], rtol=0, atol=1e-4)

@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from itae_utils.analysis.metrics import evaluate_clustering
 from itae_utils.data.datasets import load_dataset
 from itae_utils.extraction.features import extract_features
-from itae_utils.extraction.observation import fit_thresholds, observe
+from itae_utils.extraction.fitting import fit_setting, fit_thresholds
+from itae_utils.extraction.observation import observe
 from itae_utils.method.artifacts import precision_recall
-from itae_utils.method.setting import ITAE
+from itae_utils.method.setting import ITAE, SOURCES
 from itae_utils.models import demo
 from itae_utils.models.backbones import load_backbone
 from itae_utils.models.demo import plant, train
@@ -38,9 +39,25 @@ def test_detection_without_labels_finds_the_planted_artifacts(digits):
     assert recall >= 0.99
 
 
-def test_no_threshold_is_found_in_the_clean_model(digits):
-    fits = fit_thresholds(load_backbone("demo-clean"), digits)
+def test_tokens_find_what_keys_find_and_each_direction_a_part_of_it(digits):
+    """Four orthogonal directions were planted, so one singular direction is not enough."""
+    backbone, found, scores = load_backbone("demo"), {}, {}
+    for source, rank in [("key", 1), ("token", 1), ("direction", 1), ("direction", 2)]:
+        seen = observe(backbone, digits, fit_setting(backbone, digits, ITAE(source, rank=rank)))
+        found[source, rank], scores[source, rank] = seen.artifacts, precision_recall(seen.artifacts, seen.truth)
+    keys, tokens = found["key", 1], found["token", 1]
+    assert (keys & tokens).sum() / (keys | tokens).sum() >= 0.95
+    assert min(precision for precision, _ in scores.values()) > 0.97
+    assert scores["direction", 1][1] + 0.2 < scores["direction", 2][1] < 0.9
+
+
+def test_nothing_is_found_in_the_clean_model(digits):
+    backbone = load_backbone("demo-clean")
+    fits = fit_thresholds(backbone, digits)
     assert {key: fit.threshold for key, fit in fits.items() if fit.threshold is not None} == {}
+    features = extract_features(backbone, digits, {"baseline": None} | {source: ITAE(source) for source in SOURCES},
+                                thresholds=fits)
+    assert all(np.array_equal(features[source], features["baseline"]) for source in SOURCES)
 
 
 def test_artifacts_are_large_hidden_tokens_with_short_keys_and_much_attention(digits):
@@ -49,7 +66,8 @@ def test_artifacts_are_large_hidden_tokens_with_short_keys_and_much_attention(di
     hidden = seen.hidden_norms.transpose(0, 2, 1)
     assert np.median(hidden[seen.truth][:, 3:]) > 10 * np.median(hidden[~seen.truth][:, 3:])
     assert np.median(hidden[seen.truth][:, :3]) < 2 * np.median(hidden[~seen.truth][:, :3])
-    assert seen.norms["key"][seen.truth].max() < np.median(seen.norms["key"][~seen.truth])
+    keys = seen.statistics["key"]
+    assert keys[seen.truth].max() < np.median(keys[~seen.truth])
     taken = (seen.attention * seen.truth).sum(1)[seen.truth.any(1)]
     assert np.median(taken) > 0.8
     assert 0.01 < seen.truth.mean() < 0.25

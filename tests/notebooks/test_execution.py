@@ -10,6 +10,7 @@ import pytest
 from itae_utils.analysis.bench import RECOVERED
 from itae_utils.data.datasets import load_dataset
 from itae_utils.files import OUTPUT_MARK
+from itae_utils.method.setting import ATTENUATIONS
 from itae_utils.report.report import run_report
 from itae_utils.results import read_results
 
@@ -91,7 +92,7 @@ def test_discovery_shows_what_was_found(case):
     assert ("Too few patches" in text) == (case.images == "few")
     assert ("artifacts of this backbone are unknown" in text) == (not case.planted)
     assert ("attention_shares" in results["figures"]) == case.planted
-    assert (results["thresholds"]["‖key‖, last block"] is not None) == case.planted
+    assert (results["thresholds"]["‖key‖₂, last block"] is not None) == case.planted
     assert ({"precision", "recall"} <= {row["metric"] for row in results["rows"]}) == case.planted
     if case.planted:
         rows = {(row["variant"], row["metric"]): row["value"] for row in results["rows"]}
@@ -119,7 +120,9 @@ def test_ablation_measures_all_variants(case):
     variants = {row["variant"] for row in rows}
     assert {"baseline", "key min 1 %", "value scale 10 %", "random like query 1 %", "3 blocks, all rows"} <= variants
     assert ("key min auto" in variants) == ("oracle" in variants) == case.planted
-    in_pass = len([name for name in variants if "rows" not in name])
+    assert ({f"edit {attenuation}" for attenuation in ATTENUATIONS} <= variants) == case.planted
+    in_grid = {f"edit {name}" for name in ("min", "mask", "mean", "scale")}  # equal to "key min auto" and so on
+    in_pass = len([name for name in variants - in_grid if "rows" not in name])
     assert f"**{in_pass} variants" in case.text(NAMES[1])
 
 

@@ -1,9 +1,11 @@
 import pytest
 from PIL import Image
 
+from itae_utils.analysis.scoring import HARMS
+from itae_utils.method.setting import ATTENUATIONS
 from itae_utils.models.registry import BACKBONES
 from itae_utils.report import estimate, report
-from itae_utils.report.estimate import Size, backbone_size, dry_run, matmul_rate, work
+from itae_utils.report.estimate import Size, backbone_size, dry_run, kmeans_operations, matmul_rate, work
 from tests.report.test_plan import write_weights
 
 
@@ -83,8 +85,19 @@ def test_work_grows_with_images_seeds_and_classes():
         assert 1.9 < work(key, base | {"seeds": 4}, size, 10_000, 10).kmeans / few.kmeans < 2.1
         assert 9 < work(key, base, size, 10_000, 100).kmeans / few.kmeans < 12
         assert work(key, base | {"clusters": 100}, size, 10_000, 10) == work(key, base, size, 10_000, 100)
-    few, many = (work("03", base, size, 10_000, k).interval_seconds for k in (10, 200))
-    assert 0 < 2 * few < many
+        few, many = (work(key, base, size, 10_000, k).interval_seconds for k in (10, 200))
+        assert 0 < 2 * few < many
+
+
+def test_the_ablation_clusters_its_grid_and_every_edit_and_compares_the_steps_between_edits():
+    size, base = Size(100, 8, 10), {"seeds": 2, "n_init": 3, "sources": ["key", "token"], "percents": [1, 2, 5],
+                                    "attenuations": ["min", "mask"]}
+    grid = [(source, theta, edit) for source in ("key", "token") for theta in (1, 2, 5, "auto")
+            for edit in ("min", "mask", "random control")]
+    one = kmeans_operations(10_000, size.dim, 10, 2 * 3)
+    assert work("02", base, size, 10_000, 10).kmeans == pytest.approx((len(grid) + len(ATTENUATIONS)) * one)
+    steps, differences = (work(key, base, size, 10_000, 10).interval_seconds for key in ("02", "03"))
+    assert steps / len(HARMS) == pytest.approx(differences / 5)
 
 
 def test_a_split_to_fit_on_is_counted():

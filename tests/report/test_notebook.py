@@ -1,9 +1,12 @@
+from dataclasses import fields
+
 import matplotlib
 import pytest
 
 from itae_utils.errors import ItaeError
 from itae_utils.figures.style import ReportFigure
 from itae_utils.files import OUTPUT_MARK
+from itae_utils.method.setting import ITAE
 from itae_utils.report import notebook
 from itae_utils.report.parameters import find_notebooks, notebooks_folder
 from itae_utils.results import read_results
@@ -70,6 +73,35 @@ def test_options_have_defaults(tmp_path):
 def test_a_draw_has_the_common_seed_or_its_own(tmp_path):
     run = start(tmp_path, seed=5, options={"control_seed": 8, "kmeans_seed": 0})
     assert [run.seed(of) for of in ("subset", "threshold", "control", "kmeans")] == [5, 5, 8, 0]
+
+
+SETTING = {"source": "token", "threshold": "share:2%", "tail": "high", "rank": 3, "attenuation": "clip", "alpha": 0.4}
+
+
+def test_the_setting_has_all_that_names_it():
+    """The rest of `ITAE` is chosen by the notebooks themselves, or measured."""
+    assert {field.name for field in fields(ITAE)} == {
+        *SETTING, "seed", "blocks", "rows", "select", "substitutes"}
+
+
+@pytest.mark.parametrize("name", SETTING)
+@pytest.mark.parametrize("notebook", ["01_artifact_discovery", "03_clustering"])
+def test_every_parameter_and_option_reaches_the_setting(tmp_path, notebook, name):
+    given = {name: SETTING[name]}
+    values = given if name in DEFAULTS[notebook] else {"options": given}
+    assert start(tmp_path, notebook, **values).setting() == ITAE(**given)
+
+
+def test_the_setting_of_the_ablation_has_its_source_from_the_options(tmp_path):
+    options = {"source": "direction", "rank": 2, "alpha": 0.4}
+    run = start(tmp_path, "02_itae_ablation", seed=5, options=options)
+    assert run.setting() == ITAE(seed=5, **options)
+
+
+def test_the_setting_has_the_seed_of_the_control(tmp_path):
+    run = start(tmp_path, seed=5, options={"control_seed": 8, "kmeans_seed": 1})
+    assert run.setting() == ITAE(seed=8)
+    assert start(tmp_path, seed=5).setting() == ITAE(seed=5)
 
 
 def test_loading_follows_parameters_and_options(tmp_path):

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.features import extract_features
-from itae_utils.extraction.observation import fit_thresholds
+from itae_utils.extraction.fitting import fit_thresholds
 from itae_utils.files import PACKAGE
 from itae_utils.method.setting import ITAE
 from itae_utils.store import identity, variants
@@ -60,6 +60,11 @@ def test_all_that_decides_features_is_in_their_key(tmp_path, monkeypatch):
         "blocks": {"itae": ITAE("key", [9.0, 9.0], blocks=2)},
         "a block's own": {"itae": ITAE("key", [9.0, None], blocks=2)},
         "rows": {"itae": ITAE("key", [9.0, 9.0], blocks=2, rows="all")},
+        "tail": {"itae": ITAE("key", 9.0, tail="high")},
+        "direction": {"itae": ITAE("direction", 0.4)},
+        "rank": {"itae": ITAE("direction", 0.4, rank=2)},
+        "substitute": {"itae": ITAE("key", 9.0, "substitute", substitutes=((0.5,) * 24,))},
+        "another substitute": {"itae": ITAE("key", 9.0, "substitute", substitutes=((0.5,) * 23 + (0.6,),))},
     }
     assert others["heads"]["backbone"].weights_sha256 == backbone.weights_sha256
     for name, given in others.items():
@@ -314,12 +319,12 @@ def test_two_kinds_of_gpu_have_two_keys(monkeypatch):
 
 # Modules that decide features.
 DECIDING = ("method/setting.py", "method/layers.py", "method/artifacts.py", "method/attention.py", "method/one_pass.py",
-            "method/anatomy.py", "method/thresholds.py", "models/backbones.py", "models/preprocessing.py",
-            "models/pos_embed.py", "models/checkpoints.py", "models/state_dicts.py",
-            "models/transformers_layout.py", "models/weight_files.py", "models/compiled.py", "models/demo/__init__.py",
-            "data/folders.py", "data/datasets.py", "data/images.py", "data/items.py",
-            "data/huggingface.py", "data/published.py", "extraction/batches.py",
-            "extraction/job.py", "extraction/observation.py")
+            "method/anatomy.py", "method/statistics.py", "method/direction.py", "method/thresholds.py",
+            "models/backbones.py", "models/preprocessing.py", "models/pos_embed.py", "models/checkpoints.py",
+            "models/state_dicts.py", "models/transformers_layout.py", "models/weight_files.py", "models/compiled.py",
+            "models/demo/__init__.py", "data/folders.py", "data/datasets.py", "data/images.py", "data/items.py",
+            "data/huggingface.py", "data/published.py", "extraction/batches.py", "extraction/job.py",
+            "extraction/observation.py", "extraction/fitting.py")
 
 
 def with_another_constant(code: str) -> str:

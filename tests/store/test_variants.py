@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from itae_utils.errors import ItaeError
-from itae_utils.store.store import Store, open_store
-from itae_utils.store.variants import StoredVariant
+from itae_utils.method.artifacts import FiringRule
+from itae_utils.method.setting import ITAE
+from itae_utils.store.store import Store, digest, open_store
+from itae_utils.store.variants import StoredVariant, setting_key
 
 SIZE, DIM, SHARD = 50, 4, 20
 ENTRY = {"backbone": "tiny", "size": SIZE, "dim": DIM, "shard_size": SHARD}
@@ -45,6 +47,29 @@ def again(variant: StoredVariant) -> StoredVariant:
 
 def chunk(variant: StoredVariant, shard: int, name: str = "features") -> Path:
     return Path(variant.store.place, variant.path, name, "c", str(shard), *["0"] * (name == "features"))
+
+
+TRUTH = FiringRule(1, (2, 3), 0.5)
+ONE, OTHER = (0.5, 1.5), (0.5, 1.75)
+
+
+@pytest.mark.parametrize("same", [
+    [ITAE("key", 9), ITAE("key", 9.0, rank=3), ITAE("key", (9.0,), tail="low"), ITAE("key", 9.0, alpha=0.3, seed=7)],
+    [ITAE("token", 9.0), ITAE("token", 9.0, tail="high")],
+    [ITAE(select="oracle"), ITAE("direction", "sd:3", select="oracle", rank=2), ITAE("token", 3.0, select="oracle"),
+     ITAE("key", 3.0, select="oracle", tail="high")]])
+def test_settings_with_the_same_effect_have_one_key(same):
+    assert len({digest(setting_key(itae, TRUTH)) for itae in same}) == 1
+
+
+def test_settings_with_another_effect_have_another_key():
+    settings = [None, ITAE(select="oracle"), *(ITAE(source, 9.0) for source in ("key", "token", "direction")),
+                ITAE("key", 9.0, tail="high"), ITAE("token", 9.0, tail="low"), ITAE("direction", 9.0, rank=2),
+                *(ITAE("key", 9.0, attenuation) for attenuation in ("spread", "clip")),
+                *(ITAE("key", (9.0, 9.0), "substitute", blocks=2, substitutes=vectors)
+                  for vectors in [(ONE, OTHER), (OTHER, ONE), (None, ONE)])]
+    assert len({digest(setting_key(itae, TRUTH)) for itae in settings}) == len(settings)
+    assert setting_key(settings[-1])["substitutes"] == (None, ONE)
 
 
 def test_what_is_saved_is_read(variant):
