@@ -15,10 +15,9 @@ from itae_utils.analysis.words import statistic_name
 from itae_utils.data.images import open_image, shown
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.observation import measure_batch
-from itae_utils.method.artifacts import beyond
 from itae_utils.method.attention import attenuated_logits
 from itae_utils.method.direction import directions_of
-from itae_utils.method.setting import ITAE
+from itae_utils.method.setting import ITAE, beyond
 from itae_utils.method.statistics import cls_attention
 from itae_utils.method.thresholds import fit_threshold
 from itae_utils.models.backbones import Backbone, load_backbone

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from itae_utils.errors import ItaeError
 from itae_utils.method.layers import Hook
-from itae_utils.method.setting import ITAE
+from itae_utils.method.setting import ITAE, beyond
 
 
 def select_artifacts(values: Tensor, threshold: float | None, itae: ITAE, *, block: int,
@@ -45,13 +45,6 @@ def select_artifacts(values: Tensor, threshold: float | None, itae: ITAE, *, blo
         ranks = patch_ranks(image_numbers, values.shape[-1], itae.seed, block, values.device)
         return ranks < artifacts.sum(dim=-1, keepdim=True)
     return artifacts
-
-
-def beyond(values: Tensor, threshold: float | None, side: str) -> Tensor:
-    """Return which values lie on a side of θ, "low" (≤) or "high" (≥); none if θ is None."""
-    if threshold is None:
-        return torch.zeros_like(values, dtype=torch.bool)
-    return values <= threshold if side == "low" else values >= threshold
 
 
 @lru_cache(maxsize=16)  # all random variants of a batch share one draw per seed and block

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal
+from typing import Literal, TypeVar
 
 from itae_utils.errors import ItaeError, whole_number
 
@@ -129,6 +129,7 @@ class ITAE:
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * self.blocks
 
 
+Values = TypeVar("Values")  # a tensor or an array
 RULE_WORDS = "'auto', 'share:2%' or 'sd:3'"
 
 
@@ -151,6 +152,13 @@ def threshold_rule(text: str) -> tuple[str, float]:
             return "sd", number
         raise ItaeError(f"threshold={text!r}: use a number of standard deviations above 0, such as 'sd:3'")
     raise ItaeError(f"threshold={text!r} is not known: use a number of at least 0, or {RULE_WORDS}")
+
+
+def beyond(values: Values, threshold: float | None, side: str) -> Values:
+    """Return which values of a tensor or array lie on a side of θ, "low" (≤) or "high" (≥); none if θ is None."""
+    if side == "low":
+        return values <= (-math.inf if threshold is None else threshold)
+    return values >= (math.inf if threshold is None else threshold)
 
 
 def _number(text: str) -> float | None:

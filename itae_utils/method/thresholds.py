@@ -16,7 +16,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.setting import ITAE, NORMS, SIDES, SOURCES, TAILS, threshold_rule
+from itae_utils.method.setting import ITAE, NORMS, SIDES, SOURCES, TAILS, beyond, threshold_rule
 
 MIN_PATCHES = 2000          # with fewer, a rare mode cannot be distinguished from a tail
 TAIL_STARTS = (0.001, 0.003, 0.01, 0.05)  # shares of the patches that EM starts with as the rare mode
@@ -59,9 +59,7 @@ class ThresholdFit:
 
     def beyond(self, threshold: float | None) -> np.ndarray:
         """Return which of the values lie on this side of a threshold, bool of their shape; none if it is None."""
-        if threshold is None:
-            return np.zeros_like(self.values, dtype=bool)
-        return self.values <= threshold if self.side == "low" else self.values >= threshold
+        return beyond(self.values, threshold, self.side)
 
     def quantile(self, share: float) -> float:
         """Return the threshold on whose side this share of the patches lies."""
