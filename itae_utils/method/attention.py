@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -222,9 +223,16 @@ class _RowEditor:
         return [slice(start, start + step) for start in range(0, T, step)]
 
 
+@lru_cache(maxsize=64)  # the copy to a device is made once
+def substitute_token(substitute: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a substitute as a tensor (C,), which may also be used where gradients are recorded."""
+    with torch.inference_mode(False):
+        return torch.tensor(substitute, dtype=dtype, device=device)
+
+
 def _substitute_value(block: BlockAdapter, substitute: tuple[float, ...], like: Tensor) -> Tensor:
     """Return the value of a normed token (C,) in every head, (H, 1, d)."""
-    token = torch.tensor(substitute, dtype=like.dtype, device=like.device)
+    token = substitute_token(substitute, like.dtype, like.device)
     return block.project(token, "value").unflatten(-1, (block.num_heads, 1, block.head_dim))
 
 

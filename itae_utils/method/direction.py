@@ -41,8 +41,10 @@ def singular_directions(model: nn.Module, block: int, rank: int = 1) -> Tensor:
 
 
 def directions_of(model: nn.Module, block: int, itae: ITAE) -> Tensor | None:
-    """Return `singular_directions` for a setting that needs them, or None."""
-    return singular_directions(model, block, itae.rank) if itae.source == "direction" else None
+    """Return `singular_directions` for a setting that needs them, float32 on the model's device, or None."""
+    if itae.source != "direction":
+        return None
+    return singular_directions(model, block, itae.rank).float().to(next(model.parameters()).device)
 
 
 def all_directions(model: nn.Module, rank: int) -> list[Tensor]:
@@ -102,11 +104,15 @@ def _reason_against(adapter: BlockAdapter) -> str | None:
     return norms[0] if norms else None if _mlp_parts(mlp) else f"an MLP of class {type(mlp).__name__}"
 
 
+@torch.no_grad()
 def _checksum(model: nn.Module) -> tuple[float, ...]:
-    """Return the sum of every parameter, which changes if the weights do."""
-    with torch.no_grad():
-        return tuple(torch.stack([weight.sum(dtype=torch.float64) if weight.device.type != "mps" else
-                                  weight.cpu().sum(dtype=torch.float64) for weight in model.parameters()]).tolist())
+    """Return sums over every parameter's rows and columns, weighted by their place, which change if the weights do."""
+    def weighted(values: Tensor) -> Tensor:
+        values = values.to("cpu", torch.float64)
+        return values @ torch.arange(1, len(values) + 1, dtype=torch.float64)
+
+    matrices = [weight.reshape(len(weight), -1) if weight.ndim else weight[None, None] for weight in model.parameters()]
+    return tuple(float(weighted(each.sum(dim=dim))) for each in matrices for dim in (0, 1))
 
 
 def _compute(model: nn.Module, rank: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import FiringRule, capture_truth, select_artifacts
-from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, substituted
+from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, substitute_token, substituted
 from itae_utils.method.direction import directions_of
 from itae_utils.method.layers import QKV, BlockAdapter, BlockInput, scaled_logits
 from itae_utils.method.setting import ITAE
@@ -161,7 +161,7 @@ class _LastBlock:
         for row, vector in vectors.items():
             place = slice(row, row + 1)
             weights[:, :, place], share = substituted(weights[:, :, place], artifacts[row - 1])
-            further[:, :, place] = share * torch.tensor(vector, dtype=weights.dtype, device=weights.device)
+            further[:, :, place] = share * substitute_token(vector, weights.dtype, weights.device)
         return weights, further
 
     def _select(self, itae: ITAE) -> Tensor:

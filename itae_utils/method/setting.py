@@ -46,7 +46,7 @@ class ITAE:
         rows: the query rows that are edited, "cls" (the paper's choice) or "all". With one block both give the same
             `[CLS]` output, and "all" is replaced by "cls".
         select: "threshold" is the method. Two controls replace its patches: "random" draws as many patches as the
-            threshold finds, and "oracle" takes the true artifacts, if they are known, and ignores the threshold.
+            threshold finds, and "oracle" takes the true artifacts, if they are known, and ignores source and threshold.
         seed: seed of the random control.
         substitutes: for "substitute", the token (C,) after the block's first norm whose value replaces those of the
             artifacts, one per edited block; None where there is no artifact. `fit_setting` fills them in.
@@ -84,6 +84,9 @@ class ITAE:
         if isinstance(self.threshold, list):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         self._check_threshold()
+        if self.select == "oracle":  # nothing is measured
+            for name, usual in (("source", "key"), ("tail", None), ("rank", 1)):
+                object.__setattr__(self, name, usual)
         if self.blocks == 1 and self.rows == "all":
             object.__setattr__(self, "rows", "cls")
 
