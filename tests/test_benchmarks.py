@@ -421,7 +421,8 @@ class TestMemory:
             for _ in range(2):  # one after the other, so the peak holds one
                 torch.ones(len(images), 2**18)
 
-        assert memory.growth(run, torch.zeros(64, 1)) == pytest.approx(64 * 2**20, rel=0.1)
+        # The system may take other pages of this process away meanwhile, so that the growth looks smaller.
+        assert max(memory.growth(run, torch.zeros(64, 1)) for _ in range(3)) == pytest.approx(64 * 2**20, rel=0.1)
 
     @needs_clear_refs
     @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_a_new_report_replaces_an_old_one(execute, tmp_path):
 
 
 def test_a_notebook_without_results_is_a_failure(execute, tmp_path, monkeypatch):
-    def copy(path, target, parameters):
+    def copy(path, target, parameters, *_kernels):
         shutil.copy(path, target)
 
     monkeypatch.setattr(report, "execute", copy)
