@@ -1,7 +1,7 @@
 """Render the report's pages: one per notebook, with its code hidden, and the index.
 
-They load nothing but the figures beside them, and run no script but the explorer's own; a policy in each page, which the
-browser enforces, says so.
+They load nothing but the figures beside them, and run no script but the explorer's own. A policy in each page says so,
+and the browser enforces it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TEMPLATES = PACKAGE / "report/templates"
 METRICS = ("acc", "nmi", "ari")  # shown in this order; other metrics are shown only if none of these was measured
 SCORES_NOTEBOOK = "03"
 SHOWN_TYPES = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
-POLICY = ("default-src 'none'; script-src 'none'; style-src 'unsafe-inline'; img-src data: 'self' file:; base-uri 'none'; "
-          "form-action 'none'")
+POLICY = ("default-src 'none'; script-src 'none'; style-src 'unsafe-inline'; img-src data: 'self' file:; "
+          "base-uri 'none'; form-action 'none'")
 
 
 def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
