@@ -20,7 +20,6 @@ from itae_utils.analysis.threads import side_by_side
 from itae_utils.files import PACKAGE
 from itae_utils.store.store import Store, code_digest, open_store
 
-SMALL_START = 1e-4  # standard deviation of the first places of points, as scikit-learn scales a start by PCA
 # Modules of this package that can change clusters and maps.
 DECIDING = ("kmeans", "lloyd", "plus_plus", "remembered", "rows", "threads")
 
@@ -70,22 +69,20 @@ def tsne(features: np.ndarray, *, perplexity: float, seed: int, normalize: bool 
     Args:
         features: of at least a few images.
         perplexity: effective number of neighbours; below n.
-        seed: of the random initialisation.
+        seed: of scikit-learn's random numbers.
         normalize: whether rows are scaled to length 1 first.
-        start: a map (n, 2) of the same images, such as that of other features, in whose order the points start; so
-            what lies elsewhere in the result has moved. None starts at random.
+        start: a map (n, 2) of the same images, such as that of other features, where the points start. They are not
+            drawn together at first ("early exaggeration"), so what lies elsewhere in the result has moved.
         store: as for `extract_features`.
     """
-    begin = None if start is None else (SMALL_START * (start - start.mean(axis=0)) / start.std()).astype(np.float32)
-
     def compute() -> dict[str, np.ndarray]:
         rows = unit_rows(features) if normalize else features
-        chosen = {} if begin is None else {"init": begin}
+        chosen = {} if start is None else {"init": start, "early_exaggeration": 1.0}
         return {"points": TSNE(perplexity=perplexity, random_state=seed, **chosen).fit_transform(rows)}
 
     settings = {"perplexity": float(perplexity), "seed": int(seed), "normalize": bool(normalize)}
-    if begin is not None:
-        settings["start"] = hashlib.sha256(begin).hexdigest()
+    if start is not None:
+        settings["start"] = hashlib.sha256(np.ascontiguousarray(start)).hexdigest()
     return _remembered("tsne", features, settings, compute, store)["points"]
 
 
