@@ -59,7 +59,8 @@ def test_the_maps_are_those_of_notebook_03_and_one_that_starts_from_it():
 
     def agreement(points: np.ndarray, others: np.ndarray) -> float:
         """Return the correlation of the places of the images whose features stay."""
-        return float(np.corrcoef(*((each[stays] - each[stays].mean(axis=0)).ravel() for each in (points, others)))[0, 1])
+        centred = [(each[stays] - each[stays].mean(axis=0)).ravel() for each in (points, others)]
+        return float(np.corrcoef(*centred)[0, 1])
 
     turned = first[:, ::-1].copy()
     assert agreement(found.points[1], first) > 0.8

@@ -174,6 +174,14 @@ class TestNumbers:
                     assert np.abs(np.array(state[name]) - expected).max() <= 1e-3, (name, source, share, head)
                 assert state["share"] == pytest.approx(share, abs=2e-3)
 
+    @pytest.mark.parametrize(("source", "away"), [("key", 0), ("key", -1e-9), ("token", 0), ("token", 1e-9)])
+    def test_a_patch_on_theta_is_an_artifact_in_float32(self, case, open_page, source, away):
+        theta = float(case.rows.statistics[source][7, 3]) + away
+        page = open_page(case.path, f"#image=7&source={source}&theta={theta!r}")
+        artifacts, _, _ = case.expected(7, None, ITAE(source, theta))
+        assert artifacts[3]
+        assert np.array_equal(np.array(state_of(page)["artifacts"], dtype=bool), artifacts)
+
     def test_an_image_without_artifacts_and_one_without_normal_patches_stay_as_they_are(self, case, open_page):
         page = open_page(case.path, "#image=3&edit=spread")
         for theta, count in ((0.0, 0), (1e6, 16)):

@@ -398,7 +398,7 @@ function thetaPanel(view) {
     if (document.activeElement !== alpha) alpha.value = state.alpha;
     source.select.value = state.source; edit.select.value = state.edit;
     alphaField.hidden = state.edit !== "scale";
-    share.textContent = `${percent(part)} of ${plural(now.patches, "patch").replace("patchs", "patches")} of the sample have `
+    share.textContent = `${percent(part)} of the sample's ${now.patches.toLocaleString("en")} patches have `
       + `${now.symbol} ${now.side === "low" ? "≤" : "≥"} θ: they count as artifacts.`;
     verdict.textContent = `The fit of two modes${now.fitted === null ? " finds no θ" : ` puts θ at ${number(now.fitted)} (▲)`}: ${now.verdict}.`
       + (state.edit === "substitute" ? " This edit replaces the artifacts' values, so the attention stays as it is." : "");
@@ -481,14 +481,15 @@ function mapPanel(view) {
   const tip = make("div", { class: "tip", "aria-hidden": "true", hidden: true });
   const sorts = [...(map.classes ? [["class", "class"]] : []), ["cluster", "cluster"]];
   const colour = choice("Colour", sorts, (value) => view.set({ colour: value }));
-  let chosen = [], hovered = null, lasso = null, places = [[], []];
+  let chosen = [], hovered = null, lasso = null, places = [[], []], drawn = "", listed = "";
+  const again = () => { drawn = ""; view.redraw(); }; // θ alone does not change the map, and must not wait for it
 
   const canvases = (map.points ?? []).map((_, side) => make("canvas", {
     role: "application", tabindex: 0, "aria-roledescription": "map of images", "aria-describedby": "itae-map-keys",
     "aria-label": `${names[side]}: map of ${count} images`,
     onpointerdown: (event) => { lasso = { side, path: [at(event)] }; event.currentTarget.setPointerCapture(event.pointerId); },
     onpointermove: (event) => move(event, side), onpointerup: (event) => release(event, side),
-    onpointercancel: () => { lasso = null; view.redraw(); },
+    onpointercancel: () => { lasso = null; again(); },
     onpointerleave: () => point(null, side), onkeydown: (event) => key(event, side), onblur: () => point(null, side),
   }));
 
@@ -518,7 +519,7 @@ function mapPanel(view) {
       tip.style.top = `${canvas.offsetTop + y + 8}px`;
       tip.style.transform = right ? "translateX(-100%)" : "";
     }
-    view.redraw();
+    again();
   }
 
   function move(event, side) {
@@ -526,7 +527,7 @@ function mapPanel(view) {
     if (!lasso) return point(nearest(spot, side), side);
     lasso.path.push(spot);
     point(null, side);
-    view.redraw();
+    again();
   }
 
   function release(event, side) {
@@ -577,12 +578,12 @@ function mapPanel(view) {
   function choose(places) {
     chosen = places;
     fillSheet();
-    view.redraw();
+    again();
   }
 
   function item(i, note = "") {
     return make("button", { type: "button", title: about(i), "aria-label": `${about(i)}${note && `, ${note}`}`, class: note,
-      onclick: () => pick(i), onpointerenter: () => { hovered = i; view.redraw(); }, onpointerleave: () => { hovered = null; view.redraw(); } },
+      onclick: () => pick(i), onpointerenter: () => { hovered = i; again(); }, onpointerleave: () => { hovered = null; again(); } },
       make("img", { src: jpeg(map.pictures[i]), alt: "" }), ...(note ? [make("span", {}, note)] : []));
   }
 
@@ -643,16 +644,16 @@ function mapPanel(view) {
   }
 
   function draw() {
-    canvases.forEach(drawMap);
+    const looks = `${state.colour} ${state.pick} ${canvases.map(({ clientWidth }) => clientWidth)} ${window.devicePixelRatio}`;
+    if (drawn !== looks) { drawn = looks; canvases.forEach(drawMap); }
     colour.select.value = state.colour;
     note.hidden = view.isOfRun();
     if (!note.hidden) {
       const { source, theta, edit } = view.ofRun();
       note.textContent = `Map, clusters and neighbours belong to the run's setting (${view.source(source).symbol}, θ = ${number(theta)}, ${edit}). The handle is elsewhere.`;
     }
-    if (drawn !== `${state.colour} ${state.pick}`) { drawn = `${state.colour} ${state.pick}`; fillLegend(); fillDetail(); }
+    if (listed !== `${state.colour} ${state.pick}`) { listed = `${state.colour} ${state.pick}`; fillLegend(); fillDetail(); }
   }
-  let drawn = "";
 
   function fillLegend() {
     const kinds = [...new Set(map.numbers.flatMap((_, i) => [kind(i, 0), kind(i, 1)]))].sort((a, b) => a - b);
