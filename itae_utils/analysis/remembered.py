@@ -63,21 +63,26 @@ def clusters_of_all(
 
 
 def tsne(features: np.ndarray, *, perplexity: float, seed: int, normalize: bool = True,
-         store: str | Path | Store | None = "auto") -> np.ndarray:
+         start: np.ndarray | None = None, store: str | Path | Store | None = "auto") -> np.ndarray:
     """Return scikit-learn's t-SNE of features (n, dim) in two dimensions, (n, 2), cached.
 
     Args:
         features: of at least a few images.
         perplexity: effective number of neighbours; below n.
-        seed: of the random initialisation.
+        seed: of scikit-learn's random numbers.
         normalize: whether rows are scaled to length 1 first.
+        start: a map (n, 2) of the same images, such as that of other features, where the points start. They are not
+            drawn together at first ("early exaggeration"), so what lies elsewhere in the result has moved.
         store: as for `extract_features`.
     """
     def compute() -> dict[str, np.ndarray]:
         rows = unit_rows(features) if normalize else features
-        return {"points": TSNE(perplexity=perplexity, random_state=seed).fit_transform(rows)}
+        chosen = {} if start is None else {"init": start, "early_exaggeration": 1.0}
+        return {"points": TSNE(perplexity=perplexity, random_state=seed, **chosen).fit_transform(rows)}
 
     settings = {"perplexity": float(perplexity), "seed": int(seed), "normalize": bool(normalize)}
+    if start is not None:
+        settings["start"] = hashlib.sha256(np.ascontiguousarray(start)).hexdigest()
     return _remembered("tsne", features, settings, compute, store)["points"]
 
 

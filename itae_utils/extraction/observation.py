@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -83,22 +85,14 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
         ItaeError: a setting with more than one block, or one that `attenuate` refuses.
     """
     dataset = checked_inputs(backbone, dataset, num_workers)
-    batch_size = chosen_batch_size(batch_size, Place(open_store(store), backbone, dataset))
     if itae is not None:
         check_setting(backbone.model, itae, backbone.truth)
         if itae.blocks > 1:
             raise ItaeError(f"blocks={itae.blocks}: only the last block is observed, pass a setting with blocks=1")
     directions = last_directions(backbone, 1 if itae is None else itae.rank)
     indices = sample_indices(len(dataset), len(dataset) if sample is None else sample, seed)
-    batches: dict[str, list[np.ndarray]] = {}
-    with memory_errors(batch_size, backbone.device), torch.inference_mode(), backbone.autocast():
-        done = 0
-        for images in model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices):
-            image_numbers = tuple(indices[done:done + len(images)].tolist())
-            for name, values in _observe_batch(backbone, images, itae, image_numbers, directions).items():
-                batches.setdefault(name, []).append(values.cpu().numpy())
-            done += len(images)
-    measured = {name: np.concatenate(values) for name, values in batches.items()}
+    measured = _measured(backbone, dataset, indices, partial(_observe_batch, backbone, itae, directions),
+                         batch_size=batch_size, num_workers=num_workers, store=store)
     return Observation(indices=indices, patch_grid=backbone.patch_grid, hidden_norms=measured["hidden"],
                        statistics={source: measured[source] for source in SOURCES if source in measured},
                        attention=measured["attention"], attention_after=measured["attention_after"],
@@ -106,8 +100,68 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
                        truth=measured.get("truth"))
 
 
-def _observe_batch(backbone: Backbone, images: Tensor, itae: ITAE | None, image_numbers: tuple[int, ...],
-                   directions: Tensor | None) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Rows:
+    """The `[CLS]` rows of the last block of n images, from which every edit of attention weights can be computed.
+
+    Attributes:
+        indices: (n,), the images' numbers in the data set.
+        patch_grid: rows and columns.
+        statistics: {source: (n, N)}, as in `Observation`.
+        logits: (n, H, T) of the unmodified model; the last N of the T tokens are the patches.
+    """
+
+    indices: np.ndarray
+    patch_grid: tuple[int, int]
+    statistics: dict[str, np.ndarray]
+    logits: np.ndarray
+
+
+def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, rank: int = 1,
+                 batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0,
+                 store: str | Path | Store | None = "auto") -> Rows:
+    """Run the unmodified model once over some images, and return statistics and logits of the last block.
+
+    Args:
+        backbone: from `load_backbone`.
+        dataset: from `load_dataset`.
+        indices: (n,), the images' numbers in the data set.
+        rank: number of singular directions, for the source "direction".
+        batch_size: as in `observe`.
+        num_workers: as in `observe`.
+        store: as in `observe`.
+    """
+    dataset, directions = checked_inputs(backbone, dataset, num_workers), last_directions(backbone, rank)
+
+    def measure(images: Tensor, _image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
+        measured = measure_batch(backbone, images, directions)
+        return {name: measured[name] for name in ("logits", *SOURCES) if name in measured}
+
+    measured = _measured(backbone, dataset, indices, measure, batch_size=batch_size, num_workers=num_workers,
+                         store=store)
+    logits = measured.pop("logits")[:, :, 0]
+    return Rows(indices, backbone.patch_grid, measured, logits)
+
+
+def _measured(backbone: Backbone, dataset: Dataset, indices: np.ndarray,
+              measure: Callable[[Tensor, tuple[int, ...]], Mapping[str, Tensor]], *,
+              batch_size: int | Literal["auto"], num_workers: int | Literal["auto"],
+              store: str | Path | Store | None) -> dict[str, np.ndarray]:
+    """Return what `measure` finds in each batch of images, with their numbers, joined by name."""
+    batch_size = chosen_batch_size(batch_size, Place(open_store(store), backbone, dataset))
+    batches: dict[str, list[np.ndarray]] = {}
+    with memory_errors(batch_size, backbone.device), torch.inference_mode(), backbone.autocast():
+        done = 0
+        for images in model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices):
+            image_numbers = tuple(indices[done:done + len(images)].tolist())
+            for name, values in measure(images, image_numbers).items():
+                batches.setdefault(name, []).append(values.cpu().numpy())
+            done += len(images)
+    return {name: np.concatenate(values) for name, values in batches.items()}
+
+
+def _observe_batch(backbone: Backbone, itae: ITAE | None, directions: Tensor | None, images: Tensor,
+                   image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
     measured = measure_batch(backbone, images, directions)
     logits, values, attention = measured.pop("logits"), measured.pop("head_values"), measured["attention"]
     artifacts, measured["attention_after"] = torch.zeros_like(attention, dtype=torch.bool), attention

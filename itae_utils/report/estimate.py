@@ -160,7 +160,9 @@ def work(
         return int(parameters.get(name) or default)
 
     fit, k, seeds, comparisons = min(images, SAMPLE), number("clusters", classes), number("seeds", 1), 0
-    if key == "01":
+    if key == "00":
+        passes, clusterings = fit + images, 2
+    elif key == "01":
         passes, clusterings = fit + min(images, number("sample", 2000)), 0
     elif key == "02":  # the deeper settings run the last blocks by themselves
         columns = len(parameters.get("percents", ())) + 1

@@ -33,7 +33,7 @@ from itae_utils.results import PACKAGES, read_results, version_of
 
 MARK = "run.json"
 MARK_SCHEMA = 2
-PACKAGE_FILES = ("*.py", "*.safetensors", "*.json")  # of the package: its modules, the embedded weights, the schema
+PACKAGE_FILES = ("*.py", "explorer.*", "*.safetensors", "*.json")  # modules, the explorer, the weights, the schema
 DRAWING = ("matplotlib", "seaborn", "pandas", "pillow")  # packages that decide figures and tables, beside PACKAGES
 
 State = dict[str, object]  # what decides a run, by part; None for a part that is unknown

@@ -1,4 +1,8 @@
-"""Render the report's pages: one per notebook, with its code hidden, and the index. They load no other resources."""
+"""Render the report's pages: one per notebook, with its code hidden, and the index.
+
+They load nothing but the figures beside them, and run no script but the explorer's own. A policy in each page says so,
+and the browser enforces it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
+from itae_utils.figures.explorer.page import script_hashes
 from itae_utils.files import PACKAGE, replacing
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.rules import recorded
@@ -26,6 +31,8 @@ TEMPLATES = PACKAGE / "report/templates"
 METRICS = ("acc", "nmi", "ari")  # shown in this order; other metrics are shown only if none of these was measured
 SCORES_NOTEBOOK = "03"
 SHOWN_TYPES = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
+POLICY = ("default-src 'none'; script-src 'none'; style-src 'unsafe-inline'; img-src data: 'self' file:; "
+          "base-uri 'none'; form-action 'none'")
 
 
 def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
@@ -50,8 +57,11 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
         "index": "../" * run.page.count("/") + "index.html",
         "previous": selected[place - 1] if place else None,
         "next": selected[place + 1] if place + 1 < len(selected) else None,
+        "policy": POLICY,
         "css": _style() + HtmlFormatter(style="friendly").get_style_defs(".highlight"),
     }})
+    if hashes := script_hashes(page):
+        page = page.replace("script-src 'none'", f"script-src {' '.join(hashes)}", 1)
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
@@ -89,6 +99,7 @@ def index_page(report: Report) -> Path:
         groups=_groups(report.runs),
         backbones=_values(report.runs, "backbone"),
         datasets=_short_names(_values(report.runs, "dataset")),
+        policy=POLICY,
         css=_style(),
         sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
             results["provenance"]["backbone"] for results in own.values()))),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.observation import measure_batch, observe, sample_indices
+from itae_utils.extraction.observation import measure_batch, observe, observe_rows, sample_indices
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attention_map
 from itae_utils.method.one_pass import OnePass
@@ -34,6 +34,19 @@ def test_one_pass_measures_what_the_single_functions_measure(structure):
     assert np.allclose(seen.attention_after, attention_map(model, batch, itae=itae).flatten(1), atol=1e-6)
     assert np.array_equal(seen.artifacts, seen.statistics["key"] <= itae.threshold)
     assert seen.truth is None
+
+
+@pytest.mark.parametrize("structure", ["registers", "qk_norm", "one_block", "dinov3"])
+def test_the_rows_of_chosen_images(structure):
+    backbone, dataset, batch = setup(structure, count=7)
+    rows = observe_rows(backbone, dataset, np.array([1, 4, 5]), batch_size=2)
+    assert rows.indices.tolist() == [1, 4, 5]
+    assert list(rows.statistics) == sources_of(backbone.model)
+    for source, values in rows.statistics.items():
+        assert np.allclose(values, statistic(backbone.model, batch, source)[[1, 4, 5]], atol=1e-4), source
+    weights = np.exp(rows.logits) / np.exp(rows.logits).sum(axis=-1, keepdims=True)
+    expected = attention_map(backbone.model, batch, heads="each").flatten(2)[[1, 4, 5]]
+    assert np.allclose(weights[:, :, -16:], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("source", "rank", "attenuation"), [

@@ -13,11 +13,12 @@ from itae_utils.files import OUTPUT_MARK
 from itae_utils.method.setting import ATTENUATIONS
 from itae_utils.report.report import run_report
 from itae_utils.results import read_results
+from tests.browser import open_chromium
 
 pytestmark = pytest.mark.slow
 
 SMALL = {"limit": 200, "seeds": 2, "n_init": 1, "examples": 3, "percents": [1.0, 10.0]}
-NAMES = ["01_artifact_discovery", "02_itae_ablation", "03_clustering"]
+EXPLORER, *NAMES = ["00_explore", "01_artifact_discovery", "02_itae_ablation", "03_clustering"]
 
 
 @dataclass
@@ -61,17 +62,17 @@ def pictures(tmp_path_factory):
 def case(request, tmp_path_factory, pictures):
     case = Case(*request.param, folder=tmp_path_factory.mktemp("report"))
     dataset = case.images if case.labelled else f"imagefolder:{pictures / case.images}"
-    report = run_report(backbone=case.backbone, dataset=dataset, only=["01", "02", "03"], parameters=SMALL,
+    report = run_report(backbone=case.backbone, dataset=dataset, only=["00", "01", "02", "03"], parameters=SMALL,
                         output=case.folder, say=lambda line: None)
-    assert [run.error for run in report.runs] == [None] * 3
-    for name in NAMES:
+    assert [run.error for run in report.runs] == [None] * 4
+    for name in (EXPLORER, *NAMES):
         notebook = nbformat.read(case.folder / name / f"{name}.ipynb", as_version=4)
         case.outputs[name] = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         case.results[name] = read_results(case.folder / name / "results.json")
     return case
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [EXPLORER, *NAMES])
 def test_results_figures_and_description(case, name):
     results = case.results[name]
     assert results["notebook"] == name
@@ -84,6 +85,32 @@ def test_results_figures_and_description(case, name):
     assert not [each for each in case.outputs[name] if each.output_type in ("stream", "error")]
     assert ("were planted" in case.text(name)) == case.planted
     assert ("10 classes" in case.text(name, 1)) == case.labelled
+
+
+def test_the_explorer_shows_the_images_of_the_run(case):
+    count = {"many": 60, "few": 20}.get(case.images, SMALL["limit"])
+    text = f"{min(128, count)} images have their attention in this page, and {count} are on the map"
+    assert text in case.text(EXPLORER)
+    rows = {row["metric"]: row["value"] for row in case.results[EXPLORER]["rows"]}
+    assert (rows["cluster_changed"] > 0) == (rows["neighbours_kept"] < 1) == case.planted
+
+
+def test_pages_work_in_a_browser_and_have_no_accessibility_faults(case):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    with open_chromium() as browser:
+        page, errors = browser.new_page(), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text))
+        pages = [case.folder / name / f"{name}.html" for name in (EXPLORER, *NAMES)]
+        for path in [case.folder / "index.html", *pages]:
+            page.goto(path.as_uri())
+            page.wait_for_function("[...document.images].every((image) => image.complete)")
+            assert page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
+            faults = [fault for fault in axe.Axe().run(page).response["violations"] if fault["impact"] != "minor"]
+            assert not [(path.name, fault["id"], fault["nodes"][0]["html"][:200]) for fault in faults]
+        page.goto(pages[0].as_uri())
+        assert page.locator(".strip button").count() == min(128, {"many": 60, "few": 20}.get(case.images, 200))
+        assert not errors
 
 
 def test_discovery_shows_what_was_found(case):

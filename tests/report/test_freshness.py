@@ -131,7 +131,7 @@ def test_other_versions_another_hub_or_device_run_all(execute, monkeypatch, chan
 
 @pytest.mark.parametrize(("name", "expected"), [
     ("plant.py", BOTH), ("demo/plant.py", BOTH), ("demo/demo.safetensors", BOTH), ("demo/demo.json", BOTH),
-    ("new.py", BOTH), ("templates/style.css", []), ("__pycache__/new.pyc", [])])
+    ("new.py", BOTH), ("explorer/explorer.js", BOTH), ("templates/style.css", []), ("__pycache__/new.pyc", [])])
 def test_changed_code_runs_all_but_changed_templates_do_not(execute, tmp_path, monkeypatch, name, expected):
     package = tmp_path / "package"
     for each in ("plant.py", "demo/plant.py", "demo/demo.safetensors", "demo/demo.json", "templates/style.css", name):

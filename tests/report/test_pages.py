@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import io
 import re
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from itae_utils.figures.explorer.page import SCRIPT, explorer_html, script_hashes
 from itae_utils.report.pages import index_page, mean_scores, notebook_page
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.runs import Report, Run
@@ -21,7 +23,8 @@ PNG = base64.b64encode(PIXEL.getvalue()).decode() + "\n"
 
 
 def external_references(page: str) -> list[str]:
-    """Return everything that a browser would load from elsewhere to show this page, and any script."""
+    """Return what a browser would load from elsewhere to show this page, and any script but the explorer's own."""
+    page = SCRIPT.sub(lambda match: "" if script_hashes(match[0]) else match[0], page)
     found = re.findall(r"<script\b[^>]*>|@import[^;]*|url\(\s*['\"]?(?:https?:)?//[^)]*", page, re.IGNORECASE)
 
     class Loads(HTMLParser):
@@ -51,6 +54,9 @@ def test_external_references_are_found():
     for page in ('<script src="//x/y.js">', "<link href='https://x'>", "<style>@import 'x'</style>", "<img src=http://x>",
                  "<style>a{background:url( 'https://x/y.png')}</style>", "<script>1</script>"):
         assert external_references(page), page
+    own = explorer_html("{}")
+    assert not external_references(own)
+    assert external_references(own.replace("mount", "steal", 1))
     assert not external_references('<a href="https://x">x</a><img src="data:image/png;base64,//8="><img src="a/b.png">')
 
 
@@ -89,7 +95,7 @@ class TestNotebookPage:
         assert "&lt;Figure&gt;" not in page
         assert page.count('<div class="code">') == 3
         assert ".code { display: none; }" in page
-        assert "#show-code:checked ~ main .code { display: block; }" in page
+        assert ".notebook:has(#show-code:checked) .code { display: block; }" in page
 
     def test_it_links_to_its_neighbours_and_the_index(self, tmp_path):
         page = self.render(tmp_path, new_markdown_cell("# A"))
@@ -105,6 +111,16 @@ class TestNotebookPage:
             self.stream("stderr", "WARNING"), self.stream("stdout", "PRINTED"),
             self.display(application_javascript="alert(1)", text_plain="PLAIN"), widget))
         assert [text in page for text in ("PRINTED", "PLAIN", "WARNING", "alert(1)")] == [True, True, False, False]
+
+    def test_only_the_explorers_own_script_may_run(self, tmp_path):
+        plain = self.render(tmp_path, new_markdown_cell("# A"), run=run_of(NOTEBOOKS[0]))
+        assert "default-src 'none'; script-src 'none'; style-src" in plain.partition("<style")[0]
+        html = explorer_html("{}")
+        page = self.render(tmp_path, self.code(self.display(text_html=html, text_plain="x")))
+        script, = SCRIPT.findall(page)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}';" in page
+        assert page.index("Content-Security-Policy") < page.index("<style")
 
     def test_a_failed_notebook(self, tmp_path):
         mark = new_markdown_cell("PAPERMILL", metadata={"tags": ["papermill-error-cell-tag"]})
@@ -122,6 +138,7 @@ class TestIndex:
         assert index_page(Report(folder, "demo", "A <short> text.", runs)) == folder / "index.html"
         page = (folder / "index.html").read_text(encoding="utf-8")
         assert not external_references(page)
+        assert "default-src &#39;none&#39;; script-src &#39;none&#39;" in page.partition("<style")[0]
         return page.partition("</style>")[2]
 
     def test_it_shows_settings_and_results(self, tmp_path):
