@@ -180,12 +180,16 @@ function contextOf(canvas) {
   return { context, width, height };
 }
 
-/** Keep the focus in a list of buttons when the arrow keys are pressed. */
+/** Move the focus in a list of buttons by the arrow keys; the Tab key enters the list once and leaves it. */
 function moveFocus(event) {
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
   if (!step) return;
   const all = [...event.currentTarget.querySelectorAll("button")], next = all[all.indexOf(event.target) + step];
-  if (next) { next.focus(); event.preventDefault(); }
+  if (next) { letIn(all, next); next.focus(); event.preventDefault(); }
+}
+
+function letIn(all, one = all[0]) {
+  for (const each of all) each.tabIndex = each === one ? 0 : -1;
 }
 
 // ---- Image panel: the image, and its attention before and after ----------------------------------------------------
@@ -443,6 +447,7 @@ function strip(view) {
       item.element.setAttribute("aria-label", `${view.nameOf(item.image)}: ${plural(item.count, "artifact")}, ${ORDERS[state.order]} ${value}`);
       item.element.setAttribute("aria-pressed", item.image === state.image);
     }
+    letIn(items.map(({ element }) => element), items.find(({ image }) => image === state.image).element);
     order.select.value = state.order;
   }
 
@@ -589,6 +594,7 @@ function mapPanel(view) {
 
   function fillSheet() {
     sheet.replaceChildren(...chosen.slice(0, MOST_IN_SHEET).map((i) => item(i)));
+    letIn([...sheet.children]);
     const rest = chosen.length - MOST_IN_SHEET;
     sheetTitle.textContent = chosen.length === 0 ? "Drag a line around points to see their images, or click one."
       : `${plural(chosen.length, "image")}${rest > 0 ? `; the first ${MOST_IN_SHEET} are shown` : ""}.`;
