@@ -450,7 +450,7 @@ class TestAddress:
     def test_a_new_address_in_an_open_page_is_followed(self, case, open_page):
         page = open_page(case.path)
         page.evaluate("location.hash = 'image=9&head=1'")
-        page.wait_for_function("document.querySelector('.strip [aria-pressed=true]').ariaLabel.startsWith('09')")
+        page.locator(".strip [aria-pressed=true][aria-label^='09']").wait_for()
         assert (state_of(page)["image"], state_of(page)["head"]) == (9, 1)
 
 
