@@ -807,8 +807,12 @@ class View {
       button("Save the state as JSON", () => saveState(this)));
     root.replaceChildren(this.strip.element, this.images.element, this.theta.element, buttons, this.map.element);
     if (address) {
+      this.seen = location.hash; // an address that is not this one was given by the reader, and its event will come
       this.set(stateFrom(location.hash, data)); this.settle();
-      window.addEventListener("hashchange", () => this.set({ ...this.first, ...stateFrom(location.hash, data) }));
+      window.addEventListener("hashchange", () => {
+        this.seen = location.hash;
+        this.set({ ...this.first, ...stateFrom(location.hash, data) });
+      });
     }
     watchSizes(root.querySelectorAll("canvas, .plot"), () => this.redraw());
     this.redraw();
@@ -853,8 +857,9 @@ class View {
     this.now = { place, artifacts, ...attention(data, place, state.head, artifacts, state.edit, state.alpha) };
     for (const part of [this.images, this.theta, this.strip, this.map]) part.draw();
     const address = addressOf(state, this.first);
-    if (this.address && address !== (location.hash || "#")) {
+    if (this.address && location.hash === this.seen && address !== (location.hash || "#")) {
       history.replaceState(null, "", address === "#" ? location.pathname + location.search : address);
+      this.seen = location.hash;
     }
     performance.mark("itae-drawn");
   }
