@@ -350,6 +350,21 @@ class TestImagePanel:
         page.locator(".strip button").nth(4).click()
         assert state_of(page)["image"] == places[4]
 
+    def test_the_tab_key_passes_the_strip_in_one_step(self, case, open_page):
+        page = open_page(case.path, "#image=4")
+        drawn(page)
+        buttons = page.locator(".strip button")
+        page.get_by_role("combobox", name="Order").focus()
+        page.keyboard.press("Tab")
+        focused = "document.activeElement.ariaLabel"
+        assert page.evaluate(focused).startswith("04")
+        place = next(i for i, each in enumerate(buttons.all()) if each.get_attribute("aria-label").startswith("04"))
+        page.keyboard.press("ArrowRight" if place < COUNT - 1 else "ArrowLeft")
+        neighbour = buttons.nth(place + 1 if place < COUNT - 1 else place - 1)
+        assert page.evaluate(focused) == neighbour.get_attribute("aria-label")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('.strip') === null")
+
 
 class TestMap:
     def test_a_line_around_points_fills_the_sheet(self, case, open_page):
@@ -435,7 +450,7 @@ class TestAddress:
     def test_a_new_address_in_an_open_page_is_followed(self, case, open_page):
         page = open_page(case.path)
         page.evaluate("location.hash = 'image=9&head=1'")
-        page.wait_for_function("document.querySelector('.strip [aria-pressed=true]').ariaLabel.startsWith('09')")
+        page.locator(".strip [aria-pressed=true][aria-label^='09']").wait_for()
         assert (state_of(page)["image"], state_of(page)["head"]) == (9, 1)
 
 

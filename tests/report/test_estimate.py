@@ -22,8 +22,8 @@ def text_of(**asked) -> str:
 
 def test_the_paper_profile_is_described_completely(tmp_path):
     text = text_of(profile="paper")
-    assert "profile paper: 25 runs" in text
-    assert text.count("01_artifact_discovery, 02_itae_ablation, 03_clustering") == 8
+    assert "profile paper: 33 runs" in text
+    assert text.count("00_explore, 01_artifact_discovery, 02_itae_ablation, 03_clustering") == 8
     for name in ("weights dinov2_vitb14 ", "weights dinov2_vitb14_reg", "images cifar10 ", "images stl10"):
         assert name in text
     assert text.count(" MB  missing") == 6
@@ -37,7 +37,7 @@ def test_the_demo_and_a_local_checkpoint_download_nothing(tmp_path):
     for asked in ({}, local):
         text = text_of(**asked)
         assert "nothing to download" in text
-        assert "disk: about 15 MB " in text
+        assert "disk: about 20 MB " in text
 
 
 def test_present_files_are_not_counted(tmp_path):
@@ -55,7 +55,7 @@ def test_a_download_of_unknown_size_is_named(asked, named):
     assert named in text
     assert "size unknown  missing" in text
     assert "0 MB and 1 of unknown size" in text
-    assert "disk: at least 15 MB" in text
+    assert "disk: at least 20 MB" in text
     assert ("number of images is unknown" in text) == ("dataset" in asked)
 
 

@@ -168,9 +168,24 @@ function colourOf(level) {
   return `rgb(${mixed})`;
 }
 
+const sizes = new WeakMap(); // of elements on the page: reading them while drawing would make the browser lay out again
+
+/** Call `redraw` whenever one of some elements changes its size. */
+function watchSizes(elements, redraw) {
+  const observer = new ResizeObserver((entries) => {
+    for (const { target, contentRect: { width, height } } of entries) sizes.set(target, { width, height });
+    redraw();
+  });
+  for (const element of elements) observer.observe(element);
+}
+
+function sizeOf(element) {
+  return sizes.get(element) ?? { width: element.clientWidth, height: element.clientHeight };
+}
+
 /** Set a canvas to its size on the page, and return its context in CSS pixels. */
 function contextOf(canvas) {
-  const { width, height } = canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
+  const { width, height } = sizeOf(canvas), ratio = window.devicePixelRatio || 1;
   const size = [Math.max(1, Math.round(width * ratio)), Math.max(1, Math.round(height * ratio))];
   if (canvas.width !== size[0]) canvas.width = size[0];
   if (canvas.height !== size[1]) canvas.height = size[1];
@@ -180,12 +195,16 @@ function contextOf(canvas) {
   return { context, width, height };
 }
 
-/** Keep the focus in a list of buttons when the arrow keys are pressed. */
+/** Move the focus in a list of buttons by the arrow keys; the Tab key enters the list once and leaves it. */
 function moveFocus(event) {
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
   if (!step) return;
   const all = [...event.currentTarget.querySelectorAll("button")], next = all[all.indexOf(event.target) + step];
-  if (next) { next.focus(); event.preventDefault(); }
+  if (next) { letIn(all, next); next.focus(); event.preventDefault(); }
+}
+
+function letIn(all, one = all[0]) {
+  for (const each of all) each.tabIndex = each === one ? 0 : -1;
 }
 
 // ---- Image panel: the image, and its attention before and after ----------------------------------------------------
@@ -311,7 +330,7 @@ function imagePanel(view) {
 // ---- θ panel: the statistic over the sample, with θ as a handle ------------------------------------------------------
 
 function thetaPanel(view) {
-  const { data, state } = view, height = 168, top = 22, floor = 130;
+  const { data, state } = view, height = 150, top = 22, floor = 130;
   const svg = make("svg", { class: "histogram", height, role: "group", "aria-label": "Distribution of the statistic, with θ" });
   const source = choice("Statistic", data.sources.map(({ name, symbol }) => [name, symbol]), (value) => view.chooseSource(value));
   const edit = choice("Edit", Object.entries(EDITS), (value) => view.set({ edit: value }));
@@ -323,7 +342,7 @@ function thetaPanel(view) {
     if (theta.value === "") view.set({ theta: null });
     else if (Number.isFinite(theta.valueAsNumber)) view.set({ theta: theta.valueAsNumber });
   } });
-  const share = make("output", { class: "share" }), verdict = make("p", { class: "hint" });
+  const share = make("output", { class: "share" }), caption = make("p", { class: "hint caption" }), verdict = make("p", { class: "hint" });
   const back = button("Back to the run's θ", () => view.set({ ...view.ofRun(), patch: state.patch }));
   const alphaField = make("label", { class: "field" }, make("span", {}, "α"), alpha);
   const handle = make("g", { role: "slider", tabindex: 0, class: "handle", "aria-label": "θ", "aria-orientation": "horizontal",
@@ -369,13 +388,13 @@ function thetaPanel(view) {
       const size = count ? Math.max(1.5, (Math.sqrt(count) / largest) * (floor - top)) : 0;
       return `M${(12 + i * bar).toFixed(2)} ${floor}v${-size.toFixed(2)}h${(0.9 * bar).toFixed(2)}V${floor}z`;
     }).join("");
-    const ticks = Array.from({ length: 5 }, (_, i) => low + (i / 4) * span).map((value, i) => make("text", {
-      x: toX(value), y: floor + 16, "text-anchor": ["start", "middle", "middle", "middle", "end"][i] }, number(value)));
+    const parts = width < 480 ? 2 : 4;
+    const ticks = Array.from({ length: parts + 1 }, (_, i) => low + (i / parts) * span).map((value, i) => make("text", {
+      x: toX(value), y: floor + 16, "text-anchor": i === 0 ? "start" : i === parts ? "end" : "middle" }, number(value)));
     const mark = fitted === null ? [] : [make("path", { class: "fit", d: `M${toX(fitted)} ${floor}l-5 8h10z` })];
     const beyond = make("rect", { class: "beyond", y: top, height: floor - top });
     svg.replaceChildren(beyond, make("path", { class: "bars", d: bars }),
-      make("line", { class: "axis", x1: 12, x2: width - 12, y1: floor, y2: floor }), ...ticks, ...mark,
-      make("text", { class: "name", x: 12, y: floor + 33 }, `${current().words}; height: square root of the count`), handle);
+      make("line", { class: "axis", x1: 12, x2: width - 12, y1: floor, y2: floor }), ...ticks, ...mark, handle);
     handle.replaceChildren(make("rect", { class: "grip-area", x: -14, y: 0, width: 28, height: floor + 4 }),
       make("line", { y1: top - 4, y2: floor }), make("circle", { cy: top - 8, r: 8 }));
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -384,7 +403,7 @@ function thetaPanel(view) {
   }
 
   function draw() {
-    const now = current(), width = Math.max(240, Math.floor(svg.parentElement.clientWidth));
+    const now = current(), width = Math.max(240, Math.floor(sizeOf(svg.parentElement).width));
     if (drawn !== `${now.name} ${width} ${now.side}`) drawBars(width);
     const [low, high] = now.range, at = Math.min(high, Math.max(low, state.theta ?? endOf(now))), x = toX(at);
     handle.setAttribute("transform", `translate(${x.toFixed(1)} 0)`);
@@ -398,7 +417,8 @@ function thetaPanel(view) {
     if (document.activeElement !== alpha) alpha.value = state.alpha;
     source.select.value = state.source; edit.select.value = state.edit;
     alphaField.hidden = state.edit !== "scale";
-    share.textContent = `${percent(part)} of the sample's ${now.patches.toLocaleString("en")} patches have `
+    caption.textContent = `${now.words[0].toUpperCase()}${now.words.slice(1)}; the height is the square root of the count.`;
+    share.textContent = state.theta === null ? "There is no θ, so no patch counts as an artifact: drag the handle." : `${percent(part)} of the sample's ${now.patches.toLocaleString("en")} patches have `
       + `${now.symbol} ${now.side === "low" ? "≤" : "≥"} θ: they count as artifacts.`;
     verdict.textContent = `The fit of two modes${now.fitted === null ? " finds no θ" : ` puts θ at ${number(now.fitted)} (▲)`}: ${now.verdict}.`
       + (state.edit === "substitute" ? " This edit replaces the artifacts' values, so the attention stays as it is." : "");
@@ -408,7 +428,7 @@ function thetaPanel(view) {
   const element = make("section", { class: "theta-panel", "aria-label": "Threshold θ" },
     make("h3", {}, "Where is θ?"),
     make("div", { class: "controls" }, source.field, make("label", { class: "field" }, make("span", {}, "θ"), theta), edit.field, alphaField, back),
-    make("div", { class: "plot" }, svg), make("p", {}, share), verdict);
+    make("div", { class: "plot" }, svg), caption, make("p", {}, share), verdict);
   return { element, draw };
 }
 
@@ -417,7 +437,7 @@ function thetaPanel(view) {
 const ORDERS = { attention: "attention on artifacts", count: "number of artifacts", change: "change of feature" };
 
 function strip(view) {
-  const { data, state } = view, mapPlace = new Map(data.map.numbers.map((each, i) => [each, i]));
+  const { data, state } = view;
   const order = choice("Order", Object.entries(ORDERS), (value) => { view.set({ order: value }); view.settle(); });
   const list = make("div", { class: "strip", role: "group", "aria-label": "Images", onkeydown: moveFocus });
   const items = data.panel.numbers.map((image, place) => {
@@ -432,16 +452,24 @@ function strip(view) {
     const mask = artifactsOf(data.panel.statistics[state.source].subarray(start, end), state.theta, side);
     item.count = shareOn(mask, mask);
     item.attention = shareOn(data.panel.statistics.attention.subarray(start, end), mask);
-    item.change = data.map.change[mapPlace.get(item.image)];
+    item.change = data.map.change[view.places.get(item.image)];
   }
 
   function draw() {
     for (const item of items) {
       measure(item);
       const value = { attention: percent(item.attention), count: String(item.count), change: item.change.toFixed(3) }[state.order];
+      const label = `${view.nameOf(item.image)}: ${plural(item.count, "artifact")}, ${ORDERS[state.order]} ${value}`;
+      if (item.label === label) continue;
+      item.label = label;
       item.caption.textContent = value;
-      item.element.setAttribute("aria-label", `${view.nameOf(item.image)}: ${plural(item.count, "artifact")}, ${ORDERS[state.order]} ${value}`);
-      item.element.setAttribute("aria-pressed", item.image === state.image);
+      item.element.setAttribute("aria-label", label);
+    }
+    if (pressed !== state.image) {
+      pressed = state.image;
+      for (const { element, image } of items) element.setAttribute("aria-pressed", image === pressed);
+      letIn(items.map(({ element }) => element), chosen().element);
+      bringIntoView();
     }
     order.select.value = state.order;
   }
@@ -451,7 +479,17 @@ function strip(view) {
     items.forEach(measure);
     const sorted = [...items].sort((a, b) => b[state.order] - a[state.order] || a.image - b.image);
     list.replaceChildren(...sorted.map(({ element }) => element));
+    bringIntoView();
     return sorted[0].image;
+  }
+
+  const chosen = () => items.find(({ image }) => image === state.image);
+  let pressed = null;
+
+  function bringIntoView() {
+    const { offsetLeft, offsetWidth } = chosen().element;
+    const isSeen = offsetLeft >= list.scrollLeft && offsetLeft + offsetWidth <= list.scrollLeft + list.clientWidth;
+    if (!isSeen) list.scrollLeft = offsetLeft - list.clientWidth / 2;
   }
 
   const about = make("p", { class: "hint" }, `${plural(items.length, "image")} drawn at random. The change of feature belongs to the run's θ.`);
@@ -561,7 +599,7 @@ function mapPanel(view) {
     event.preventDefault();
   }
 
-  const placeOf = (image) => { const i = map.numbers.indexOf(image); return i < 0 ? null : i; };
+  const placeOf = (image) => view.places.get(image) ?? null;
   const kind = (i, which = 0) => (state.colour === "class" ? map.classes[i] : map.clusters[which][i]);
 
   function about(i) {
@@ -589,6 +627,7 @@ function mapPanel(view) {
 
   function fillSheet() {
     sheet.replaceChildren(...chosen.slice(0, MOST_IN_SHEET).map((i) => item(i)));
+    letIn([...sheet.children]);
     const rest = chosen.length - MOST_IN_SHEET;
     sheetTitle.textContent = chosen.length === 0 ? "Drag a line around points to see their images, or click one."
       : `${plural(chosen.length, "image")}${rest > 0 ? `; the first ${MOST_IN_SHEET} are shown` : ""}.`;
@@ -644,7 +683,7 @@ function mapPanel(view) {
   }
 
   function draw() {
-    const looks = `${state.colour} ${state.pick} ${canvases.map(({ clientWidth }) => clientWidth)} ${window.devicePixelRatio}`;
+    const looks = `${state.colour} ${state.pick} ${canvases.map((canvas) => sizeOf(canvas).width)} ${window.devicePixelRatio}`;
     if (drawn !== looks) { drawn = looks; canvases.forEach(drawMap); }
     colour.select.value = state.colour;
     note.hidden = view.isOfRun();
@@ -755,7 +794,8 @@ function saveState(view) {
 
 class View {
   constructor(data, root, address) {
-    Object.assign(this, { data, root, address, hovered: null, now: null, frame: null });
+    const places = new Map(data.map.numbers.map((each, i) => [each, i])); // on the map, by number
+    Object.assign(this, { data, root, address, places, hovered: null, now: null, frame: null });
     const { source, theta, edit, alpha } = data.run;
     this.first = { image: data.panel.numbers[0], source, theta, edit, alpha, head: null, patch: null, scale: "sqrt", frames: true,
       order: "attention", colour: data.map.classes ? "class" : "cluster", pick: null };
@@ -767,10 +807,14 @@ class View {
       button("Save the state as JSON", () => saveState(this)));
     root.replaceChildren(this.strip.element, this.images.element, this.theta.element, buttons, this.map.element);
     if (address) {
+      this.seen = location.hash; // an address that is not this one was given by the reader, and its event will come
       this.set(stateFrom(location.hash, data)); this.settle();
-      window.addEventListener("hashchange", () => this.set({ ...this.first, ...stateFrom(location.hash, data) }));
+      window.addEventListener("hashchange", () => {
+        this.seen = location.hash;
+        this.set({ ...this.first, ...stateFrom(location.hash, data) });
+      });
     }
-    new ResizeObserver(() => this.redraw()).observe(root);
+    watchSizes(root.querySelectorAll("canvas, .plot"), () => this.redraw());
     this.redraw();
   }
 
@@ -782,7 +826,7 @@ class View {
 
   /** Return an image's name: its file if it has one, its number and its class. */
   nameOf(image) {
-    const { map } = this.data, i = map.numbers.indexOf(image);
+    const { map } = this.data, i = this.places.get(image);
     const name = map.names ? map.names[i] : `Image ${image}`;
     return map.classes ? `${name} (${map.classNames[map.classes[i]]})` : name;
   }
@@ -813,8 +857,9 @@ class View {
     this.now = { place, artifacts, ...attention(data, place, state.head, artifacts, state.edit, state.alpha) };
     for (const part of [this.images, this.theta, this.strip, this.map]) part.draw();
     const address = addressOf(state, this.first);
-    if (this.address && address !== (location.hash || "#")) {
+    if (this.address && location.hash === this.seen && address !== (location.hash || "#")) {
       history.replaceState(null, "", address === "#" ? location.pathname + location.search : address);
+      this.seen = location.hash;
     }
     performance.mark("itae-drawn");
   }
@@ -828,7 +873,8 @@ function render({ model, el }) {
 
 /** Show the view in a page without a kernel: the model is the data itself. */
 function mount(id, data) {
-  const values = { data, address: true }, listeners = [];
+  // The address is that of the report's page; in JupyterLab it belongs to others.
+  const values = { data, address: document.body.classList.contains("notebook") }, listeners = [];
   const model = {
     get: (name) => values[name], on: (event, listener) => listeners.push([event, listener]), save_changes() {},
     set(name, value) { values[name] = value; for (const [event, listener] of listeners) if (event === `change:${name}`) listener(); },
