@@ -30,8 +30,7 @@ _known: WeakKeyDictionary[nn.Module, dict[tuple[object, int], list[Tensor]]] = W
 def singular_directions(model: nn.Module, block: int, rank: int = 1) -> Tensor:
     """Return the leading left singular vectors of the blocks before `block`, (C, rank) float64 on the CPU.
 
-    They are computed for all blocks when first asked for, and again if the weights have changed: a second for a ViT-S,
-    a minute for a ViT-g on two cores.
+    They are computed for all blocks when first asked for, and again if the weights have changed.
 
     Raises:
         ItaeError: as `check_directions`.
