@@ -418,6 +418,14 @@ class TestMap:
         state = state_of(page)
         assert (state["pick"], state["image"]) == (17, 17)
 
+    def test_the_picture_beside_a_point_stays_inside_a_narrow_window(self, case, open_page):
+        page = open_page(case.path, viewport={"width": 390, "height": 800})
+        drawn(page)
+        for x, y in self.places(page, case, 0)[::4]:
+            page.locator(".maps canvas").first.hover(position={"x": x, "y": y})
+            box = page.locator(".tip").bounding_box()
+            assert 0 <= box["x"] <= box["x"] + box["width"] <= 390
+
     def test_the_keyboard_moves_over_the_map(self, case, open_page):
         page = open_page(case.path, "#pick=11")
         drawn(page)

@@ -553,9 +553,9 @@ function mapPanel(view) {
     if (i !== null) {
       tip.replaceChildren(make("img", { src: jpeg(map.pictures[i]), alt: "" }), make("span", {}, about(i)));
       const canvas = canvases[side], [x, y] = places[side][i], right = x > canvas.clientWidth / 2;
-      tip.style.left = `${canvas.offsetLeft + x + (right ? -12 : 12)}px`;
-      tip.style.top = `${canvas.offsetTop + y + 8}px`;
-      tip.style.transform = right ? "translateX(-100%)" : "";
+      const left = canvas.offsetLeft + x + (right ? -12 - tip.offsetWidth : 12);
+      tip.style.left = `${Math.max(0, Math.min(left, tip.parentElement.clientWidth - tip.offsetWidth))}px`;
+      tip.style.top = `${canvas.offsetTop + y + 12}px`;
     }
     again();
   }
