@@ -373,16 +373,17 @@ class TestMap:
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
         places = self.places(page, case, 0)
-        left = [i for i, (x, _) in enumerate(places) if x < box["width"] / 2]
-        corners = [(2, 2), (box["width"] / 2, 2), (box["width"] / 2, box["height"] - 2), (2, box["height"] - 2), (2, 2)]
-        page.mouse.move(box["x"] + 2, box["y"] + 2)
+        right = [i for i, (x, _) in enumerate(places) if x > box["width"] / 2]
+        middle, width, height = box["width"] / 2, box["width"] - 2, box["height"] - 2
+        corners = [(width, 2), (width, height), (middle, height), (middle, 2), (width, 2)]
+        page.mouse.move(box["x"] + width, box["y"] + 2)
         page.mouse.down()
         for x, y in corners:
             page.mouse.move(box["x"] + x, box["y"] + y, steps=3)
         page.mouse.up()
         drawn(page)
-        assert 0 < len(left) < COUNT
-        assert page.locator(".sheet button").count() == len(left)
+        assert 0 < len(right) < COUNT
+        assert page.locator(".sheet button").count() == len(right)
         page.get_by_role("button", name="Clear").click()
         assert page.locator(".sheet button").count() == 0
 
@@ -416,6 +417,14 @@ class TestMap:
         canvas.click(position={"x": x, "y": y})
         state = state_of(page)
         assert (state["pick"], state["image"]) == (17, 17)
+
+    def test_the_picture_beside_a_point_stays_inside_a_narrow_window(self, case, open_page):
+        page = open_page(case.path, viewport={"width": 390, "height": 800})
+        drawn(page)
+        for x, y in self.places(page, case, 0)[::4]:
+            page.locator(".maps canvas").first.hover(position={"x": x, "y": y})
+            box = page.locator(".tip").bounding_box()
+            assert 0 <= box["x"] <= box["x"] + box["width"] <= 390
 
     def test_the_keyboard_moves_over_the_map(self, case, open_page):
         page = open_page(case.path, "#pick=11")
@@ -504,13 +513,17 @@ class TestPage:
         faults = [fault for fault in axe.Axe().run(page).response["violations"] if fault["impact"] != "minor"]
         assert not [(fault["id"], [node["html"] for node in fault["nodes"][:2]]) for fault in faults]
 
-    def test_pictures_and_state_are_saved(self, case, open_page):
-        page = open_page(case.path, "#image=12")
+    def test_the_panel_is_saved_as_a_picture(self, case, open_page):
+        page = open_page(case.path, "#image=12", viewport={"width": 390, "height": 800})
         drawn(page)
         with page.expect_download() as download:
             page.get_by_role("button", name="Save as PNG").click()
         assert download.value.suggested_filename == "itae-12.png"
-        assert Image.open(download.value.path()).size[0] > 300
+        picture = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+        white = (picture[20:80] == 255).all(axis=(0, 2))  # columns, above the words
+        spans = np.diff(np.flatnonzero(np.diff(np.r_[True, white, True])))[::2]
+        assert len(spans) == 3
+        assert np.ptp(spans) <= 1, "the maps are as large as the image"
 
 
 class TestData:

@@ -98,7 +98,7 @@ def test_the_explorer_shows_the_images_of_the_run(case):
 def test_pages_work_in_a_browser_and_have_no_accessibility_faults(case):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     with open_chromium() as browser:
-        page, errors = browser.new_page(), []
+        page, errors = browser.new_page(viewport={"width": 390, "height": 900}), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text))
         pages = [case.folder / name / f"{name}.html" for name in (EXPLORER, *NAMES)]

@@ -155,7 +155,7 @@ function button(text, onclick) {
 
 const jpeg = (text) => `data:image/jpeg;base64,${text}`;
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
-const number = (value) => (value === null ? "none" : String(Number(value.toPrecision(4))));
+const number = (value) => (value === null ? "none" : value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4))));
 const percent = (share) => `${share === 0 ? 0 : share < 0.001 ? "< 0.1" : Number((100 * share).toPrecision(share < 0.0995 ? 2 : 3))} %`;
 
 // Anchors of the map cividis, which looks alike to people with and without colour blindness.
@@ -553,9 +553,9 @@ function mapPanel(view) {
     if (i !== null) {
       tip.replaceChildren(make("img", { src: jpeg(map.pictures[i]), alt: "" }), make("span", {}, about(i)));
       const canvas = canvases[side], [x, y] = places[side][i], right = x > canvas.clientWidth / 2;
-      tip.style.left = `${canvas.offsetLeft + x + (right ? -12 : 12)}px`;
-      tip.style.top = `${canvas.offsetTop + y + 8}px`;
-      tip.style.transform = right ? "translateX(-100%)" : "";
+      const left = canvas.offsetLeft + x + (right ? -12 - tip.offsetWidth : 12);
+      tip.style.left = `${Math.max(0, Math.min(left, tip.parentElement.clientWidth - tip.offsetWidth))}px`;
+      tip.style.top = `${canvas.offsetTop + y + 12}px`;
     }
     again();
   }
@@ -773,10 +773,11 @@ function save(blob, name) {
 /** Save the image and its two maps side by side, with a line of words. */
 function savePicture(view, { element, canvases }) {
   const size = Math.max(...canvases.map(({ width }) => width)), gap = Math.round(size / 20), line = Math.round(size / 12);
-  const sheet = make("canvas", { width: 3 * size + 4 * gap, height: Math.round(size * view.data.rows / view.data.columns) + 2 * gap + 2 * line });
+  const high = Math.round((size * view.data.rows) / view.data.columns);
+  const sheet = make("canvas", { width: 3 * size + 4 * gap, height: high + 2 * gap + 2 * line });
   const context = sheet.getContext("2d");
   context.fillStyle = "#fff"; context.fillRect(0, 0, sheet.width, sheet.height);
-  canvases.forEach((canvas, i) => context.drawImage(canvas, gap + i * (size + gap), gap));
+  canvases.forEach((canvas, i) => context.drawImage(canvas, gap + i * (size + gap), gap, size, high));
   context.fillStyle = "#1b2430"; context.font = `${Math.round(line / 2)}px system-ui, sans-serif`;
   const { state } = view, words = `${view.source().symbol}, θ = ${number(state.theta)}, ${state.edit}${state.edit === "scale" ? ` with α = ${state.alpha}` : ""}`;
   context.fillText(element.querySelector(".summary").textContent, gap, sheet.height - gap - line, sheet.width - 2 * gap);
