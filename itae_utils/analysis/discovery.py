@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from itae_utils.analysis.words import condition, percent, statistic_name, symbol
 from itae_utils.extraction.observation import Observation
 from itae_utils.files import make_folder, replacing
 from itae_utils.method.artifacts import precision_recall
+from itae_utils.method.setting import beyond
 from itae_utils.method.thresholds import ThresholdFit
 
 USUAL_SHARE = 10  # times the mean weight of a patch: one with more has taken the attention over
@@ -36,7 +36,7 @@ def found_patches(
     seen: Observation, fits: Mapping[str, ThresholdFit], thresholds: Mapping[str, float | None]
 ) -> dict[str, np.ndarray]:
     """Return the patches (n, N) that each source calls artifacts with its θ; none without θ."""
-    return {source: replace(fits[source], values=seen.statistics[source]).beyond(theta)
+    return {source: beyond(seen.statistics[source], theta, fits[source].side)
             for source, theta in thresholds.items() if source in seen.statistics}
 
 

@@ -17,7 +17,7 @@ from itae_utils.errors import ItaeError
 from itae_utils.extraction.observation import measure_batch
 from itae_utils.method.attention import attenuated_logits
 from itae_utils.method.direction import directions_of
-from itae_utils.method.setting import ITAE, beyond
+from itae_utils.method.setting import ITAE, WHERE, beyond
 from itae_utils.method.statistics import cls_attention
 from itae_utils.method.thresholds import fit_threshold
 from itae_utils.models.backbones import Backbone, load_backbone
@@ -154,10 +154,9 @@ def _threshold(setting: ITAE, values: Sequence[np.ndarray]) -> tuple[float | Non
     if rule == "auto":
         words = f"θ on the {name}: {fit.reason}"
     else:
-        origin, where = ("follows from " + rule if isinstance(rule, str) else "was given",
-                         "below" if setting.side == "low" else "above")
+        origin = f"follows from {rule}" if isinstance(rule, str) else "was given"
         words = (f"θ = {theta:.4g} on the {name} {origin}: {np.count_nonzero(fit.beyond(theta)):,} of "
-                 f"{fit.values.size:,} patches lie at or {where} it")
+                 f"{fit.values.size:,} patches lie {WHERE[setting.side]} it")
     if setting.attenuation == "substitute":
         words += "; substitute edits their values, and the attention stays as it is"
     return float(theta), words

@@ -21,7 +21,7 @@ from itae_utils.files import PACKAGE
 from itae_utils.store.store import Store, code_digest, open_store
 
 # Modules of this package that can change clusters and maps.
-DECIDING = ("kmeans", "lloyd", "plus_plus", "remembered", "rows", "threads")
+DECIDING = ("centres", "kmeans", "lloyd", "plus_plus", "remembered", "rows", "threads")
 
 
 def clusters(

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.data.images import shown
 from itae_utils.data.items import targets_of
+from itae_utils.method.setting import WHERE
 from itae_utils.method.thresholds import ThresholdFit
 from itae_utils.models.backbones import Backbone
 from itae_utils.results import versions
@@ -101,9 +102,9 @@ def describe_threshold(source: str, fit: ThresholdFit, threshold: float | None, 
     name = statistic_name(source)
     if fit.is_given(threshold):
         origin = f"follows from {rule}" if isinstance(rule, str) else "was given"
-        share, where = percent(fit.beyond(threshold).mean()), "below" if fit.side == "low" else "above"
-        return (f"θ = {threshold:.4g} on the {name} in the last block {origin}: {share} of the patches lie at or "
-                f"{where} it. The fit of two modes says: {fit.reason}.")
+        share = percent(fit.beyond(threshold).mean())
+        return (f"θ = {threshold:.4g} on the {name} in the last block {origin}: {share} of the patches lie "
+                f"{WHERE[fit.side]} it. The fit of two modes says: {fit.reason}.")
     if threshold is not None:
         return f"θ = {threshold:.4g} on the {name} in the last block: {fit.reason}."
     unchanged = "Nothing is attenuated, so every ITAE feature equals the model's own."

@@ -24,6 +24,7 @@ from itae_utils.cli.options import (
 )
 from itae_utils.errors import ItaeError
 from itae_utils.files import make_folder
+from itae_utils.method.setting import WHERE
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -152,8 +153,7 @@ def extract(
                    "--source, or a number or share:2% as --threshold")
         return
     found, patches = features.artifact_counts["itae"].sum(), len(images) * features.num_patches
-    where = "below" if setting.side == "low" else "above"
-    click.echo(f"θ = {theta:.4g} on the {name}: {found:,} of {patches:,} patches lie at or {where} it"
+    click.echo(f"θ = {theta:.4g} on the {name}: {found:,} of {patches:,} patches lie {WHERE[setting.side]} it"
                + ("" if found else ", so itae is equal to baseline"))
 
 

@@ -24,7 +24,7 @@ from itae_utils.extraction.batches import checked_inputs, chosen_batch_size
 from itae_utils.extraction.fitting import fitted_settings
 from itae_utils.extraction.job import Job, Work, compute, missing_work, shard_size
 from itae_utils.method.attention import check_setting
-from itae_utils.method.setting import ITAE, NEEDS_NORMAL
+from itae_utils.method.setting import ITAE
 from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.identity import Unidentified
@@ -102,17 +102,6 @@ class Features(Mapping):
     def artifact_counts(self) -> Mapping[str, np.ndarray]:
         """The number of patches attenuated in the last block, (n,) by variant; read on access."""
         return ByVariant(self.stored, lambda name: self.stored[name].counts())
-
-    @property
-    def left_alone(self) -> Mapping[str, int]:
-        """The number of images without a normal patch, which some edits do not change, by variant."""
-        def count(name: str) -> int:
-            itae = self.variants[name]
-            if itae is None or itae.attenuation not in NEEDS_NORMAL:
-                return 0
-            return int(np.count_nonzero(self.artifact_counts[name] == self.num_patches))
-
-        return ByVariant(self.stored, count)
 
 
 def extract_features(

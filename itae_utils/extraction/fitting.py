@@ -21,7 +21,7 @@ from itae_utils.extraction.observation import sample_indices
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import capture_truth, select_artifacts
 from itae_utils.method.attention import check_setting
-from itae_utils.method.direction import all_directions, directions_of, has_directions, know_directions
+from itae_utils.method.direction import all_directions, directions_of, has_directions
 from itae_utils.method.layers import QKV
 from itae_utils.method.setting import ITAE, SOURCES
 from itae_utils.method.statistics import patch_statistic
@@ -97,7 +97,8 @@ def fitted_thresholds(place: Place, *, sample: int = SAMPLE, seed: int = 0, rank
     start, backbone = time.perf_counter(), place.backbone
     drawn = {"sample": whole_number("sample", sample, 1), "seed": whole_number("seed", seed, 0)}
     rank, batch_size = whole_number("rank", rank, 1), chosen_batch_size(batch_size, place)
-    _remember_directions(place, rank)
+    if has_directions(backbone.model, rank):
+        all_directions(backbone.model, rank, partial(place.remembered_of_model, "directions", {"rank": rank}))
 
     def measure() -> dict[str, np.ndarray]:
         values = sampled_statistics(backbone, place.dataset, rank=rank, batch_size=batch_size, num_workers=num_workers,
@@ -216,16 +217,3 @@ def _visit(backbone: Backbone, dataset: Dataset, receive: Receive, *, sample: in
             inputs = block_inputs(backbone.model, images, [last])[last]
             each(last, vit.blocks[last].qkv(inputs))  # the pass stops before this block's own projection
             done += len(images)
-
-
-def _remember_directions(place: Place, rank: int) -> None:
-    """Make the model's singular directions known here, from the store if an earlier process computed them."""
-    model = place.backbone.model
-    if not has_directions(model, rank):
-        return
-
-    def compute() -> dict[str, np.ndarray]:
-        return {"directions": torch.stack(all_directions(model, rank)).numpy()}
-
-    found = place.remembered_of_model("directions", {"rank": rank}, compute)
-    know_directions(model, rank, list(torch.from_numpy(found["directions"])))

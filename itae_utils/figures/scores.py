@@ -160,14 +160,15 @@ def harms(differences: pd.DataFrame, measure: str = "acc") -> Figure:
     """
     name = MEASURES[measure]
     rows = differences.xs(measure, level="metric")
-    written, stolen = (f"{rows.difference.iloc[place]:+.3f}" for place in (0, 1))
-    figure = ReportFigure(f"Undoing what the artifacts' values write gains {written} {name}, undoing stolen attention "
-                          f"{stolen}", height=1.4 + 0.42 * len(rows))
+    clear = ~((rows.low <= 0) & (rows.high >= 0))
+    written, stolen = (f"{rows.difference.iloc[place]:+.3f} {name}" if clear.iloc[place] else "no clear difference"
+                       for place in (0, 1))
+    figure = ReportFigure(f"Undoing what the artifacts' values write: {written}; undoing stolen attention: {stolen}",
+                          height=1.4 + 0.42 * len(rows))
     axes = figure.subplots()
-    for place, row in enumerate(rows[::-1].itertuples()):
-        clear = not row.low <= 0 <= row.high
+    for place, (step, row) in enumerate(rows[::-1].iterrows()):
         axes.plot([row.low, row.high], [place, place], color=AFTER, linewidth=2)
-        axes.plot(row.difference, place, "o", color=AFTER, markerfacecolor=AFTER if clear else "white")
+        axes.plot(row.difference, place, "o", color=AFTER, markerfacecolor=AFTER if clear[step] else "white")
     axes.axvline(0, color="black", linestyle="--", linewidth=1)
     axes.set(yticks=range(len(rows)), yticklabels=rows.index[::-1],
              xlabel=f"gain of {name}, with its 95 % interval over images (open: the interval contains 0)")

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from itae_utils.analysis.words import percent, symbol
 from itae_utils.extraction.observation import Observation
 from itae_utils.figures.style import ARTIFACT, COLUMNS, MAP, NORMAL, PALETTE, ReportFigure, panels, styled
+from itae_utils.method.setting import WHERE
 from itae_utils.method.thresholds import ThresholdFit
 
 LITERATURE = 150  # the registers paper's cut of DINOv2-g's output norms (arXiv 2309.16588)
@@ -40,8 +41,7 @@ def statistic_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mappin
             axes.hist(values[beyond], edges, color=ARTIFACT)
             if edges[0] <= theta <= edges[-1]:  # a line far outside would squeeze the values
                 axes.axvline(theta, color="black", linestyle="--", linewidth=1)
-            where = "below" if fit.side == "low" else "above"
-            axes.set_title(f"{source}: θ = {theta:.4g}, {percent(beyond.mean())} at or {where}")
+            axes.set_title(f"{source}: θ = {theta:.4g}, {percent(beyond.mean())} {WHERE[fit.side]}")
         axes.ticklabel_format(axis="x", useOffset=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter("{x:,.0f}")

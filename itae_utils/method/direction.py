@@ -8,8 +8,10 @@ The left singular vectors of the product of these maps, up to a block, are the d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from scipy.linalg import eigh
 from timm.layers import GluMlp, Mlp, RmsNorm, SwiGLU
@@ -24,7 +26,9 @@ NODES = torch.linspace(-9, 9, 2049, dtype=torch.float64)  # of the integral over
 WEIGHTS = torch.exp(-NODES.square() / 2) / math.sqrt(2 * math.pi) * (NODES[1] - NODES[0])
 UNITS = 512  # hidden units that are integrated at a time
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple[object, int], list[Tensor]]] = WeakKeyDictionary()
+Remembered = Callable[[Callable[[], Mapping[str, np.ndarray]]], Mapping[str, np.ndarray]]
+
+_known: WeakKeyDictionary[nn.Module, dict[tuple[object, int], Tensor]] = WeakKeyDictionary()
 
 
 def singular_directions(model: nn.Module, block: int, rank: int = 1) -> Tensor:
@@ -46,17 +50,16 @@ def directions_of(model: nn.Module, block: int, itae: ITAE) -> Tensor | None:
     return singular_directions(model, block, itae.rank).float().to(next(model.parameters()).device)
 
 
-def all_directions(model: nn.Module, rank: int) -> list[Tensor]:
-    """Return `singular_directions` of every block but the first."""
+def all_directions(model: nn.Module, rank: int, remembered: Remembered = lambda compute: compute()) -> Tensor:
+    """Return `singular_directions` of every block but the first, (blocks − 1, C, rank).
+
+    `remembered` may return what an earlier process computed for the same weights.
+    """
     known, key = _known.setdefault(model, {}), (_checksum(model), rank)
     if key not in known:
-        known[key] = _compute(model, rank)
+        found = remembered(lambda: {"directions": torch.stack(_compute(model, rank)).numpy()})
+        known[key] = torch.from_numpy(found["directions"])
     return known[key]
-
-
-def know_directions(model: nn.Module, rank: int, directions: list[Tensor]) -> None:
-    """Use directions that `all_directions` computed earlier for the same weights."""
-    _known.setdefault(model, {})[_checksum(model), rank] = directions
 
 
 def check_directions(model: nn.Module, block: int, rank: int = 1) -> None:

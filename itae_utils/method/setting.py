@@ -15,8 +15,8 @@ NORMS = (*PROJECTIONS, "token")
 SOURCES = (*NORMS, "direction", "attention")
 SIDES = dict.fromkeys(PROJECTIONS, "low") | dict.fromkeys(("token", "direction", "attention"), "high")
 TAILS = ("low", "high")
+WHERE = {"low": "at or below", "high": "at or above"}  # θ
 ATTENUATIONS = ("min", "mask", "mean", "scale", "spread", "clip", "substitute")
-NEEDS_NORMAL = ("mean", "spread", "clip")  # they leave an image without normal patches as it is
 ROWS = ("cls", "all")
 SELECTIONS = ("threshold", "random", "oracle")
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 from itae_utils.errors import ItaeError
-from itae_utils.method.setting import ITAE, NORMS, SIDES, SOURCES, TAILS, beyond, threshold_rule
+from itae_utils.method.setting import ITAE, NORMS, SIDES, SOURCES, TAILS, WHERE, beyond, threshold_rule
 
 MIN_PATCHES = 2000          # with fewer, a rare mode cannot be distinguished from a tail
 TAIL_STARTS = (0.001, 0.003, 0.01, 0.05)  # shares of the patches that EM starts with as the rare mode
@@ -195,8 +195,8 @@ def fit_threshold(values: np.ndarray, *, side: Literal["low", "high"] = "low", s
             verdict = replace(verdict, reason=f"{verdict.reason}; but there is a rare {other} mode: set "
                                               f"tail={other!r} to look there")
         return verdict
-    found, where = verdict.beyond(verdict.threshold).mean(), "below" if side == "low" else "above"
-    return replace(verdict, reason=f"two modes: {found:.2%} of the patches lie at or {where} θ = "
+    found = verdict.beyond(verdict.threshold).mean()
+    return replace(verdict, reason=f"two modes: {found:.2%} of the patches lie {WHERE[side]} θ = "
                                    f"{verdict.threshold:.4g} (separation {verdict.separation:.1f})")
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from itae_utils.analysis import lloyd, plus_plus
+from itae_utils.analysis import centres, lloyd, plus_plus
 from itae_utils.analysis.plus_plus import inner_products
 
 
@@ -36,7 +36,8 @@ def count_clusters(labels):
 @pytest.fixture(params=[{}, {"BLOCK": 1000}, {"OLDEST": 1, "CHEAP": 1}, {"MOST_ACTIVE": 1.0}], ids=str)
 def constants(request, monkeypatch):
     for name, value in request.param.items():
-        monkeypatch.setattr(lloyd, name, value)
+        for module in (centres, lloyd):
+            monkeypatch.setattr(module, name, value, raising=False)
 
 
 @pytest.mark.usefixtures("constants")

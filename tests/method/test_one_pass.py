@@ -7,7 +7,7 @@ from itae_utils.method import one_pass
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attenuate
 from itae_utils.method.one_pass import GROUP, OnePass
-from itae_utils.method.setting import ATTENUATIONS, ITAE, NEEDS_NORMAL, PROJECTIONS, SOURCES
+from itae_utils.method.setting import ATTENUATIONS, ITAE, PROJECTIONS, SOURCES
 from itae_utils.method.statistics import qkv_norms
 from tests import reference
 from tests.conftest import EVA_STRUCTURES, STRUCTURES, setting, setup, sources_of, statistic, threshold_at
@@ -135,7 +135,7 @@ def test_images_without_artifacts_get_the_baseline_s_own_output(structure):
     assert np.array_equal(features["nothing"], features["baseline"])
 
 
-def test_images_without_a_normal_patch_are_unchanged_and_counted():
+def test_images_without_a_normal_patch_are_left_as_they_are_by_edits_that_need_one():
     backbone, dataset, batch = setup(count=6)
     largest = qkv_norms(backbone.model, batch)["key"].flatten(1).amax(1)
     threshold = float(largest.sort().values[1:3].mean())
@@ -143,8 +143,7 @@ def test_images_without_a_normal_patch_are_unchanged_and_counted():
         name: setting("key", threshold, name) for name in ATTENUATIONS})
     for name in ATTENUATIONS:
         equal = torch.from_numpy((features[name] == features["baseline"]).all(1))
-        assert equal[largest <= threshold].tolist() == [name in NEEDS_NORMAL] * 2, name
-    assert features.left_alone == {"baseline": 0} | {name: 2 * (name in NEEDS_NORMAL) for name in ATTENUATIONS}
+        assert equal[largest <= threshold].tolist() == [name in ("mean", "spread", "clip")] * 2, name
 
 
 @pytest.mark.parametrize("structure", ["plain", "dinov3"])
