@@ -1,0 +1,59 @@
+"""All that the explorer shows of a backbone and a data set: θ by statistic, the map of the features, and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch.utils.data import Dataset
+
+from itae_utils.analysis.clustering import number_of_clusters, scorable
+from itae_utils.analysis.feature_map import FeatureMap, feature_map
+from itae_utils.data.items import targets_of
+from itae_utils.extraction.features import extract_features
+from itae_utils.extraction.fitting import fit_setting, fit_thresholds
+from itae_utils.figures.explorer.data import explorer_data
+from itae_utils.method.setting import ITAE, SOURCES
+from itae_utils.method.thresholds import ThresholdFit
+from itae_utils.models.backbones import Backbone
+from itae_utils.store.store import Store
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What `prepare` found: the setting with a number for θ, the fits by source, the map, and the view's data."""
+
+    setting: ITAE
+    fits: dict[str, ThresholdFit]
+    found: FeatureMap
+    data: dict[str, object]
+
+
+def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, clusters: int | None = None,
+            sample: int = 800, seed: int = 0, batch_size: int | Literal["auto"] = "auto",
+            num_workers: int | Literal["auto"] = 0, store: str | Path | Store | None = "auto") -> Exploration:
+    """Fit θ, extract features, map them, and return the explorer's data, as notebook `00_explore` does.
+
+    Args:
+        backbone: from `load_backbone`.
+        dataset: from `load_dataset`.
+        itae: the setting; by default the keys, θ by "auto", and "min".
+        clusters: k; by default the number of classes, or without labels 10, or half of the images.
+        sample: number of images on the map, at most 2,000.
+        seed: of all samples and of k-means.
+        batch_size: as for `extract_features`.
+        num_workers: as for `extract_features`.
+        store: as for `extract_features`.
+    """
+    reading = {"batch_size": batch_size, "num_workers": num_workers, "store": store}
+    itae = ITAE() if itae is None else itae
+    fits = fit_thresholds(backbone, dataset, seed=seed, rank=itae.rank, **reading)
+    setting = fit_setting(backbone, dataset, itae, thresholds=fits, **reading)
+    last_fits = {source: fits[-1, source] for source in SOURCES if (-1, source) in fits}
+    last_fits[setting.source] = fits.of(setting)[-1]
+    features = extract_features(backbone, dataset, {"baseline": None, "itae": setting}, **reading)
+    k = number_of_clusters(clusters, scorable(targets_of(dataset)), len(dataset))
+    found = feature_map(features, k, sample=sample, seed=seed, kmeans_seed=seed, store=store)
+    data = explorer_data(backbone, dataset, setting, last_fits, found, seed=seed, **reading)
+    return Exploration(setting, last_fits, found, data)
