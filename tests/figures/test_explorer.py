@@ -31,7 +31,8 @@ from tests.browser import open_chromium
 from tests.conftest import MadeDataset, as_backbone, tiny_vit
 from tests.report.test_pages import NOTEBOOKS, run_of
 
-COUNT, SIDES = 40, {"query": "low", "key": "low", "value": "low", "token": "high", "attention": "high"}
+COUNT, SIDES = 40, {"query": "low", "key": "low", "value": "low", "token": "high", "direction": "high",
+                    "attention": "high"}
 NASTY = "</script><img src=x onerror=alert(1)> & <b>"
 
 
@@ -158,7 +159,8 @@ class TestNumbers:
     @pytest.mark.parametrize("edit", ATTENUATIONS)
     def test_attention_before_and_after_equals_pythons(self, case, open_page, edit):
         page = open_page(case.path, f"#edit={edit}&image=7")
-        for source, share in (("key", 0.1), ("key", 0.6), ("token", 0.3), ("attention", 0.05), ("value", 1.0)):
+        for source, share in (("key", 0.1), ("key", 0.6), ("token", 0.3), ("direction", 0.2), ("attention", 0.05),
+                              ("value", 1.0)):
             values = case.rows.statistics[source]
             theta = float(np.quantile(values, share if SIDES[source] == "low" else 1 - share))
             choose(page, Statistic=source)
