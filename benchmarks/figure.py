@@ -26,7 +26,7 @@ def benchmark(rows: Sequence[Mapping[str, object]], conditions: str) -> Figure:
     times = [row for row in rows if row["heading"] == "passes"]
     memory = [row for row in rows if row["heading"] == "memory"]
     names = list(dict.fromkeys(row["what"] for row in times))
-    figure = ReportFigure(_title(times), height=1.8 + 0.42 * len(names))
+    figure = ReportFigure(_title(times), "", height=1.8 + 0.42 * len(names))
     panels = figure.subplots(1, 3 if memory else 2, sharey=True, squeeze=False)[0]
     for axes, shown in zip(panels, [times, times, memory], strict=False):
         _dots(axes, shown, names)

@@ -31,7 +31,9 @@ def hidden_norms(seen: Observation) -> Figure:
     blocks = np.arange(1, seen.hidden_norms.shape[1] + 1)
     groups = [(label, color, seen.hidden_norms.transpose(0, 2, 1)[mask])
               for label, color, mask in _groups(seen.artifacts) if mask.any()]
-    figure = ReportFigure(_hidden_norms_title(seen), height=4.2)
+    caption = ("L2 norm of the patch tokens after each block, before the final norm: the median, the band from 1 to "
+               "99 % of the patches, and the longest token. Artifacts are the patches beyond θ in the last block.")
+    figure = ReportFigure(_hidden_norms_title(seen), caption, height=4.2)
     axes = figure.subplots()
     for label, color, norms in groups:
         low, median, high = np.quantile(norms, [0.01, 0.5, 0.99], axis=0)
@@ -84,7 +86,10 @@ def attention_examples(
     shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
     title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
              if artifacts.any() else "No patch of these images is an artifact: ITAE does not change their attention")
-    figure = ReportFigure(title, height=1.1 + (1 + 2 * len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
+    caption = ("Attention of [CLS] in the last block, mean over the heads, on one scale for all maps. Artifacts are "
+               "framed. Over an image each map has a scale of its own: yellow is its largest weight.")
+    figure = ReportFigure(title, caption,
+                          height=1.1 + (1 + 2 * len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
     grid = figure.subplots(1 + 2 * len(maps), len(pictures), squeeze=False)
     brightest = max(weights.max() for weights in maps.values())
     for column, picture, mask, *weights in zip(grid.T, pictures, artifacts, *maps.values(), strict=True):
@@ -122,7 +127,9 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
     places = int(np.searchsorted(ordered, 0.9 * ordered[-1]) + 1)
     title = (f"{places} of {frequency.size} places hold 90 % of the artifacts; "
              f"an image has {counts.mean():.2g} of them ({counts.min()} to {counts.max()})")
-    figure = ReportFigure(title, height=3.8)
+    caption = ("Left: the share of images in which each place of the patch grid holds an artifact. Right: how many "
+               "images have so many artifacts.")
+    figure = ReportFigure(title, caption, height=3.8)
     where, how_many = figure.subplots(1, 2)
     drawn = where.imshow(frequency.reshape(patch_grid), cmap=MAP, vmin=0)
     where.set(xlabel="patch column", ylabel="patch row")
@@ -145,8 +152,11 @@ def attention_shares(seen: Observation) -> Figure:
     before, after = (percent(share.mean()) for share in shares.values())
     subject = ("Artifacts" if have_any.all()
                else f"In the {have_any.sum():,} of {len(have_any):,} images with artifacts, these")
+    caption = ("Share of the [CLS] attention of an image, in the last block, that lies on its artifacts, before and "
+               "after ITAE. The dashed line is their share of the patches: attention that ignores artifacts lies "
+               "there.")
     figure = ReportFigure(f"{subject} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
-                          f"after ITAE {after}", height=3.4)
+                          f"after ITAE {after}", caption, height=3.4)
     axes = figure.subplots()
     for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
         axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
@@ -176,7 +186,8 @@ def inspection(images: Sequence[InspectedImage], source: str, block: int, title:
     *_, over = columns  # the attention in the last column is laid over the image, too
     heights = [min(max(image.hidden.shape[0] / image.hidden.shape[1], SHORTEST_ROW), TALLEST_ROW) for image in images]
     column_width = (WIDTH - 0.5) / (2 + len(columns))
-    figure = ReportFigure(title, height=1.2 + column_width * sum(heights))
+    caption = "Norms, statistic and [CLS] attention of each image on its patches. Artifacts are framed."
+    figure = ReportFigure(title, caption, height=1.2 + column_width * sum(heights))
     *grid, scales = figure.subplots(len(images) + 1, 2 + len(columns), height_ratios=[*heights, 0.06])
     for scale in scales[[0, -1]]:
         scale.set_axis_off()

@@ -46,7 +46,9 @@ def ablation_heatmaps(scores: pd.DataFrame, measure: str) -> Figure:
              else f"Best of {len(means)} settings: {best} (baseline {baseline:.3f})")
     columns = [*dict.fromkeys(settings.theta[settings.theta != AUTO]), AUTO]
     sources, rows = list(dict.fromkeys(settings.source)), list(dict.fromkeys(settings.attenuation))
-    figure = ReportFigure(title, height=0.7 + (1 + 0.42 * len(rows)) * -(-len(sources) // COLUMNS))
+    caption = (f"{MEASURES[measure]} of every setting, mean over the seeds of k-means: one panel per statistic, one "
+               "row per edit, one column per θ. The white line on the scale is the baseline.")
+    figure = ReportFigure(title, caption, height=0.7 + (1 + 0.42 * len(rows)) * -(-len(sources) // COLUMNS))
     drawn = panels(figure, len(sources))
     unit, fmt, suffix = (1000, ".1f", " × 1000") if measure == CHANGE else (1, ".2f", "")
     low, high = min(means.min(), baseline) * unit, max(means.max(), baseline) * unit
@@ -75,7 +77,10 @@ def ablation_curves(scores: pd.DataFrame, measure: str) -> Figure:
     """
     _check_measure(scores, measure)
     sources = list(dict.fromkeys(scores.source.dropna()))
-    figure = ReportFigure(_curves_title(scores, measure), height=1 + 3 * -(-len(sources) // COLUMNS))
+    caption = (f"{MEASURES[measure]} against θ, given as the share of the patches beyond it: mean ± standard "
+               "deviation over the seeds of k-means, one panel per statistic. Stars are the θ found without labels. "
+               "The dotted line edits as many random patches.")
+    figure = ReportFigure(_curves_title(scores, measure), caption, height=1 + 3 * -(-len(sources) // COLUMNS))
     drawn = panels(figure, len(sources))
     for axes, source in zip(drawn, sources, strict=True):
         _curves(axes, scores, source, measure)
@@ -136,7 +141,9 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
     """
     variants = list(dict.fromkeys(scores.variant))
     metrics = [name for name in MEASURES if name in scores]
-    figure = ReportFigure(title, height=1.3 + 0.32 * len(variants))
+    spread_of = ": mean ± standard deviation over its seeds" if "seed" in scores else ""
+    caption = f"Scores of each kind of features, clustered by k-means{spread_of}. The dashed line is the baseline."
+    figure = ReportFigure(title, caption, height=1.3 + 0.32 * len(variants))
     spread = over_seeds(scores).fillna(0)
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         for place, variant in enumerate(variants):
@@ -163,8 +170,11 @@ def harms(differences: pd.DataFrame, measure: str = "acc") -> Figure:
     clear = ~((rows.low <= 0) & (rows.high >= 0))
     written, stolen = (f"{rows.difference.iloc[place]:+.3f} {name}" if clear.iloc[place] else "no clear difference"
                        for place in (0, 1))
+    caption = (f"Gain of {name} from one edit of the attention to the next, with 95 % paired bootstrap intervals over "
+               "the images. Substitute replaces what artifacts write and leaves them their attention; mask takes it "
+               "away.")
     figure = ReportFigure(f"Undoing what the artifacts' values write: {written}; undoing stolen attention: {stolen}",
-                          height=1.4 + 0.42 * len(rows))
+                          caption, height=1.4 + 0.42 * len(rows))
     axes = figure.subplots()
     for place, (step, row) in enumerate(rows[::-1].iterrows()):
         axes.plot([row.low, row.high], [place, place], color=AFTER, linewidth=2)
@@ -184,7 +194,9 @@ def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: S
     chance = (counts * (counts - 1)).sum() / (n * (n - 1))
     title = (f"Share of the {min(NEIGHBOURS, n - 1)} nearest neighbours that are of the same class: "
              f"{', '.join(shares)} (by chance {100 * chance:.0f} %)")
-    figure = ReportFigure(title, height=4.6)
+    caption = ("t-SNE of the [CLS] features, one point per image, coloured by class. Near points are alike; distances "
+               "between groups mean little.")
+    figure = ReportFigure(title, caption, height=4.6)
     palette = np.array(sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes)))
     for axes, (name, places) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
         handles = [axes.scatter(*places[targets == label].T, color=palette[label], s=8, linewidth=0)
@@ -208,7 +220,9 @@ def confusions(tables: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Fi
     labels = label_names(classes)
     shares = {name: table.div(table.sum(axis=1), axis=0) for name, table in tables.items()}
     longest = max(map(len, labels)) if len(labels) <= NAMED_CLASSES else 0
-    figure = ReportFigure(_confusions_title(shares, labels), height=5.2 + 0.05 * longest)
+    caption = ("Share of each class (row) in each cluster (column), in the run of k-means with the lowest inertia. "
+               "Clusters are matched to classes, so the diagonal is right.")
+    figure = ReportFigure(_confusions_title(shares, labels), caption, height=5.2 + 0.05 * longest)
     # A single matrix is drawn at half width too. The rows share their names if their order is the same.
     same_rows = len({tuple(table.index) for table in tables.values()}) == 1
     panels = figure.subplots(1, max(2, len(tables)), squeeze=False, sharey=same_rows and len(tables) > 1)[0]
@@ -260,7 +274,9 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
     shown = change if len(change) <= NAMED_CLASSES else change.iloc[[*range(half), *range(-half, 0)]]
     names = [labels[label] for label in shown.index]
     longest = max(map(len, names))
-    figure = ReportFigure(title, height=3.4 + 0.06 * longest)
+    caption = ("Change of the share of each class that is in its own cluster, with ITAE minus without: mean over the "
+               "seeds of k-means, whiskers of one standard deviation.")
+    figure = ReportFigure(title, caption, height=3.4 + 0.06 * longest)
     axes = figure.subplots()
     colors = [NORMAL if mean > 0 else ARTIFACT for mean in shown["mean"]]
     axes.bar(range(len(shown)), shown["mean"], yerr=shown["std"], color=colors, capsize=3)
@@ -281,7 +297,8 @@ def cluster_sheet(sheets: Mapping[int, Sequence[np.ndarray]], sizes: Mapping[int
         title: the finding in words.
     """
     columns = max(map(len, sheets.values()))
-    figure = ReportFigure(title, height=0.6 + 0.8 * len(sheets) * min(1, 11 / columns))
+    caption = "Images of the largest clusters of k-means, one row per cluster, drawn at random from it."
+    figure = ReportFigure(title, caption, height=0.6 + 0.8 * len(sheets) * min(1, 11 / columns))
     grid = figure.subplots(len(sheets), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -29,7 +29,10 @@ def statistic_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mappin
         fits: of the last block, by source.
         thresholds: θ in use, by source.
     """
-    figure = ReportFigure(_distributions_title(fits, thresholds), height=0.6 + 2.5 * -(-len(fits) // COLUMNS))
+    caption = ("Distribution of each statistic over the patches of a sample of images, in the last block. The counts "
+               "are on a log scale. The dashed line is θ, and the patches beyond it have the other colour.")
+    figure = ReportFigure(_distributions_title(fits, thresholds), caption,
+                          height=0.6 + 2.5 * -(-len(fits) // COLUMNS))
     drawn = panels(figure, len(fits))
     for axes, (source, fit) in zip(drawn, fits.items(), strict=True):
         theta, values = thresholds[source], fit.values.ravel()
@@ -81,7 +84,10 @@ def output_norms(seen: Observation, fit: ThresholdFit) -> Figure:
         title = "Too few patches to look for a mode of longer tokens after the last block"
     elif "valley" in shares:
         title = f"A mode of longer tokens holds {shares['valley']} of the patches after the last block"
-    figure = ReportFigure(f"{title}; mean + 3 sd finds {shares['mean + 3 sd']}", height=3.6)
+    caption = ("Distribution of the L2 norm of the patch tokens after the last block, before the final norm, on a log "
+               "scale of counts. The lines are cuts used in the literature, with the share of the patches at or above "
+               "each.")
+    figure = ReportFigure(f"{title}; mean + 3 sd finds {shares['mean + 3 sd']}", caption, height=3.6)
     axes = figure.subplots()
     axes.hist(norms, np.histogram_bin_edges(norms.astype(np.float64), bins=120), color=NORMAL)
     for (name, cut), (color, line) in zip(cuts.items(), LINES, strict=True):
@@ -105,7 +111,9 @@ def agreement(jaccard: pd.DataFrame) -> Figure:
     """
     found = [name for name in jaccard if jaccard.loc[name, name] == 1]
     shown = jaccard.loc[found, found].reindex(index=jaccard.index, columns=jaccard.columns)
-    figure = ReportFigure(_agreement_title(jaccard.loc[found, found]), height=0.9 + 0.45 * len(jaccard))
+    caption = ("Agreement of each two statistics on which patches are artifacts: the patches that both find, as a "
+               "share of those that either finds. Statistics without θ are grey.")
+    figure = ReportFigure(_agreement_title(jaccard.loc[found, found]), caption, height=0.9 + 0.45 * len(jaccard))
     axes = figure.subplots()
     axes.set_facecolor("0.9")
     sns.heatmap(shown, vmin=0, vmax=1, cmap=MAP, annot=True, fmt=".3f", linewidths=1, ax=axes,
@@ -137,7 +145,9 @@ def value_norms(seen: Observation) -> Figure:
     if known.size:
         title = (f"Values of artifacts are {known.min():.2g} to {known.max():.2g} × as long as those of other "
                  f"patches; shorter in {np.count_nonzero(known < 1)} of {len(ratios)} heads")
-    figure = ReportFigure(title, height=3)
+    caption = ("Mean length of the values of artifacts as a multiple of that of other patches, per head of the last "
+               "block. The dashed line is equal length.")
+    figure = ReportFigure(title, caption, height=3)
     axes = figure.subplots()
     axes.bar(heads, ratios, color=ARTIFACT, width=min(0.6, 0.08 * len(heads)))
     axes.axhline(1, color="black", linestyle="--", linewidth=1)

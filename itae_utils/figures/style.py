@@ -38,16 +38,24 @@ STYLE = {
 
 
 class ReportFigure(Figure):
-    """A matplotlib figure that notebooks display without pyplot."""
+    """A matplotlib figure that notebooks display without pyplot, and the report with its caption.
 
-    def __init__(self, title: str, *, height: float) -> None:
+    Args:
+        title: the finding.
+        caption: what is drawn, for a reader who sees nothing else of the page.
+        height: in inches.
+    """
+
+    def __init__(self, title: str, caption: str, *, height: float) -> None:
         super().__init__(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+        self.title, self.caption = title, caption
         self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", parse_math=False)
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        """Return the picture, and its text for the page: IPython keeps it beside the picture."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
-        return buffer.getvalue()
+        return buffer.getvalue(), {"alt": self.title, "caption": self.caption}
 
 
 def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
@@ -70,14 +78,14 @@ def panels(figure: Figure, count: int) -> list[Axes]:
 
 
 def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
-    """Write `output_dir/figures/name.png` and `.pdf`, without dates, and return the figure.
+    """Write `output_dir/figures/name` as PNG, PDF and SVG, without dates, and return the figure.
 
     Raises:
         ItaeError: the folder can't be created.
     """
     folder = make_folder(Path(output_dir) / "figures")
-    for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
-        with replacing(folder / f"{name}.{suffix}") as part:
+    for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None}), ("svg", {"Date": None})]:
+        with replacing(folder / f"{name}.{suffix}") as part, matplotlib.rc_context({"svg.hashsalt": name}):
             figure.savefig(part, format=suffix, metadata=metadata)
     return figure
 

@@ -152,7 +152,7 @@ class NotebookRun:
         return self.options["store"]
 
     def show(self, figure: Figure, name: str) -> None:
-        """Display a figure and save it as `figures/name.png` and `.pdf`."""
+        """Display a figure and save it as `figures/name` in three formats."""
         display(save(figure, self.output_dir, name))
         self._figures.append(name)
 
@@ -184,5 +184,5 @@ class NotebookRun:
             self.output_dir, notebook=self.name, parameters=rules.recorded(parameters),
             provenance=about or provenance(self.backbone, self.dataset, **more), thresholds=thresholds or {}, rows=rows,
             figures=figures, headline=headline)
-        return Markdown("All numbers of this page are in [results.json](results.json), the figures as PNG and PDF in "
-                        "`figures`.")
+        return Markdown("All numbers of this page are in [results.json](results.json), the figures as PNG, PDF and "
+                        "SVG in `figures`.")

@@ -52,14 +52,16 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
         exclude_anchor_links=True,
         config=Config({"NbConvertBase": {"display_data_priority": SHOWN_TYPES}}),
     )
+    exporter.register_filter("tables", _tables)
     page, _ = exporter.from_notebook_node(_presentable(notebook), {"report": {
         "run": run,
         "index": "../" * run.page.count("/") + "index.html",
         "previous": selected[place - 1] if place else None,
         "next": selected[place + 1] if place + 1 < len(selected) else None,
         "policy": POLICY,
-        "css": _style() + HtmlFormatter(style="friendly").get_style_defs(".highlight"),
+        "css": _style() + _code_style(),
     }})
+    page = _with_contents(page)
     if hashes := script_hashes(page):
         page = page.replace("script-src 'none'", f"script-src {' '.join(hashes)}", 1)
     with replacing(path) as part:
@@ -84,6 +86,22 @@ def _presentable(notebook: NotebookNode) -> NotebookNode:
             for kind in {"image/png", "image/jpeg"} & set(output.get("data", ())):
                 output.metadata.setdefault(kind, {}).setdefault("alt", f"Figure: {section}")
     return notebook
+
+
+def _with_contents(page: str) -> str:
+    """Number the sections of a page, and list them at its top; a page without sections has no list."""
+    titles = re.findall(r"<h2>(.*?)</h2>", page, re.DOTALL)
+    for number, title in enumerate(titles, start=1):
+        page = page.replace(f"<h2>{title}</h2>", f'<h2 id="section-{number}">{title}</h2>', 1)
+    links = "".join(f'<li><a href="#section-{number}">{title}</a></li>' for number, title in enumerate(titles, start=1))
+    contents = f'<nav class="contents" aria-label="Contents"><ol>{links}</ol></nav>' if titles else ""
+    return re.sub(r'<nav aria-label="Contents"[^>]*>\s*</nav>', lambda _: contents, page, count=1)
+
+
+def _tables(html: str) -> str:
+    """Let wide tables scroll by keyboard, too, and make header cells without words plain ones."""
+    html = html.replace("<table", '<table tabindex="0"')
+    return re.sub(r"<th\b([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)
 
 
 def index_page(report: Report) -> Path:
@@ -268,6 +286,11 @@ def _shown(value: object) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def _code_style() -> str:
+    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("friendly", "github-dark"))
+    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n.highlight {{ background: none; }}"
 
 
 def _style() -> str:

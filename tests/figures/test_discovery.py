@@ -87,7 +87,7 @@ def test_attention_examples_without_artifacts_has_no_after(nothing):
 
 
 def test_outline_frames_row_and_column(seen):
-    axes = figures.ReportFigure("x", height=2).subplots()
+    axes = figures.ReportFigure("x", "", height=2).subplots()
     mask = np.zeros(GRID, dtype=bool)
     mask[1, 3] = True
     outline(axes, mask)
@@ -157,15 +157,17 @@ def test_save_writes_png_and_pdf_without_dates(tmp_path, seen):
     figure = figures.hidden_norms(seen)
     assert figures.save(figure, tmp_path / "a", "norms") is figure
     figures.save(figures.hidden_norms(seen), tmp_path / "b", "norms")
-    for suffix, start in [("png", b"\x89PNG"), ("pdf", b"%PDF")]:
+    for suffix, start in [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")]:
         first, second = ((tmp_path / run / "figures" / f"norms.{suffix}").read_bytes() for run in "ab")
         assert first.startswith(start)
         assert first == second
         assert b"CreationDate" not in first
-    assert len(list((tmp_path / "a" / "figures").iterdir())) == 2
+    assert len(list((tmp_path / "a" / "figures").iterdir())) == 3
 
 
 def test_notebooks_get_a_picture_at_150_dots_an_inch(seen):
-    png = figures.hidden_norms(seen)._repr_png_()
+    figure = figures.hidden_norms(seen)
+    png, texts = figure._repr_png_()
+    assert texts == {"alt": figure.get_suptitle(), "caption": figure.caption}
     assert png.startswith(b"\x89PNG")
     assert int.from_bytes(png[16:20], "big") == 1500

@@ -79,9 +79,10 @@ def test_results_figures_and_description(case, name):
     assert results["rows"]
     assert results["headline"]
     saved = {path.name for path in (case.folder / name / "figures").iterdir() if path.name != OUTPUT_MARK}
-    assert saved == {f"{figure}.{suffix}" for figure in results["figures"] for suffix in ("png", "pdf")}
+    assert saved == {f"{figure}.{suffix}" for figure in results["figures"] for suffix in ("png", "pdf", "svg")}
     shown = [each for each in case.outputs[name] if "image/png" in each.get("data", {})]
     assert len(shown) == len(results["figures"])
+    assert all(each.metadata["image/png"]["caption"].endswith(".") for each in shown)
     assert not [each for each in case.outputs[name] if each.output_type in ("stream", "error")]
     assert ("were planted" in case.text(name)) == case.planted
     assert ("10 classes" in case.text(name, 1)) == case.labelled
@@ -98,7 +99,7 @@ def test_the_explorer_shows_the_images_of_the_run(case):
 def test_pages_work_in_a_browser_and_have_no_accessibility_faults(case):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     with open_chromium() as browser:
-        page, errors = browser.new_page(viewport={"width": 390, "height": 900}), []
+        page, errors = browser.new_page(), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text))
         pages = [case.folder / name / f"{name}.html" for name in (EXPLORER, *NAMES)]
@@ -106,8 +107,12 @@ def test_pages_work_in_a_browser_and_have_no_accessibility_faults(case):
             page.goto(path.as_uri())
             page.evaluate("() => Promise.all([...document.images].map((image) => "
                           "Object.assign(image, { loading: 'eager' }).decode()))")  # an error if one can't be shown
-            faults = [fault for fault in axe.Axe().run(page).response["violations"] if fault["impact"] != "minor"]
-            assert not [(path.name, fault["id"], fault["nodes"][0]["html"][:200]) for fault in faults]
+            for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+                page.set_viewport_size({"width": width, "height": 900})
+                page.emulate_media(color_scheme=scheme)
+                faults = [fault for fault in axe.Axe().run(page).response["violations"] if fault["impact"] != "minor"]
+                assert not [(path.name, width, scheme, each["id"], each["nodes"][0]["html"][:200]) for each in faults]
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.goto(pages[0].as_uri())
         assert page.locator(".strip button").count() == min(128, {"many": 60, "few": 20}.get(case.images, 200))
         assert not errors

@@ -117,13 +117,13 @@ def test_results_hold_parameters_options_figures_and_provenance(tmp_path):
     run = start(tmp_path, limit=20, options={"store": "none", "dask": "tcp://x", "num_workers": 2, "device": "cpu"})
     run.load()
     for name in ("first", "second"):
-        run.show(ReportFigure(name, height=1), name)
+        run.show(ReportFigure(name, "its caption", height=1), name)
     link = run.write(rows=[], headline=[], thresholds={"‖key‖": None}, cover="second", fit_seconds=1.5)
     assert "results.json" in link.data
     found = read_results(tmp_path / "results.json")
     assert (found["notebook"], found["figures"]) == ("03_clustering", ["second", "first"])
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        OUTPUT_MARK, *(f"{name}.{kind}" for name in ("first", "second") for kind in ("png", "pdf"))}
+        OUTPUT_MARK, *(f"{name}.{kind}" for name in ("first", "second") for kind in ("png", "pdf", "svg"))}
     options, about = found["parameters"]["options"], found["provenance"]
     assert (found["parameters"]["limit"], options["device"]) == (20, "cpu")
     assert not {"store", "dask", "num_workers"} & set(options)

@@ -97,6 +97,30 @@ class TestNotebookPage:
         assert ".code { display: none; }" in page
         assert ".notebook:has(#show-code:checked) .code { display: block; }" in page
 
+    def test_a_figure_has_its_caption_and_alternative_text(self, tmp_path):
+        texts = {"alt": "ACC rises <0.1>", "caption": "Scores & seeds."}
+        figure = new_output("display_data", {"image/png": PNG}, metadata={"image/png": texts})
+        page = self.render(tmp_path, new_markdown_cell("# A"), self.code(figure))
+        assert 'alt="ACC rises &lt;0.1&gt;"' in page
+        assert "<figcaption>Scores &amp; seeds.</figcaption>" in page
+
+    def test_contents_lead_to_every_section(self, tmp_path):
+        page = self.render(tmp_path, new_markdown_cell("# A\n\n## 1. What *is* θ?\n\nText."),
+                           new_markdown_cell("## 2. Ü & so\n\n## 2. Ü & so"))
+        contents = page.partition("<ol>")[2].partition("</ol>")[0]
+        listed = re.findall('<a href="#([^"]+)">(.*?)</a>', contents)
+        assert len(listed) == 3
+        assert listed == re.findall('<h2 id="([^"]+)">(.*?)</h2>', page)
+        assert "Contents" not in self.render(tmp_path, new_markdown_cell("# A"), run=run_of(NOTEBOOKS[0]))
+
+    def test_tables_scroll_by_keyboard_and_have_no_empty_headers(self, tmp_path):
+        table = "<table><thead><tr><th></th><th>ACC</th></tr></thead><tr><th>a</th><td>1</td></tr></table>"
+        styled = table.replace("<th></th>", '<th class="blank level0" >&nbsp;</th>')
+        page = self.render(tmp_path, new_markdown_cell("# A"), *(
+            self.code(self.display(text_html=each, text_plain="x")) for each in (table, styled)))
+        assert page.count('<table tabindex="0">') == 2
+        assert re.findall(r"<th[^>]*>([^<]*)</th>", page) == ["ACC", "a"] * 2
+
     def test_it_links_to_its_neighbours_and_the_index(self, tmp_path):
         page = self.render(tmp_path, new_markdown_cell("# A"))
         for target in ("index.html", "01_part/01_part.html", "03_part/03_part.html"):
