@@ -16,7 +16,7 @@ from pandas.io.formats.style import Styler
 
 from itae_utils.analysis.collection import BY_DATASET, OTHER_IMAGES, UNKNOWN, Pairing
 from itae_utils.analysis.metrics import METRICS, describe_difference
-from itae_utils.analysis.words import SETTING_COLUMNS, describe_kmeans, escape
+from itae_utils.analysis.words import SETTING_COLUMNS, as_latex, describe_kmeans, escape
 from itae_utils.files import make_folder, replacing
 
 NOT_RUN, NOT_RECORDED = "not run", "not in these results"
@@ -25,8 +25,6 @@ NUMBERS = ["dataset", "backbone", "variant", "metric", "n", "seeds", "mean", "sd
            "minus_baseline", "low", "high", "normalize", "n_init", "fitted_on", "weights", "images"]
 VARIANTS = {"baseline": "baseline", "random control": "random control", "itae": "ITAE"}
 NBSP = "\N{NO-BREAK SPACE}"  # keeps a number on one line in a narrow table
-LATEX = {NBSP: "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "‖": r"$\Vert$", "₂": "$_2$", "–": "--",
-         "×": r"$\times$", "“": "``", "”": "''"}
 # Column widths, equal in the tables of all data sets, narrow enough for three scores on a page.
 LAYOUT = [{"selector": "tbody th", "props": "white-space: normal; width: 9.5em; min-width: 9.5em; padding-right: .8em"},
           {"selector": "td", "props": "width: 13.4em; min-width: 13.4em; padding-right: .8em"}]
@@ -325,12 +323,9 @@ def comparison_rows(pairings: Sequence[Pairing]) -> list[dict[str, object]]:
 def save_table(table: pd.DataFrame, output_dir: str | Path, name: str, *, csv: pd.DataFrame | None = None) -> str:
     """Write `output_dir/tables/name.csv` and `.tex`, and return Markdown links to them.
 
-    The LaTeX needs the package booktabs and has only characters that every engine knows. `csv` goes into the CSV file
-    in place of `table`, such as the numbers behind a table of texts.
+    `csv` goes into the CSV file in place of `table`, such as the numbers behind a table of texts.
     """
-    folder, text = make_folder(Path(output_dir) / "tables"), table.to_latex(escape=True, multirow=False)
-    for sign, command in LATEX.items():
-        text = text.replace(sign, command)
+    folder, text = make_folder(Path(output_dir) / "tables"), as_latex(table, multirow=False)
     for suffix, content in (("csv", table.to_csv() if csv is None else csv.to_csv(index=False)), ("tex", text)):
         with replacing(folder / f"{name}.{suffix}") as part:
             part.write_text(content, encoding="utf-8")

@@ -33,9 +33,19 @@ def fingerprint(dataset: Dataset) -> str | None:
         ItaeError: `images` are not paths, arrays or bytes; their number differs from that of `targets`; or a file can't
             be read.
     """
+    lines = _lines(dataset)
+    return _digest(lines) if lines else None
+
+
+def image_hashes(dataset: Dataset) -> list[str]:
+    """Return for every image what `fingerprint` hashes, in 16 characters each; an empty list if it returns None."""
+    return [_digest([line])[:16] for line in _lines(dataset)]
+
+
+def _lines(dataset: Dataset) -> list[str]:
     images, labels = getattr(dataset, "images", None), getattr(dataset, "targets", None)
     if images is None or not len(images):
-        return None
+        return []
     labels = [-1] * len(images) if labels is None else labels
     if len(labels) != len(images):
         raise ItaeError(f"the data set has {len(images):,} .images and {len(labels):,} .targets: "
@@ -45,7 +55,7 @@ def fingerprint(dataset: Dataset) -> str | None:
         hashes = _hash_files(paths, _root(getattr(dataset, "name", ""), paths))
     else:
         hashes = map(_hash_in_memory, range(len(images)), images)
-    return _digest(f"{name}\t{label}\t{sha256}\n" for (name, sha256), label in zip(hashes, labels, strict=True))
+    return [f"{name}\t{label}\t{sha256}\n" for (name, sha256), label in zip(hashes, labels, strict=True)]
 
 
 def files_digest(paths: Iterable[str | Path], folder: str | Path) -> str | None:

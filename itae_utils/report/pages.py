@@ -25,6 +25,7 @@ from itae_utils.files import PACKAGE, replacing
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.rules import recorded
 from itae_utils.report.runs import Report, Run
+from itae_utils.report.tables import measured_tables, plain_tables
 from itae_utils.results import is_collection
 
 TEMPLATES = PACKAGE / "report/templates"
@@ -52,7 +53,8 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
         exclude_anchor_links=True,
         config=Config({"NbConvertBase": {"display_data_priority": SHOWN_TYPES}}),
     )
-    exporter.register_filter("tables", _tables)
+    exporter.register_filter("plain_tables", plain_tables)
+    exporter.register_filter("measured_tables", measured_tables)
     page, _ = exporter.from_notebook_node(_presentable(notebook), {"report": {
         "run": run,
         "index": "../" * run.page.count("/") + "index.html",
@@ -96,12 +98,6 @@ def _with_contents(page: str) -> str:
     links = "".join(f'<li><a href="#section-{number}">{title}</a></li>' for number, title in enumerate(titles, start=1))
     contents = f'<nav class="contents" aria-label="Contents"><ol>{links}</ol></nav>' if titles else ""
     return re.sub(r'<nav aria-label="Contents"[^>]*>\s*</nav>', lambda _: contents, page, count=1)
-
-
-def _tables(html: str) -> str:
-    """Let wide tables scroll by keyboard, too, and make header cells without words plain ones."""
-    html = html.replace("<table", '<table tabindex="0"')
-    return re.sub(r"<th\b([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)
 
 
 def index_page(report: Report) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from itae_utils.data import fingerprint as fingerprints
-from itae_utils.data.fingerprint import file_sha256, files_digest, fingerprint
+from itae_utils.data.fingerprint import file_sha256, files_digest, fingerprint, image_hashes
 from itae_utils.errors import ItaeError
 
 IMAGES = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
@@ -171,6 +171,14 @@ class TestArrays:
         others = [dataset(IMAGES), dataset(IMAGES[::-1], [0, 1, 0]), dataset(IMAGES.reshape(3, 2, 8), [0, 1, 0]),
                   dataset(IMAGES.view(np.int8), [0, 1, 0]), dataset(IMAGES[:2], [0, 1])]
         assert len({whole, *map(fingerprint, others)}) == 6
+
+    def test_each_image_has_a_hash_of_its_own_content_and_label(self):
+        whole = image_hashes(dataset(IMAGES, [0, 1, 0]))
+        other = IMAGES.copy()
+        other[1] += 1
+        assert [a == b for a, b in zip(whole, image_hashes(dataset(other, [0, 1, 1])), strict=True)] == [True, False, False]
+        assert len(set(whole)) == 3
+        assert image_hashes(dataset([])) == []
 
     def test_a_custom_data_set_needs_images_only(self):
         assert fingerprint(SimpleNamespace(images=IMAGES)) == fingerprint(dataset(IMAGES))
