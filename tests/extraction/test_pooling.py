@@ -6,7 +6,7 @@ import torch
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction import pooling
-from itae_utils.extraction.pooling import NO_PATCHES, joined, pooled_features
+from itae_utils.extraction.pooling import NO_PATCHES, pooled_features
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attention_map, attenuate
 from itae_utils.method.one_pass import OnePass
@@ -79,8 +79,8 @@ def test_controls_pool_the_patches_that_an_extraction_attenuates(select):
 
 
 def test_means_are_stored_by_what_decides_them(tmp_path, monkeypatch):
-    calls, pool = [], pooling._pool
-    monkeypatch.setattr(pooling, "_pool", lambda *args: calls.append(1) or pool(*args))
+    calls, run = [], pooling.measure_images
+    monkeypatch.setattr(pooling, "measure_images", lambda *args, **named: calls.append(1) or run(*args, **named))
     backbone, dataset = as_backbone(tiny_vit()), array_dataset(6)
     settings = [ITAE("key", theta) for theta in (2.0, 3.0)]
     first = [pooled_features(backbone, dataset, itae, store=tmp_path) for itae in settings]
@@ -100,12 +100,6 @@ def test_settings_that_say_no_artifacts_are_refused(itae, named):
     with pytest.raises(ItaeError, match=named) as raised:
         pooled_features(as_backbone(tiny_vit()), array_dataset(2), itae)
     assert "\n" not in str(raised.value)
-
-
-def test_joined_features_weigh_the_same():
-    one, other = np.random.default_rng(0).normal(size=(2, 4, 3))
-    expected = [[*(a / np.linalg.norm(a)), *(b / np.linalg.norm(b))] for a, b in zip(one, 100 * other, strict=True)]
-    np.testing.assert_allclose(joined(one, 100 * other), expected)
 
 
 # --- no patches -------------------------------------------------------------------------------------------------------
