@@ -26,10 +26,7 @@ def probe_hits(features: np.ndarray, targets: np.ndarray, *, seed: int = 0) -> d
 
     "knn" is a vote of the 20 nearest other images by cosine distance; the first of equal classes wins. "probe" is ridge
     regression in 5 stratified folds, or as many as the largest class has images, drawn with `seed`; features are
-    standardised inside each. An image that is alone in its class is never right.
-
-    Raises:
-        ItaeError: targets that can't be predicted.
+    standardised inside each. An image that is alone in its class is never right, and a single class is an `ItaeError`.
     """
     rows, (found, classes) = all_rows(as_matrix(features), normalize=False), np.unique(targets, return_inverse=True)
     if len(classes) != len(rows) or not 1 < len(found) < len(rows):

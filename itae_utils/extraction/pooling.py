@@ -31,11 +31,8 @@ def pooled_features(backbone: Backbone, dataset: Dataset, itae: ITAE, *, batch_s
     """Return the mean of each image's patch tokens after the final norm, (n, dim) float32, stored and reused.
 
     "mean" is over all patches, and "mean_normal" over those that are not artifacts. They are equal for an image without
-    artifacts, and for one of artifacts alone. `itae` says which patches are artifacts: a setting of the last block with
-    a numeric threshold. The other arguments are as for `observe`. Where timm pools before the final norm, so does this.
-
-    Raises:
-        ItaeError: a setting with more than one block, or one that `attenuate` refuses.
+    artifacts, and for one of artifacts alone. `itae` says which patches are artifacts, and is refused as by `observe`.
+    The other arguments are as for `extract_features`. Where timm pools before the final norm, so does this.
     """
     dataset = checked_inputs(backbone, dataset, num_workers)
     check_setting(backbone.model, itae, backbone.truth)
@@ -52,11 +49,10 @@ def pooled_features(backbone: Backbone, dataset: Dataset, itae: ITAE, *, batch_s
         artifacts = select_artifacts(values, itae.thresholds[-1], itae, block=last, image_numbers=image_numbers,
                                      truth=captured.mask)
         patches = model.norm(inputs.run(model.blocks[last]))[:, prefix:].float()
-        mean, normal = patches.mean(dim=1), ~artifacts[..., None]
-        of_normal = torch.where(normal, patches, 0).sum(dim=1) / normal.sum(dim=1)
-        differs = normal.any(dim=1) & ~normal.all(dim=1)
-        pooled = {"mean": mean, "mean_normal": torch.where(differs, of_normal, mean)}
-        return {name: model.fc_norm(each).float() for name, each in pooled.items()}
+        normal = ~artifacts[..., None]
+        kept = {"mean": torch.ones_like(normal), "mean_normal": normal | ~normal.any(dim=1, keepdim=True)}
+        return {name: model.fc_norm(torch.where(mask, patches, 0).sum(dim=1) / mask.sum(dim=1)).float()
+                for name, mask in kept.items()}
 
     return dict(place.remembered(
         "pooled", {"batch_size": options["batch_size"], "setting": setting_key(itae, backbone.truth)},
