@@ -45,13 +45,14 @@ def remedy_scores(features: Mapping[str, np.ndarray], targets: np.ndarray, *, se
     """
     runs = remembered.clusters_of_all(features, len(np.unique(targets)), **k_means)
     labels = {name: found for name, (found, _) in runs.items()}
-    hits = {name: remembered.hits(features[name], targets, seed=seed, store=k_means["store"]) for name in features}
+    leads, store = difference_table(targets, labels, seed=seed).drop(columns="words"), k_means.get("store", "auto")
+    hits = {name: remembered.hits(features[name], targets, seed=seed, store=store) for name in features}
     gains = {name: paired_gain(hits["baseline"], each, seed) for name, each in hits.items() if name != "baseline"}
-    leads = pd.concat([difference_table(targets, labels, seed=seed).drop(columns="words"), pd.concat(gains)])
     values = over_seeds(score_labels(targets, labels, k_means["seeds"])).xs("mean", axis=1, level=1).T
     values = pd.concat([values, pd.DataFrame({name: pd.DataFrame(each).mean() for name, each in hits.items()})])
     names = ["remedy", "metric"]
-    return values.unstack().rename_axis(names).to_frame("value").join(leads.rename_axis(names))
+    leads = pd.concat([leads, pd.concat(gains)]).rename_axis(names)
+    return values.unstack().rename_axis(names).to_frame("value").join(leads)
 
 
 def remedy_table(scores: pd.DataFrame | None, remedies: Mapping[str, Remedy], *, ranked: bool) -> pd.DataFrame:

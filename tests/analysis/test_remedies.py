@@ -6,6 +6,7 @@ from itae_utils.analysis import remedies
 from itae_utils.analysis.probes import paired_gain, probe_hits
 from itae_utils.analysis.remedies import Remedy, passes, remedy_scores, remedy_table
 from itae_utils.analysis.scoring import difference_table, score_variants
+from itae_utils.errors import ItaeError
 from tests.analysis.test_probes import made
 from tests.conftest import as_backbone, tiny_vit
 
@@ -42,6 +43,12 @@ def test_leads_are_paired_bootstraps_against_the_baseline(scored):
         found = scores.loc[name, columns]
         pd.testing.assert_frame_equal(found.loc[["acc", "nmi", "ari"]], expected.loc[name][columns])
         pd.testing.assert_frame_equal(found.loc[["knn", "probe"]], paired_gain(hits["baseline"], hits[name], 5))
+
+
+def test_features_without_a_baseline_are_refused(scored):
+    _, features, targets, k_means = scored
+    with pytest.raises(ItaeError, match="lack 'baseline'"):
+        remedy_scores({"better": features["better"]}, targets, **k_means)
 
 
 FACTS = {"noise": Remedy("training", attention=(0.8, 0.0)), "baseline": Remedy("nothing"),
