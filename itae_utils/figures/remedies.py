@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from itae_utils.analysis.remedies import Remedy
 from itae_utils.analysis.words import percent
@@ -56,5 +57,6 @@ def remedy_maps(pictures: Sequence[np.ndarray], maps: Mapping[str, np.ndarray], 
     grid[0][0].set_title("image", fontsize=8)
     for axes, name, share in zip(grid[0][1:], maps, shares, strict=True):
         axes.set_title("\n".join([*wrap(name, 14), percent(share)]), fontsize=8)
-    figure.colorbar(image, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40)
+    figure.colorbar(image, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40,
+                    ticks=MaxNLocator(4))
     return figure
