@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -123,8 +123,6 @@ def paired_bootstrap(
     Raises:
         ItaeError: labels and targets of different length, or draws below 1.
     """
-    if draws < 1:
-        raise ItaeError(f"draws={draws} is too few: use 1,000 or so")
     sides = [np.atleast_2d(labels_a), np.atleast_2d(labels_b)]
     for labels in sides:
         if labels.shape[-1] != len(targets):
@@ -135,12 +133,19 @@ def paired_bootstrap(
         scores = tables.scores(np.bincount(images, minlength=len(targets)))
         return scores[len(sides[0]) :].mean(axis=0) - scores[: len(sides[0])].mean(axis=0)
 
+    return bootstrap(difference, len(targets), METRICS, draws=draws, seed=seed)
+
+
+def bootstrap(difference: Callable[[np.ndarray], np.ndarray], total: int, metrics: Iterable[str], *, draws: int = 1000,
+              seed: int = 0) -> pd.DataFrame:
+    """Return a table as `paired_bootstrap` does, given a function from image numbers (total,) to one value a metric."""
+    if draws < 1:
+        raise ItaeError(f"draws={draws} is too few: use 1,000 or so")
     rng = np.random.default_rng(seed)
-    total = len(targets)
     resampled = np.stack([difference(rng.integers(total, size=total)) for _ in range(draws)])
     low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
-    observed = difference(np.arange(total))
-    return pd.DataFrame({"difference": observed, "low": low, "high": high}, index=pd.Index(METRICS, name="metric"))
+    return pd.DataFrame({"difference": difference(np.arange(total)), "low": low, "high": high},
+                        index=pd.Index(metrics, name="metric"))
 
 
 def describe_difference(row: Mapping[str, float] | pd.Series) -> str:

@@ -1,4 +1,4 @@
-"""Cluster labels and t-SNE of features, computed once and cached in the feature store.
+"""Cluster labels, hits of probes and t-SNE of features, computed once and cached in the feature store.
 
 The cache key is the features' bytes, the settings and the code here, not the features' origin.
 """
@@ -16,12 +16,13 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize as unit_rows
 
 from itae_utils.analysis.kmeans import SMALL, cluster_seeds
+from itae_utils.analysis.probes import probe_hits
 from itae_utils.analysis.threads import side_by_side
 from itae_utils.files import PACKAGE
 from itae_utils.store.store import Store, code_digest, open_store
 
-# Modules of this package that can change clusters and maps.
-DECIDING = ("centres", "kmeans", "lloyd", "plus_plus", "remembered", "rows", "threads")
+# Modules of this package that can change clusters, hits and maps.
+DECIDING = ("centres", "kmeans", "lloyd", "plus_plus", "probes", "remembered", "rows", "threads")
 
 
 def clusters(
@@ -60,6 +61,13 @@ def clusters_of_all(
     n = len(next(iter(features.values()), ()))
     run = side_by_side if n * k * len(seeds) * n_init < SMALL else map
     return dict(zip(features, run(compute, features), strict=True))
+
+
+def hits(features: np.ndarray, targets: np.ndarray, *, seed: int = 0, store: str | Path | Store | None = "auto"
+         ) -> Mapping[str, np.ndarray]:
+    """Return `probe_hits` of features (n, dim) and classes (n,), cached; `store` is as for `extract_features`."""
+    settings = {"targets": np.unique(targets, return_inverse=True)[1].tolist(), "seed": int(seed)}
+    return _remembered("hits", features, settings, lambda: probe_hits(features, targets, seed=seed), store)
 
 
 def tsne(features: np.ndarray, *, perplexity: float, seed: int, normalize: bool = True,

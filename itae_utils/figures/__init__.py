@@ -10,4 +10,5 @@ __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "scores": ["ablation_curves", "ablation_heatmaps", "class_gains", "cluster_sheet", "confusions", "embeddings",
                "harms", "score_overview"],
     "comparison": ["published_and_measured"],
+    "remedies": ["remedy_maps", "score_against_cost"],
 })

@@ -34,7 +34,7 @@ from itae_utils.store.store import ArrayKind, Store, code_digest, digest
 # Modules and packages that can change norms and features: a change of their code makes stored ones invalid.
 CODE = ("data/datasets.py", "data/folders.py", "data/huggingface.py", "data/images.py", "data/items.py",
         "data/published.py", "models/*.py", "models/demo/__init__.py", "method/*.py", "extraction/batches.py",
-        "extraction/fitting.py", "extraction/job.py", "extraction/observation.py")
+        "extraction/fitting.py", "extraction/job.py", "extraction/observation.py", "extraction/pooling.py")
 PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may change the last bits
 
 

@@ -324,7 +324,7 @@ DECIDING = ("method/setting.py", "method/layers.py", "method/artifacts.py", "met
             "models/state_dicts.py", "models/transformers_layout.py", "models/weight_files.py", "models/compiled.py",
             "models/demo/__init__.py", "data/folders.py", "data/datasets.py", "data/images.py", "data/items.py",
             "data/huggingface.py", "data/published.py", "extraction/batches.py", "extraction/job.py",
-            "extraction/observation.py", "extraction/fitting.py")
+            "extraction/observation.py", "extraction/fitting.py", "extraction/pooling.py")
 
 
 def with_another_constant(code: str) -> str:

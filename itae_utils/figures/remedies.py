@@ -1,0 +1,62 @@
+"""Figures of remedies: what they gain against what they cost, and the attention that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from textwrap import wrap
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from itae_utils.analysis.remedies import Remedy
+from itae_utils.analysis.words import percent
+from itae_utils.figures.style import MAP, ReportFigure, outline, styled
+
+
+@styled
+def score_against_cost(scores: pd.DataFrame, remedies: Mapping[str, Remedy]) -> Figure:
+    """Draw each remedy's lead over the baseline in ACC, with its interval, against its cost in passes.
+
+    `scores` are from `remedy_scores`. Don't draw it where artifacts were planted, see `NOT_RANKED`.
+    """
+    rows = scores.xs("acc", level="metric").drop(index="baseline")
+    clear = rows.difference[rows.low > 0]
+    best = f"{clear.idxmax()}, {clear.max():+.3f}" if len(clear) else "none"
+    figure = ReportFigure(f"Largest clear lead over the baseline in ACC: {best}", height=4.2)
+    axes = figure.subplots()
+    for (name, row), color in zip(rows.iterrows(), sns.color_palette("husl", len(rows)), strict=True):
+        ends = row[["low", "difference", "high"]]
+        axes.plot([remedies[name].passes] * 3, ends, "o-", markevery=[1], color=color, label=name)
+    axes.axhline(0, color="black", linestyle="--", linewidth=1, label="baseline")
+    axes.set(xlabel="cost in passes of the model, beside the baseline's", ylabel="lead in ACC, with its 95 % interval")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+@styled
+def remedy_maps(pictures: Sequence[np.ndarray], maps: Mapping[str, np.ndarray], artifacts: np.ndarray) -> Figure:
+    """Draw images (H, W, 3) in rows, and their `[CLS]` attention under each remedy in columns, with artifacts framed.
+
+    `maps` are (n, rows, columns) by remedy, the baseline first, and share one colour scale of square roots; `artifacts`
+    are bool. Above each column is the mean share of the attention on artifacts.
+    """
+    shares = [(weights * artifacts).sum(axis=(1, 2)).mean() for weights in maps.values()]
+    ends = dict.fromkeys(percent(end(shares[1:])) for end in (min, max))
+    figure = ReportFigure(f"In these images artifacts draw {percent(shares[0])} of the [CLS] attention; under the "
+                          f"remedies {' to '.join(ends)}", height=1.6 + 9.5 * len(pictures) / (1 + len(maps)))
+    grid = figure.subplots(len(pictures), 1 + len(maps), squeeze=False)
+    norm = PowerNorm(0.5, 0, max(weights.max() for weights in maps.values()))
+    for row, mask, *drawn in zip(grid, artifacts, pictures, *maps.values(), strict=True):
+        for axes, values in zip(row, drawn, strict=True):
+            image = axes.imshow(values, extent=(0, mask.shape[1], mask.shape[0], 0), cmap=MAP, norm=norm)
+            outline(axes, mask)
+    grid[0][0].set_title("image", fontsize=8)
+    for axes, name, share in zip(grid[0][1:], maps, shares, strict=True):
+        axes.set_title("\n".join([*wrap(name, 14), percent(share)]), fontsize=8)
+    figure.colorbar(image, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40,
+                    ticks=MaxNLocator(4))
+    return figure
