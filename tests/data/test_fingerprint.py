@@ -176,7 +176,8 @@ class TestArrays:
         whole = image_hashes(dataset(IMAGES, [0, 1, 0]))
         other = IMAGES.copy()
         other[1] += 1
-        assert [a == b for a, b in zip(whole, image_hashes(dataset(other, [0, 1, 1])), strict=True)] == [True, False, False]
+        changed = image_hashes(dataset(other, [0, 1, 1]))
+        assert [one == other for one, other in zip(whole, changed, strict=True)] == [True, False, False]
         assert len(set(whole)) == 3
         assert image_hashes(dataset([])) == []
 
