@@ -3,12 +3,13 @@
 The method edits only the `[CLS]` row of the last block. So the tokens that enter that block and its keys are the same
 for every variant, and after the attention only one token is needed. Each further variant costs one row of attention and
 one token through the MLP. Variants that edit earlier blocks, too, share the pass up to the first of these and run the
-following blocks on their own.
+following blocks on their own. So do test-time registers, and their tokens serve all variants on top of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -20,6 +21,8 @@ from itae_utils.method.artifacts import FiringRule, capture_truth, select_artifa
 from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, substitute_token, substituted
 from itae_utils.method.direction import directions_of
 from itae_utils.method.layers import QKV, BlockAdapter, BlockInput, scaled_logits
+from itae_utils.method.register_setting import TestTimeRegisters, Variant, parted
+from itae_utils.method.registers import apply_registers
 from itae_utils.method.setting import ITAE
 from itae_utils.method.statistics import patch_statistic
 
@@ -33,18 +36,26 @@ class OnePass:
 
     Args:
         model: a timm ViT.
-        settings: the variants by name, with numeric thresholds; None is the unmodified model.
+        variants: by name, with numeric thresholds and neurons; None is the unmodified model.
         truth: the rule of a planted backbone, needed by select="oracle".
     """
 
-    def __init__(self, model: nn.Module, settings: Mapping[str, ITAE | None], truth: FiringRule | None = None) -> None:
-        self.model, self.settings = model, settings
-        self.last = len(model.blocks) - 1
-        edited = {name: itae for name, itae in settings.items() if itae is not None}
+    def __init__(self, model: nn.Module, variants: Mapping[str, Variant], truth: FiringRule | None = None) -> None:
+        self.model, self.last = model, len(model.blocks) - 1
+        parts = {name: parted(variant) for name, variant in variants.items()}
+        self.settings = {name: itae for name, (_, itae) in parts.items()}
+        edited = {name: itae for name, itae in self.settings.items() if itae is not None}
         self.deep = [name for name, itae in edited.items() if itae.blocks > 1]
-        # Variants with equal edits are next to each other, so that they are edited at once.
-        self.shallow = sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name]))
-        self.captured = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
+        # By the registers whose tokens they need. Variants with equal edits are next to each other, so that they are
+        # edited at once.
+        self.shallow: dict[TestTimeRegisters | None, list[str]] = {None: []}
+        for name in sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name])):
+            self.shallow.setdefault(parts[name][0], []).append(name)
+        self.plain = {name: registers for name, (registers, itae) in parts.items() if itae is None}
+        self.shallow |= {registers: self.shallow.get(registers, []) for registers in self.plain.values()}
+        self.first_blocks = {registers: registers.first_block if registers else self.last for registers in self.shallow}
+        firsts = {*self.first_blocks.values(), *map(self._first_block, self.deep)}
+        self.captured, self.kept = range(min(firsts), self.last + 1), firsts | {self.last}
         self.directions = {itae.rank: directions_of(model, self.last, itae) for itae in edited.values()
                            if itae.source == "direction"}
         self.truth = truth if any(itae.select == "oracle" for itae in edited.values()) else None
@@ -61,27 +72,36 @@ class OnePass:
         """
         image_numbers = range(first_image, first_image + len(images))
         with capture_truth(self.truth, self.model) as captured:
-            inputs = block_inputs(self.model, images, self.captured)
-        last_block = _LastBlock(self.model, inputs[self.last], image_numbers, captured.mask, self.directions)
-        baseline, *outputs = last_block.run([self.settings[name] for name in self.shallow])
-        results = dict(zip(self.shallow, outputs, strict=True))
-        results |= {name: baseline for name, itae in self.settings.items() if itae is None}
-        for name in self.deep:
-            results[name] = self._run_deep(name, inputs, image_numbers, captured.mask)
-        return {name: (results[name].or_baseline(baseline), results[name].artifacts) for name in self.settings}
+            inputs = block_inputs(self.model, images, self.captured, self.kept)
+        results = {}
+        for registers, names in self.shallow.items():
+            with apply_registers(self.model, registers) if registers else nullcontext():
+                entering = self._run_from(self.first_blocks[registers], inputs)
+                last_block = _LastBlock(self.model, entering, image_numbers, captured.mask, self.directions)
+                baseline, *outputs = last_block.run([self.settings[name] for name in names])
+            found = dict(zip(names, outputs, strict=True))
+            found |= {name: baseline for name, needed in self.plain.items() if needed == registers}
+            if registers is None:
+                found |= {name: self._run_deep(name, inputs, image_numbers, captured.mask) for name in self.deep}
+            results |= {name: (output.or_baseline(baseline), output.artifacts) for name, output in found.items()}
+        return {name: results[name] for name in self.settings}
+
+    def _run_from(self, first: int, inputs: dict[int, BlockInput]) -> BlockInput:
+        """Run the blocks from `first` up to the last on kept tokens, and return the input of the last."""
+        tokens = inputs[first].tokens
+        for index in range(first, self.last):
+            tokens = replace(inputs[index], tokens=tokens).run(self.model.blocks[index])
+        return replace(inputs[self.last], tokens=tokens)
 
     def _run_deep(self, name: str, inputs: dict[int, BlockInput], image_numbers: range,
                   truth: Tensor | None) -> _Output:
         """Run a variant of several blocks from the first of them on."""
-        itae, first = self.settings[name], self._first_block(name)
-        tokens = inputs[first].tokens
+        itae = self.settings[name]
         with attenuate(self.model, itae, truth=truth, first_image=image_numbers.start):
-            for index in range(first, self.last):
-                tokens = replace(inputs[index], tokens=tokens).run(self.model.blocks[index])
-        last_block = _LastBlock(self.model, replace(inputs[self.last], tokens=tokens), image_numbers, truth,
-                                self.directions)
+            entering = self._run_from(self._first_block(name), inputs)
+        last_block = _LastBlock(self.model, entering, image_numbers, truth, self.directions)
         _, output = last_block.run([itae])
-        output.changed |= (tokens != inputs[self.last].tokens).flatten(1).any(dim=1)
+        output.changed |= (entering.tokens != inputs[self.last].tokens).flatten(1).any(dim=1)
         return output
 
 
