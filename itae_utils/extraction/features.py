@@ -131,7 +131,6 @@ def extract_features(
             `.images`, paths or arrays, and transforms that are known by their value (not a lambda).
         variants: `ITAE` or `TestTimeRegisters` settings by name; None stands for the unmodified model.
         thresholds: from `fit_thresholds`, for variants whose θ is "auto", "share:2%" or "sd:3"; None fits them here.
-            Registers, and the θ of edits on top of them, are always fitted here.
         batch_size: images per batch. It can change the last bits of the features. "auto" is 64 on a CPU, and on a GPU a
             size that fits in its memory.
         num_workers: number of processes that decode images, or "auto".
@@ -151,8 +150,8 @@ def extract_features(
     start = time.perf_counter()
     edited = {name: itae for name, itae in variants.items() if isinstance(itae, ITAE)}
     fitted, _ = fitted_settings(place, edited, thresholds, batch_size=batch_size)
-    fitted |= {name: fitted_registers(place, registers, batch_size=batch_size)
-               for name, registers in variants.items() if isinstance(registers, TestTimeRegisters)}
+    fitted |= {name: fitted_registers(place, registers, batch_size=batch_size) for name, registers in variants.items()
+               if isinstance(registers, TestTimeRegisters)}
     settings, fit_seconds = {name: fitted.get(name) for name in variants}, time.perf_counter() - start
 
     start = time.perf_counter()

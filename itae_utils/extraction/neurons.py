@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +30,7 @@ MOST_LEFT = 0.01  # share of the outliers
 
 def find_register_neurons(backbone: Backbone, dataset: Dataset, setting: TestTimeRegisters | None = None, *,
                           sample: int = SAMPLE, seed: int = 0, batch_size: int | Literal["auto"] = "auto",
-                          num_workers: int | Literal["auto"] = 0, store: str | Path | Store | None = "auto"
-                          ) -> TestTimeRegisters:
+                          store: str | Path | Store | None = "auto") -> TestTimeRegisters:
     """Return a setting with numbers for "auto", and with the means of "bias"; its `reason` says what was found.
 
     If there are no outliers, or no `top_k` removes them, the setting has no neurons and does nothing. `top_k` is chosen
@@ -41,109 +40,86 @@ def find_register_neurons(backbone: Backbone, dataset: Dataset, setting: TestTim
     Raises:
         ItaeError: a setting that the model can't run.
     """
-    setting = TestTimeRegisters() if setting is None else setting
-    dataset = checked_inputs(backbone, dataset, num_workers)
+    setting, dataset = setting or TestTimeRegisters(), checked_inputs(backbone, dataset, 0)
     check_registers(backbone.model, setting)
-    return fitted_registers(Place(open_store(store), backbone, dataset), setting, sample=sample, seed=seed,
-                            batch_size=batch_size, num_workers=num_workers)
+    return fitted_registers(Place(open_store(store), backbone, dataset), setting, sample, seed, batch_size)
 
 
-def fitted_registers(place: Place, setting: TestTimeRegisters, *, batch_size: int | Literal["auto"] = "auto",
-                     sample: int = SAMPLE, seed: int = 0, num_workers: int | Literal["auto"] = 0) -> TestTimeRegisters:
+def fitted_registers(place: Place, setting: TestTimeRegisters, sample: int = SAMPLE, seed: int = 0,
+                     batch_size: int | Literal["auto"] = "auto") -> TestTimeRegisters:
     """Return what `find_register_neurons` does, for the backbone and the data set of a place."""
-    model, options = place.backbone.model, {"sample": sample, "seed": seed, "num_workers": num_workers}
-    drawn = _Sample(place, batch_size=chosen_batch_size(batch_size, place), **options)
+    drawn = {"sample": sample, "seed": seed, "batch_size": chosen_batch_size(batch_size, place)}
     if setting.neurons == "auto":
-        setting = _found(drawn, setting)
+        setting = _found(place, setting, drawn)
     if setting.form == "bias" and setting.neurons and not setting.means:
-        tokens = drawn.remembered("register_means", {"neurons": setting.neurons}, lambda: {
-            "sum": drawn.total(lambda images, _: normed_registers(model, images, setting))})
-        means = tokens["sum"] / len(drawn.indices())
+        found = place.remembered("register_means", drawn | {"neurons": setting.neurons}, lambda: {
+            "sum": _total(place, drawn, lambda images, _: normed_registers(place.backbone.model, images, setting))})
+        means = found["sum"] / min(sample, len(place.dataset))
         setting = replace(setting, means=tuple(map(tuple, means.tolist())))
     if setting.then is not None:
         alone = replace(setting, then=None)
-        place = place.under(setting_key(alone))
-        with apply_registers(model, alone):
-            fitted, _ = fitted_settings(place, {"then": setting.then}, batch_size=drawn.batch_size, **options)
+        under = place.under(setting_key(alone))
+        with apply_registers(place.backbone.model, alone):
+            fitted, _ = fitted_settings(under, {"then": setting.then}, **drawn)
         setting = replace(setting, then=fitted["then"])
     return setting
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Images of a place, and a second sample of as many."""
-
-    place: Place
-    sample: int
-    seed: int
-    batch_size: int
-    num_workers: int | Literal["auto"]
-
-    def indices(self, second: bool = False) -> np.ndarray:
-        return sample_indices(len(self.place.dataset), self.sample, self.seed, second=second)
-
-    def total(self, measure: Callable[[Tensor, tuple[int, ...]], Tensor], second: bool = False) -> np.ndarray:
-        """Return the sum over all images of what `measure` returns for a batch and its numbers, an entry an image."""
-        found = measured_batches(self.place.backbone, self.place.dataset, self.indices(second), lambda *batch: {
-            "sum": measure(*batch).float().sum(dim=0, keepdim=True)}, batch_size=self.batch_size,
-            num_workers=self.num_workers, store=None)
-        return found["sum"].sum(axis=0, dtype=np.float64)
-
-    def remembered(self, kind: str, further: dict, compute: Callable[[], dict[str, np.ndarray]]) -> dict:
-        key = {"sample": self.sample, "seed": self.seed, "batch_size": self.batch_size}
-        return self.place.remembered(kind, key | further, compute)
-
-
-def _found(drawn: _Sample, setting: TestTimeRegisters) -> TestTimeRegisters:
+def _found(place: Place, setting: TestTimeRegisters, drawn: dict[str, int]) -> TestTimeRegisters:
     """Return the setting with neurons and the numbers by which they were found."""
-    fits = fitted_thresholds(drawn.place, sample=drawn.sample, seed=drawn.seed, batch_size=drawn.batch_size,
-                             num_workers=drawn.num_workers)
+    fits = fitted_thresholds(place, **drawn)
     last, fit = fits.num_blocks - 2, fits[-1, "token"]  # the tokens that enter a block are the output of the one before
-    threshold = fit.apply(setting.threshold)
+    threshold, top_layer = fit.apply(setting.threshold), setting.top_layer
     outliers = fit.values > (np.inf if threshold is None else threshold)
     if not outliers.any():
         why = fit.reason if threshold is None else f"no norm is above τ = {threshold:.4g}"
         return replace(setting, neurons=(), reason=f"no outliers after block {last}: {why}")
-    top_layer = setting.top_layer
     if top_layer == "auto":
         shares = [(fits.measured(block + 1, "token") > threshold).mean() for block in range(last)]
         top_layer = next((block for block, share in enumerate(shares) if share >= SHARE_RANGE[0]), last)
     key = {"threshold": threshold, "top_layer": top_layer, "top_k": setting.top_k}
-    found = drawn.remembered("register_neurons", key, lambda: _search(drawn, outliers, **key))
-    before, left = found["outliers"].tolist()
-    neurons, words = found["neurons"], f"leave {left} of {before} patches above τ = {threshold:.4g} after block {last}"
+    found = place.remembered("register_neurons", drawn | key, lambda: _search(place, drawn, outliers, **key))
+    count, (before, left) = len(found["neurons"]), found["outliers"].tolist()
+    words = f"{count} neurons in blocks 0 to {top_layer} leave {left} of {before} patches above τ = {threshold:.4g}"
     if setting.top_k == "auto" and not _are_gone(before, left):
-        return replace(setting, neurons=(), reason=f"no register neurons: {len(neurons)} still {words}; give top_k")
-    return replace(setting, **key | {"top_k": len(neurons)}, neurons=_by_block(neurons),
-                   reason=f"{len(neurons)} neurons in blocks 0 to {top_layer} {words}")
+        return replace(setting, neurons=(), reason=f"no register neurons: even {words}, give top_k")
+    return replace(setting, **key | {"top_k": count}, neurons=_by_block(found["neurons"]), reason=words)
 
 
-def _search(drawn: _Sample, outliers: np.ndarray, threshold: float, top_layer: int, top_k: int | str
-            ) -> dict[str, np.ndarray]:
-    """Return the neurons (k, 2) by their blocks and numbers, and the number of outliers without and with them."""
-    model, numbers = drawn.place.backbone.model, drawn.indices()
+def _search(place: Place, drawn: dict[str, int], outliers: np.ndarray, threshold: float, top_layer: int,
+            top_k: int | Literal["auto"]) -> dict[str, np.ndarray]:
+    """Return the neurons as rows (block, unit), and the number of outliers without and with them."""
+    model, numbers = place.backbone.model, sample_indices(len(place.dataset), drawn["sample"], drawn["seed"])
 
     def activations(images: Tensor, chosen: tuple[int, ...]) -> Tensor:
         mask = torch.from_numpy(outliers[np.searchsorted(numbers, chosen)]).to(images.device)
         return outlier_activations(model, images, mask, top_layer)
 
-    def count(images: Tensor, _chosen: tuple[int, ...]) -> Tensor:
+    def are_outliers(images: Tensor, _chosen: tuple[int, ...]) -> Tensor:
         last = len(model.blocks) - 1
         return patch_norms(tokens_entering(model, images, [last])[last], model.num_prefix_tokens) > threshold
 
     def left(neurons: np.ndarray) -> int:
         with apply_registers(model, TestTimeRegisters(_by_block(neurons))):
-            return int(drawn.total(count, second=True).sum())
+            return int(_total(place, drawn, are_outliers, second=True).sum())
 
-    scores = drawn.total(activations)  # dividing by the number of images would change no rank
+    scores = _total(place, drawn, activations)  # dividing by the number of images would change no rank
     ranked = np.stack(np.unravel_index(np.argsort(-scores, axis=None, kind="stable"), scores.shape), axis=1)
     before = left(ranked[:0])
     for number in TOP_K if top_k == "auto" else (top_k,):
-        neurons = ranked[:number]
-        after = left(neurons)
+        after = left(ranked[:number])
         if _are_gone(before, after) or number >= len(ranked):
             break
-    return {"neurons": neurons, "outliers": np.array([before, after])}
+    return {"neurons": ranked[:number], "outliers": np.array([before, after])}
+
+
+def _total(place: Place, drawn: dict[str, int], measure: Callable[[Tensor, tuple[int, ...]], Tensor],
+           second: bool = False) -> np.ndarray:
+    """Return the sum over a sample of what `measure` returns for images and their numbers, (images, …)."""
+    indices = sample_indices(len(place.dataset), drawn["sample"], drawn["seed"], second=second)
+    sums = measured_batches(place, indices, lambda *batch: {
+        "sum": measure(*batch).float().sum(dim=0, keepdim=True)}, drawn["batch_size"])
+    return sums["sum"].sum(axis=0, dtype=np.float64)
 
 
 def _are_gone(before: int, left: int) -> bool:

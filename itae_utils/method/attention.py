@@ -223,16 +223,16 @@ class _RowEditor:
         return [slice(start, start + step) for start in range(0, T, step)]
 
 
-@lru_cache(maxsize=64)  # the copy to a device is made once
-def substitute_token(substitute: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a substitute as a tensor (C,), which may also be used where gradients are recorded."""
+@lru_cache(maxsize=256)  # the copy to a device is made once
+def constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor, which may also be used where gradients are recorded."""
     with torch.inference_mode(False):
-        return torch.tensor(substitute, dtype=dtype, device=device)
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _substitute_value(block: BlockAdapter, substitute: tuple[float, ...], like: Tensor) -> Tensor:
     """Return the value of a normed token (C,) in every head, (H, 1, d)."""
-    token = substitute_token(substitute, like.dtype, like.device)
+    token = constant(substitute, like.dtype, like.device)
     return block.project(token, "value").unflatten(-1, (block.num_heads, 1, block.head_dim))
 
 

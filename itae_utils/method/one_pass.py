@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import FiringRule, capture_truth, select_artifacts
-from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, substitute_token, substituted
+from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, constant, substituted
 from itae_utils.method.direction import directions_of
 from itae_utils.method.layers import QKV, BlockAdapter, BlockInput, scaled_logits
-from itae_utils.method.register_setting import TestTimeRegisters, Variant, parted
+from itae_utils.method.register_setting import Variant, parted
 from itae_utils.method.registers import apply_registers
 from itae_utils.method.setting import ITAE
 from itae_utils.method.statistics import patch_statistic
@@ -42,20 +42,15 @@ class OnePass:
 
     def __init__(self, model: nn.Module, variants: Mapping[str, Variant], truth: FiringRule | None = None) -> None:
         self.model, self.last = model, len(model.blocks) - 1
-        parts = {name: parted(variant) for name, variant in variants.items()}
-        self.settings = {name: itae for name, (_, itae) in parts.items()}
+        self.registers, self.settings = ({name: parted(variant)[part] for name, variant in variants.items()}
+                                         for part in (0, 1))
         edited = {name: itae for name, itae in self.settings.items() if itae is not None}
         self.deep = [name for name, itae in edited.items() if itae.blocks > 1]
-        # By the registers whose tokens they need. Variants with equal edits are next to each other, so that they are
-        # edited at once.
-        self.shallow: dict[TestTimeRegisters | None, list[str]] = {None: []}
-        for name in sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name])):
-            self.shallow.setdefault(parts[name][0], []).append(name)
-        self.plain = {name: registers for name, (registers, itae) in parts.items() if itae is None}
-        self.shallow |= {registers: self.shallow.get(registers, []) for registers in self.plain.values()}
-        self.first_blocks = {registers: registers.first_block if registers else self.last for registers in self.shallow}
-        firsts = {*self.first_blocks.values(), *map(self._first_block, self.deep)}
-        self.captured, self.kept = range(min(firsts), self.last + 1), firsts | {self.last}
+        # Variants with equal edits are next to each other, so that they are edited at once.
+        self.shallow = sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name]))
+        # The block from which each set of tokens differs; the unmodified model's come first.
+        self.firsts = {None: self.last} | {each: each.first_block for each in self.registers.values() if each}
+        self.kept = {*self.firsts.values(), *map(self._first_block, self.deep)}
         self.directions = {itae.rank: directions_of(model, self.last, itae) for itae in edited.values()
                            if itae.source == "direction"}
         self.truth = truth if any(itae.select == "oracle" for itae in edited.values()) else None
@@ -72,15 +67,17 @@ class OnePass:
         """
         image_numbers = range(first_image, first_image + len(images))
         with capture_truth(self.truth, self.model) as captured:
-            inputs = block_inputs(self.model, images, self.captured, self.kept)
+            inputs = block_inputs(self.model, images, range(min(self.kept), self.last + 1), self.kept)
         results = {}
-        for registers, names in self.shallow.items():
+        for registers, first in self.firsts.items():
+            names = [name for name in self.shallow if self.registers[name] == registers]
             with apply_registers(self.model, registers) if registers else nullcontext():
-                entering = self._run_from(self.first_blocks[registers], inputs)
-                last_block = _LastBlock(self.model, entering, image_numbers, captured.mask, self.directions)
+                last_block = _LastBlock(self.model, self._run_from(first, inputs), image_numbers, captured.mask,
+                                        self.directions)
                 baseline, *outputs = last_block.run([self.settings[name] for name in names])
             found = dict(zip(names, outputs, strict=True))
-            found |= {name: baseline for name, needed in self.plain.items() if needed == registers}
+            found |= {name: baseline for name, itae in self.settings.items()
+                      if itae is None and self.registers[name] == registers}
             if registers is None:
                 found |= {name: self._run_deep(name, inputs, image_numbers, captured.mask) for name in self.deep}
             results |= {name: (output.or_baseline(baseline), output.artifacts) for name, output in found.items()}
@@ -181,7 +178,7 @@ class _LastBlock:
         for row, vector in vectors.items():
             place = slice(row, row + 1)
             weights[:, :, place], share = substituted(weights[:, :, place], artifacts[row - 1])
-            further[:, :, place] = share * substitute_token(vector, weights.dtype, weights.device)
+            further[:, :, place] = share * constant(vector, weights.dtype, weights.device)
         return weights, further
 
     def _select(self, itae: ITAE) -> Tensor:

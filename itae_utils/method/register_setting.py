@@ -27,12 +27,12 @@ class TestTimeRegisters:
         top_layer: last block that is searched; "auto" is the first block after which there are outliers.
         top_k: number of neurons; "auto" is the smallest that leaves fewer than 1 % of the outliers.
         form: "token" moves the neurons' activations to an extra token (the paper's choice). "bias" silences them, and
-            gives every attention one more key and value (section 6 of the paper). "zero" silences them, and puts
-            nothing in their place (the paper's control).
+            gives every attention one more key and value (section 6 of the paper). "zero" only silences them (its
+            control).
         insert: where the extra token enters, at the "start" (the paper's choice) or "late", at the first block with
             neurons. The results differ, since a late token takes no part in the attention of the blocks before.
         then: an edit of the last block on top, whose statistics are those of the new tokens.
-        means: for "bias", the token (C,) after each block's first norm whose key and value are added: the register's
+        means: for "bias", the token (C,) after each block's first norm whose key and value are added, the register's
             mean over a sample. `find_register_neurons` fills them in.
         shape: depth and width of the model that the numbers are for; None fits all.
         reason: what the search found, in words.
@@ -63,7 +63,12 @@ class TestTimeRegisters:
         if not isinstance(self.then, ITAE | None) or (self.then and self.then.blocks > 1):
             raise ItaeError(f"then={self.then!r} must be an ITAE(…) with blocks=1, or None")
         if self.neurons != "auto":
-            object.__setattr__(self, "neurons", _pairs(self.neurons))
+            try:
+                pairs = {whole_number("block", block, 0): sorted({whole_number("neuron", each, 0) for each in units})
+                         for block, units in dict(self.neurons).items()}
+            except (TypeError, ValueError) as error:
+                raise ItaeError(f"neurons={self.neurons!r} must be 'auto', or units by block: {{3: (5, 9)}}") from error
+            object.__setattr__(self, "neurons", tuple((key, tuple(pairs[key])) for key in sorted(pairs) if pairs[key]))
         if self.form != "token":
             object.__setattr__(self, "insert", "start")
 
@@ -88,12 +93,3 @@ def parted(variant: Variant) -> tuple[TestTimeRegisters | None, ITAE | None]:
     if not isinstance(variant, TestTimeRegisters):
         return None, variant
     return replace(variant, then=None) if variant.neurons else None, variant.then
-
-
-def _pairs(neurons: object) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    try:
-        pairs = [(whole_number("block", block, 0), tuple(sorted({whole_number("neuron", each, 0) for each in units})))
-                 for block, units in sorted(dict(neurons).items())]
-    except (TypeError, ValueError) as error:
-        raise ItaeError(f"neurons={neurons!r} must be 'auto', or whole numbers by block: {{3: (5, 9)}}") from error
-    return tuple((block, units) for block, units in pairs if units)

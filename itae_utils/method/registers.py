@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from weakref import WeakSet
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from itae_utils.errors import ItaeError
 from itae_utils.method.anatomy import adapt, block_inputs, without_compiled_code
-from itae_utils.method.attention import substitute_token
+from itae_utils.method.attention import constant
 from itae_utils.method.layers import Hook, TimmAdapter
 from itae_utils.method.register_setting import TestTimeRegisters
 
@@ -53,12 +52,13 @@ def apply_registers(model: nn.Module, setting: TestTimeRegisters) -> Iterator[nn
         if setting.neurons and setting.form != "zero":
             stack.enter_context(_extra_token(model, setting.first_block))
         for block, units in setting.neurons:
-            hook = Hook(_move, _on_device(units, device), place if setting.form == "token" else None)
+            hook = Hook(_move, constant(units, torch.long, device), place if setting.form == "token" else None)
             stack.callback(model.blocks[block].mlp.fc2.register_forward_pre_hook(hook).remove)
-        # Keys and values are linear in normed tokens, so those of the mean token are the means k' and v'.
-        for block, mean in zip(model.blocks if setting.form == "bias" else (), setting.means or (), strict=False):
-            hook = Hook(_replace, substitute_token(mean, torch.float32, device), place)
-            stack.callback(block.norm1.register_forward_hook(hook).remove)
+        if setting.neurons and setting.form == "bias":
+            # Keys and values are linear in normed tokens, so those of the mean token are the means k' and v'.
+            for block, mean in zip(model.blocks, setting.means, strict=True):
+                hook = Hook(_replace, constant(mean, torch.float32, device), place)
+                stack.callback(block.norm1.register_forward_hook(hook).remove)
         yield model
 
 
@@ -81,19 +81,20 @@ def check_registers(model: nn.Module, setting: TestTimeRegisters) -> None:
     shape, last = (len(blocks), model.embed_dim), len(blocks) - 2
     if setting.shape not in (None, shape) or (setting.means and len(setting.means) != len(blocks)):
         raise ItaeError(f"the numbers are for another model ({setting.shape or len(setting.means)}) than this one, of "
-                        f"depth and width {shape}: find its own, TestTimeRegisters()")
-    if last < 0 or (setting.top_layer != "auto" and setting.top_layer > last):
-        raise ItaeError(f"top_layer={setting.top_layer} with {len(blocks)} blocks: neurons must lie before the last "
-                        f"block, use at most {last}" if last >= 0 else "test-time registers need two blocks or more")
-    for block, units in ((block, ()) for block in range(last + 1)) if setting.neurons == "auto" else setting.neurons:
-        if block > last:
-            raise ItaeError(f"neurons in block {block}: no block after it reads the register, use 0 to {last}")
-        layer = getattr(model.blocks[block].mlp, "fc2", None)
+                        f"depth and width {shape}: use TestTimeRegisters(), which finds its own")
+    auto, top = setting.neurons == "auto", 0 if setting.top_layer == "auto" else setting.top_layer
+    if top > last:
+        raise ItaeError(f"top_layer={top} of {len(blocks)} blocks: only blocks before the last can have register "
+                        f"neurons, use at most {last}")
+    for block, units in dict.fromkeys(range(last + 1), ()).items() if auto else setting.neurons:
+        mlp = model.blocks[min(block, last)].mlp
+        layer = getattr(mlp, "fc2", None)
         if not isinstance(layer, nn.Linear):
-            raise ItaeError(f"the MLP of block {block} is of class {type(model.blocks[block].mlp).__name__}, without a "
-                            "Linear fc2: use a model with Mlp, GluMlp or SwiGLU")
-        if max(units, default=0) >= layer.in_features:
-            raise ItaeError(f"neuron {max(units)} of block {block}: the MLP has 0 to {layer.in_features - 1}")
+            raise ItaeError(f"the MLP of block {block} is of class {type(mlp).__name__}, without a Linear fc2: use a "
+                            "model with Mlp, GluMlp or SwiGLU")
+        if block > last or max(units, default=0) >= layer.in_features:
+            raise ItaeError(f"neuron {max(units)} of block {block}: register neurons are among 0 to "
+                            f"{layer.in_features - 1} of blocks 0 to {last}")
     if setting.form == "bias" and not all(isinstance(block.attn.k_norm, nn.Identity) for block in model.blocks):
         raise ItaeError("form='bias' is not known for a model that norms its keys: use form='token'")
 
@@ -102,37 +103,28 @@ def check_registers(model: nn.Module, setting: TestTimeRegisters) -> None:
 def _extra_token(model: nn.Module, first: int) -> Iterator[None]:
     """Put a zero token behind the prefix tokens that enter block `first`, and count it as one of them."""
     prefix = model.num_prefix_tokens
-    attentions = [block.attn for block in model.blocks[first:] if hasattr(block.attn, "num_prefix_tokens")]
+    counting = [model, *(block.attn for block in model.blocks[first:] if hasattr(block.attn, "num_prefix_tokens"))]
 
-    def count(number: int) -> None:
-        model.num_prefix_tokens = number
+    def count(number: int, modules: list[nn.Module]) -> None:
+        for module in modules:
+            module.num_prefix_tokens = number
 
     def insert(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict) -> tuple[tuple[Tensor, ...], dict]:
+        count(prefix + 1, [model])
         tokens, *others = args
-        token = tokens.new_zeros(tokens.shape[-1])
+        token = tokens.new_zeros(len(tokens), 1, tokens.shape[-1])
         token = model.norm_pre(token).to(tokens) if first == 0 else token  # as if it had entered before that norm
-        count(prefix + 1)
-        token = token.expand(len(tokens), 1, -1)
         return (torch.cat([tokens[:, :prefix], token, tokens[:, prefix:]], dim=1), *others), kwargs
 
-    # The position embedding is resized by the number of prefix tokens that it has. Other hooks see the new tokens.
-    handles = [model.patch_embed.register_forward_pre_hook(Hook(lambda *_: count(prefix))),
-               model.blocks[first].register_forward_pre_hook(Hook(insert), prepend=True, with_kwargs=True)]
-    for module in (model, *attentions):
-        module.num_prefix_tokens = prefix + 1
-    try:
+    with ExitStack() as stack:
+        stack.callback(count, prefix, counting)
+        count(prefix + 1, counting)
+        # Until it enters, it does not count: the position embedding is resized by the number of prefix tokens.
+        hook = Hook(lambda *_: count(prefix, [model]))
+        stack.callback(model.patch_embed.register_forward_pre_hook(hook).remove)
+        stack.callback(model.blocks[first].register_forward_pre_hook(  # other hooks see the new tokens
+            Hook(insert), prepend=True, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in (model, *attentions):
-            module.num_prefix_tokens = prefix
-
-
-@lru_cache(maxsize=256)  # the copy to a device is made once
-def _on_device(units: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(units, device=device)
 
 
 def _move(units: Tensor, place: int | None, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -151,18 +143,9 @@ def _replace(mean: Tensor, place: int, _module: nn.Module, _args: tuple[Tensor],
 
 
 def outlier_activations(model: nn.Module, images: Tensor, outliers: Tensor, top_layer: int) -> Tensor:
-    """Return the mean of every hidden unit over each image's outliers, for the b of B images that have some.
+    """Return the signed mean of each hidden unit over an image's outliers: (B, 3, H, W), (B, N) -> (b, blocks, hidden).
 
-    The mean over images is the score of a neuron (algorithm 1). It is signed.
-
-    Args:
-        model: a timm ViT.
-        images: (B, 3, H, W), preprocessed.
-        outliers: (B, N) bool, of the patches.
-        top_layer: last block that is measured.
-
-    Returns:
-        (b, top_layer + 1, hidden), float32.
+    The b images are those with outliers, the blocks end with `top_layer`. A mean over images is a score (algorithm 1).
     """
     some, means = outliers.any(dim=1), []
     weights = outliers[some, :, None] / outliers[some].sum(dim=1)[:, None, None]

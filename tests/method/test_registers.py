@@ -268,8 +268,8 @@ def refused(model, setting, words):
     (TestTimeRegisters(), "find_register_neurons"),
     (TestTimeRegisters(NEURONS, form="bias"), "find_register_neurons"),
     (TestTimeRegisters(NEURONS, top_layer=2), "top_layer=2.* at most 1"),
-    (TestTimeRegisters({2: (1,)}), "block 2.* 0 to 1"),
-    (TestTimeRegisters({1: (96,)}), "neuron 96 of block 1.* 0 to 95"),
+    (TestTimeRegisters({2: (1,)}), "block 2.* 0 to 1$"),
+    (TestTimeRegisters({1: (96,)}), "neuron 96 of block 1.* 0 to 95 "),
     (TestTimeRegisters.preset("dinov2_vitl14", neurons=NEURONS), r"\(24, 1024\).*\(3, 24\)"),
     (TestTimeRegisters.preset("openclip_vitb16"), r"\(12, 768\)"),
     (TestTimeRegisters(NEURONS, form="bias", means=((0.0,) * 24,)), "another model"),
@@ -280,7 +280,7 @@ def test_settings_that_a_model_can_t_run(setting, words):
 
 
 def test_models_that_can_t_run_a_setting():
-    refused(tiny_vit("one_block"), TestTimeRegisters(NEURONS), "two blocks")
+    refused(tiny_vit("one_block"), TestTimeRegisters(NEURONS), "of 1 blocks")
     model = tiny_vit()
     model.blocks[1].mlp = torch.nn.Sequential(torch.nn.Linear(24, 24))
     refused(model, TestTimeRegisters(NEURONS), "block 1.*Sequential")
