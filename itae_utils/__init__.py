@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "errors": ["ItaeError"],
     "method.setting": ["ITAE"],
+    "method.register_setting": ["TestTimeRegisters"],
+    "method.registers": ["apply_registers"],
     "method.artifacts": ["precision_recall"],
     "method.statistics": ["qkv_norms", "token_norms"],
     "method.thresholds": ["fit_threshold"],
@@ -15,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "models.backbones": ["Backbone", "load_backbone"],
     "extraction.batches": ["image_batches"],
     "extraction.fitting": ["fit_setting", "fit_thresholds"],
+    "extraction.neurons": ["find_register_neurons"],
     "extraction.observation": ["observe"],
     "extraction.features": ["extract_features"],
     "analysis.kmeans": ["cluster", "cluster_parts"],

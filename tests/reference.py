@@ -242,3 +242,97 @@ def singular_directions(model, index: int, rank: int = 1, jacobian=mean_jacobian
         normed = (x - x.mean(1, keepdim=True)) * block.norm2.weight
         x = x + scaled(block, 2, normed @ jacobian(block.mlp).T)
     return torch.linalg.svd(x.T).U[:, :rank]
+
+
+# --- test-time registers ----------------------------------------------------------------------------------------------
+# The extra token stands at place 1 here, behind [CLS]. Its place changes nothing.
+
+def hidden_units(mlp, token: Tensor) -> Tensor:
+    """Return the inputs of the last layer of an MLP for one token, (hidden,)."""
+    if hasattr(mlp, "fc1_g"):
+        return mlp.norm(mlp.act(mlp.fc1_g(token)) * mlp.fc1_x(token))
+    x = mlp.fc1(token)
+    if len(x) == mlp.fc2.in_features:
+        return mlp.norm(mlp.act(x))
+    first, second = x.chunk(2)
+    return mlp.norm(first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second)
+
+
+def with_neurons_moved(mlp, tokens: Tensor, units, place: int | None) -> Tensor:
+    """Return the output of an MLP for the tokens of one image; no place: the units are silent."""
+    hidden = [hidden_units(mlp, token).clone() for token in tokens]
+    for unit in units:
+        largest = max(float(each[unit]) for each in hidden)
+        for number, each in enumerate(hidden):
+            each[unit] = largest if number == place else 0.0
+    return torch.stack([mlp.fc2(each) for each in hidden])
+
+
+def attention_with_column(attn, normed: Tensor, weigh, column, rope: Tensor | None = None) -> Tensor:
+    """Compute timm's attention row by row, with one more key and value (H, d) each at place 1, if there is a column."""
+    qkv, images = projected(attn, normed), []
+    for image in range(len(qkv)):
+        heads = []
+        for head in range(attn.num_heads):
+            q, k, v = one_head(attn, qkv[image], head, rope)
+            if column is not None:
+                k, v = (torch.cat([x[:1], further[head][None], x[1:]]) for x, further in zip((k, v), column,
+                                                                                             strict=True))
+            heads.append(torch.stack([weigh(image, row, row_logits(q, k, row)) @ v for row in range(len(q))]))
+        images.append(torch.cat(heads, dim=-1))
+    return attn.proj(attn.norm(torch.stack(images)))
+
+
+def forward_with_registers(model, images: Tensor, neurons, *, first: int | None = 0, columns=None, itae=None,
+                           seen=None) -> Tensor:
+    """Return the output tokens (B, T, C) after the final norm, the extra token left out.
+
+    It enters at block `first`; None adds no token. `columns` hold a further key and value for each block. `itae` edits
+    the last block. `seen` gets the key and value (B, H, d) of the extra token in each block, and the patches after it.
+    """
+    x, options = embedded(model, images)
+    prefix, here, last = model.num_prefix_tokens, False, len(model.blocks) - 1
+    for index, block in enumerate(model.blocks):
+        if index == first:
+            token = torch.zeros_like(x[:, :1])
+            x, here = torch.cat([x[:, :1], model.norm_pre(token) if index == 0 else token, x[:, 1:]], dim=1), True
+        further = int(here or columns is not None)
+        sets = None
+        if itae is not None and index == last:
+            values = statistic(itae.source, block, x, prefix + int(here), **options[index])
+            sets = artifact_sets(values, itae.thresholds[-1], itae.side, prefix + further)
+
+        def weigh(image, row, logits, sets=sets, further=further):
+            if sets is None or row or not sets[image]:
+                return logits.softmax(0)
+            return edited_row(logits, sets[image], prefix + further, itae.attenuation, itae.alpha)
+
+        normed = block.norm1(x)
+        if seen is not None and here:
+            parts = [[one_head(block.attn, projected(block.attn, normed)[image], head, options[index].get("rope"))
+                      for head in range(block.attn.num_heads)] for image in range(len(x))]
+            seen.append([torch.stack([torch.stack([head[part][1] for head in image]) for image in parts])
+                         for part in (1, 2)])
+        attended = attention_with_column(block.attn, normed, weigh, columns and columns[index], **options[index])
+        x = x + scaled(block, 1, attended)
+        normed, units = block.norm2(x), neurons.get(index, ())
+        moved = [with_neurons_moved(block.mlp, image, units, 1 if here else None) for image in normed]
+        x = x + scaled(block, 2, torch.stack(moved))
+    x = model.norm(x)
+    return torch.cat([x[:, :1], x[:, 2:]], dim=1) if here else x
+
+
+def neuron_scores(model, images: Tensor, outliers: list[set[int]]) -> list[list[float]]:
+    """Return s(block, unit): the mean over images with outliers of a unit's mean over the image's outlier patches."""
+    x, options = embedded(model, images)
+    scores = []
+    for index, block in enumerate(model.blocks):
+        entering = x + scaled(block, 1, block.attn(block.norm1(x), **options[index]))
+        hidden = [[hidden_units(block.mlp, token) for token in image] for image in block.norm2(entering)]
+        scores.append([])
+        for unit in range(block.mlp.fc2.in_features):
+            means = [sum(float(hidden[image][token][unit]) for token in tokens) / len(tokens)
+                     for image, tokens in enumerate(outliers) if tokens]
+            scores[-1].append(sum(means) / len(means))
+        x = block(x, **options[index])
+    return scores

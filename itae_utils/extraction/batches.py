@@ -23,6 +23,7 @@ from itae_utils.data.items import as_dataset, label_of, read_item
 from itae_utils.errors import ItaeError, whole_number
 from itae_utils.machine import available_cores, available_memory
 from itae_utils.method.attention import is_attenuated
+from itae_utils.method.registers import has_registers
 from itae_utils.models.backbones import Backbone
 from itae_utils.models.preprocessing import DevicePreprocessing, Pixels
 from itae_utils.store.variants import Place
@@ -51,9 +52,9 @@ def checked_inputs(backbone: Backbone, dataset: Dataset, num_workers: int | Lite
     if not isinstance(backbone, Backbone):
         given = repr(backbone) if isinstance(backbone, str) else f"a {type(backbone).__name__}"
         raise ItaeError(f"backbone is {given}: pass a Backbone, such as load_backbone('demo')")
-    if is_attenuated(backbone.model):
-        raise ItaeError("the backbone's model is under attenuate(…): call this after its with block, and pass the "
-                        "setting itself")
+    if is_attenuated(backbone.model) or has_registers(backbone.model):
+        raise ItaeError("the backbone's model is under attenuate(…) or apply_registers(…): call this after its with "
+                        "block, and pass the setting itself")
     if num_workers != "auto":
         whole_number("num_workers", num_workers, 0)
     return as_dataset(dataset)

@@ -23,7 +23,10 @@ from itae_utils.extraction import workers
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size
 from itae_utils.extraction.fitting import fitted_settings
 from itae_utils.extraction.job import Job, Work, compute, missing_work, shard_size
+from itae_utils.extraction.neurons import fitted_registers
 from itae_utils.method.attention import check_setting
+from itae_utils.method.register_setting import TestTimeRegisters, Variant, parted
+from itae_utils.method.registers import check_registers
 from itae_utils.method.setting import ITAE
 from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
@@ -61,7 +64,7 @@ class Features(Mapping):
 
     Attributes:
         stored: where the features of each variant are: in the feature store, or in memory that is freed with them.
-        variants: the settings, with numbers for "auto".
+        variants: the settings, with numbers for "auto" and register neurons.
         targets: (n,) labels, or None.
         settings: backbone, device, precision, batch size, and the store's place (None: in memory).
         computed: number of images computed in this call, by variant; the others were in the store.
@@ -71,7 +74,7 @@ class Features(Mapping):
     """
 
     stored: dict[str, StoredVariant] = field(repr=False)
-    variants: dict[str, ITAE | None]
+    variants: dict[str, Variant]
     targets: np.ndarray | None = field(repr=False)
     settings: dict[str, object]
     computed: dict[str, int]
@@ -95,8 +98,9 @@ class Features(Mapping):
     @property
     def thresholds(self) -> dict[str, tuple[float | None, ...]]:
         """The threshold θ of each block that a variant changes, in block order; None for a block without artifacts."""
+        edits = {name: parted(variant)[1] for name, variant in self.variants.items()}
         return {name: () if itae is None or itae.select == "oracle" else itae.thresholds
-                for name, itae in self.variants.items()}
+                for name, itae in edits.items()}
 
     @property
     def artifact_counts(self) -> Mapping[str, np.ndarray]:
@@ -107,7 +111,7 @@ class Features(Mapping):
 def extract_features(
     backbone: Backbone,
     dataset: Dataset,
-    variants: Mapping[str, ITAE | None],
+    variants: Mapping[str, Variant],
     *,
     thresholds: Thresholds | None = None,
     batch_size: int | Literal["auto"] = "auto",
@@ -125,7 +129,7 @@ def extract_features(
         dataset: from `load_dataset`, or any map-style data set of pictures, (picture, label) or rows such as
             {"image": picture}; see `itae_utils.data.items` for what a picture and the labels may be. A store needs its
             `.images`, paths or arrays, and transforms that are known by their value (not a lambda).
-        variants: `ITAE` settings by name; None stands for the unmodified model.
+        variants: `ITAE` or `TestTimeRegisters` settings by name; None stands for the unmodified model.
         thresholds: from `fit_thresholds`, for variants whose θ is "auto", "share:2%" or "sd:3"; None fits them here.
         batch_size: images per batch. It can change the last bits of the features. "auto" is 64 on a CPU, and on a GPU a
             size that fits in its memory.
@@ -143,9 +147,12 @@ def extract_features(
     _check_variants(backbone, variants, thresholds)
     place = Place(open_store(store), backbone, dataset)
     batch_size = chosen_batch_size(batch_size, place)
-    edited = {name: itae for name, itae in variants.items() if itae is not None}
-    fitted, fit_seconds = fitted_settings(place, edited, thresholds, batch_size=batch_size)
-    settings = {name: fitted.get(name) for name in variants}
+    start = time.perf_counter()
+    edited = {name: itae for name, itae in variants.items() if isinstance(itae, ITAE)}
+    fitted, _ = fitted_settings(place, edited, thresholds, batch_size=batch_size)
+    fitted |= {name: fitted_registers(place, registers, batch_size=batch_size) for name, registers in variants.items()
+               if isinstance(registers, TestTimeRegisters)}
+    settings, fit_seconds = {name: fitted.get(name) for name in variants}, time.perf_counter() - start
 
     start = time.perf_counter()
     with _processor(client, backbone) as (run, backbone, device):
@@ -168,12 +175,16 @@ def extract_features(
     )
 
 
-def _check_variants(backbone: Backbone, variants: Mapping[str, ITAE | None], thresholds: Thresholds | None) -> None:
+def _check_variants(backbone: Backbone, variants: Mapping[str, Variant], thresholds: Thresholds | None) -> None:
     if not isinstance(variants, Mapping) or not variants:
         raise ItaeError(f"variants={variants!r} names no settings: pass a mapping such as {{'baseline': None}}")
-    for name, itae in variants.items():
-        if not isinstance(name, str) or not isinstance(itae, ITAE | None):
-            raise ItaeError(f"variants hold {name!r}: {itae!r}, but a variant is a name and an ITAE(…) or None")
+    for name, variant in variants.items():
+        if not isinstance(name, str) or not isinstance(variant, Variant):
+            raise ItaeError(f"variants hold {name!r}: {variant!r}, but a variant is a name and an ITAE(…), "
+                            "TestTimeRegisters(…) or None")
+        if isinstance(variant, TestTimeRegisters):
+            check_registers(backbone.model, variant)
+        _, itae = parted(variant)
         if itae is not None and itae.select == "oracle" and backbone.truth is None:
             raise ItaeError(f"variant {name!r} has select='oracle', but {backbone.name} has no ground truth: 'demo' "
                             "has")
@@ -187,7 +198,7 @@ def _check_variants(backbone: Backbone, variants: Mapping[str, ITAE | None], thr
                         f"{backbone.num_blocks}: fit them to this backbone")
 
 
-def _plan(place: Place, backbone: Backbone, settings: Mapping[str, ITAE | None], batch_size: int,
+def _plan(place: Place, backbone: Backbone, settings: Mapping[str, Variant], batch_size: int,
           store: str | Path | Store | None, device: str) -> tuple[dict[str, StoredVariant], Work]:
     """Return where each variant is stored, and the missing work; use memory if the default store fails."""
     keys = {name: setting_key(itae, backbone.truth) for name, itae in settings.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -133,14 +134,14 @@ def sampled_statistics(backbone: Backbone, dataset: Dataset, *, sample: int, see
                        ) -> dict[tuple[int, str], np.ndarray]:
     """Measure every statistic of every patch in every block, on a sample of images: {(block, source): (images, N)}."""
     values: dict[tuple[int, str], list[np.ndarray]] = {}
-    prefix, directions = adapt(backbone.model).num_prefix_tokens, {}
+    num_patches, directions = math.prod(backbone.patch_grid), {}
     if has_directions(backbone.model, rank):
         directions = dict(enumerate(all_directions(backbone.model, rank), start=1))
 
     def receive(block: int, qkv: QKV, _numbers: range, _truth: Tensor | None) -> None:
         for source in SOURCES:
             if source != "direction" or block in directions:
-                each = patch_statistic(source, qkv, prefix, directions.get(block))
+                each = patch_statistic(source, qkv, qkv.tokens.shape[1] - num_patches, directions.get(block))
                 values.setdefault((block, source), []).append(each.cpu().numpy())
 
     _visit(backbone, dataset, receive, sample=sample, seed=seed, batch_size=batch_size, num_workers=num_workers)

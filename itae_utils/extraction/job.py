@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.batches import memory_errors, model_batches, one_ahead
 from itae_utils.method.one_pass import OnePass
-from itae_utils.method.setting import ITAE
+from itae_utils.method.register_setting import Variant
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.variants import StoredVariant
 
@@ -55,7 +55,7 @@ class Job:
     backbone: Backbone
     dataset: Dataset
     stored: Mapping[str, StoredVariant]
-    settings: Mapping[str, ITAE | None]  # with numeric thresholds
+    settings: Mapping[str, Variant]  # with numeric thresholds and neurons
     batch_size: int  # shards are multiples of it, so each image is in the same batch in every run
     num_workers: int | Literal["auto"] = 0
 

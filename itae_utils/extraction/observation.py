@@ -26,14 +26,17 @@ from itae_utils.store.store import Store, open_store
 from itae_utils.store.variants import Place
 
 
-def sample_indices(size: int, sample: int, seed: int) -> np.ndarray:
+def sample_indices(size: int, sample: int, seed: int, *, second: bool = False) -> np.ndarray:
     """Draw `sample` numbers from range(size), or all of them if the sample is larger; return them in ascending order.
+
+    A second sample has no number of the first, if the range is long enough.
 
     Raises:
         ItaeError: a sample of less than one, or a negative seed.
     """
     sample, seed = whole_number("sample", sample, 1), whole_number("seed", seed, 0)
-    return np.sort(np.random.default_rng(seed).permutation(size)[:sample])
+    drawn = np.random.default_rng(seed).permutation(size)
+    return np.sort(drawn[-sample:] if second else drawn[:sample])
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
             raise ItaeError(f"blocks={itae.blocks}: only the last block is observed, pass a setting with blocks=1")
     directions = last_directions(backbone, 1 if itae is None else itae.rank)
     indices = sample_indices(len(dataset), len(dataset) if sample is None else sample, seed)
-    measured = measure_images(backbone, dataset, indices, partial(_observe_batch, backbone, itae, directions),
-                              batch_size=batch_size, num_workers=num_workers, store=store)
+    measured = measured_batches(Place(open_store(store), backbone, dataset), indices,
+                                partial(_observe_batch, backbone, itae, directions), batch_size, num_workers)
     return Observation(indices=indices, patch_grid=backbone.patch_grid, hidden_norms=measured["hidden"],
                        statistics={source: measured[source] for source in SOURCES if source in measured},
                        attention=measured["attention"], attention_after=measured["attention_after"],
@@ -137,18 +140,18 @@ def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, r
         measured = measure_batch(backbone, images, directions)
         return {name: measured[name] for name in ("logits", *SOURCES) if name in measured}
 
-    measured = measure_images(backbone, dataset, indices, measure, batch_size=batch_size, num_workers=num_workers,
-                              store=store)
+    place = Place(open_store(store), backbone, dataset)
+    measured = measured_batches(place, indices, measure, batch_size, num_workers)
     logits = measured.pop("logits")[:, :, 0]
     return Rows(indices, backbone.patch_grid, measured, logits)
 
 
-def measure_images(backbone: Backbone, dataset: Dataset, indices: np.ndarray,
-                   measure: Callable[[Tensor, tuple[int, ...]], Mapping[str, Tensor]], *,
-                   batch_size: int | Literal["auto"], num_workers: int | Literal["auto"],
-                   store: str | Path | Store | None) -> dict[str, np.ndarray]:
+def measured_batches(place: Place, indices: np.ndarray,
+                     measure: Callable[[Tensor, tuple[int, ...]], Mapping[str, Tensor]],
+                     batch_size: int | Literal["auto"], num_workers: int | Literal["auto"] = 0
+                     ) -> dict[str, np.ndarray]:
     """Return what `measure` finds in each batch of images, with their numbers, joined by name."""
-    batch_size = chosen_batch_size(batch_size, Place(open_store(store), backbone, dataset))
+    backbone, dataset, batch_size = place.backbone, place.dataset, chosen_batch_size(batch_size, place)
     batches: dict[str, list[np.ndarray]] = {}
     with memory_errors(batch_size, backbone.device), torch.inference_mode(), backbone.autocast():
         done = 0

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size
-from itae_utils.extraction.observation import last_directions, measure_images
+from itae_utils.extraction.observation import last_directions, measured_batches
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import capture_truth, select_artifacts
 from itae_utils.method.attention import check_setting
@@ -40,7 +40,7 @@ def pooled_features(backbone: Backbone, dataset: Dataset, itae: ITAE, *, batch_s
         raise ItaeError(f"blocks={itae.blocks}: patches are pooled after the last block, pass a setting with blocks=1")
     model, vit, directions = backbone.model, adapt(backbone.model), last_directions(backbone, itae.rank)
     place, last, prefix = Place(open_store(store), backbone, dataset), backbone.num_blocks - 1, vit.num_prefix_tokens
-    options = {"batch_size": chosen_batch_size(batch_size, place), "num_workers": num_workers, "store": place.store}
+    batch_size = chosen_batch_size(batch_size, place)
 
     def measure(images: Tensor, image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
         with capture_truth(backbone.truth, model) as captured:
@@ -55,5 +55,5 @@ def pooled_features(backbone: Backbone, dataset: Dataset, itae: ITAE, *, batch_s
                 for name, mask in kept.items()}
 
     return dict(place.remembered(
-        "pooled", {"batch_size": options["batch_size"], "setting": setting_key(itae, backbone.truth)},
-        lambda: measure_images(backbone, dataset, np.arange(len(dataset)), measure, **options)))
+        "pooled", {"batch_size": batch_size, "setting": setting_key(itae, backbone.truth)},
+        lambda: measured_batches(place, np.arange(len(dataset)), measure, batch_size, num_workers)))

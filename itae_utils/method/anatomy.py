@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -190,16 +190,17 @@ class _StopForward(Exception):
     """Ends a forward pass at the last block whose input is needed."""
 
 
-def block_inputs(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> dict[int, BlockInput]:
+def block_inputs(model: nn.Module, images: Tensor, blocks: Sequence[int], kept: Collection[int] | None = None
+                 ) -> dict[int, BlockInput]:
     """Return the inputs of `blocks` (counted from the front) in a forward pass over `images` (B, 3, H, W).
 
-    The model itself runs, and stops at the last of these blocks.
+    The model itself runs, and stops at the last of these blocks. Other inputs than those `kept` lack their tokens.
     """
     vit, last = adapt(model), max(blocks)
     inputs: dict[int, BlockInput] = {}
 
     def capture(index: int, _module: nn.Module, args: tuple[Tensor], kwargs: dict[str, object]) -> None:
-        inputs[index] = BlockInput(args[0], kwargs)
+        inputs[index] = BlockInput(args[0] if kept is None or index in kept else None, kwargs)
         if index == last:
             raise _StopForward
 

@@ -127,7 +127,7 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
         for index, threshold, substitute in zip(edited, itae.thresholds, check_substitutes(itae), strict=True):
             if threshold is None and itae.select != "oracle":
                 continue
-            editor = _RowEditor(itae, threshold, substitute, index, vit.num_prefix_tokens,
+            editor = _RowEditor(itae, threshold, substitute, index, model,
                                 directions_of(model, index, itae), captured, first_image,
                                 is_active=lambda: contexts[-1] is context)
             context.enter_context(vit.blocks[index].edit_heads(editor))
@@ -188,7 +188,7 @@ class _RowEditor:
     threshold: float | None        # of this block
     substitute: tuple[float, ...] | None
     block: int                     # its index
-    num_prefix_tokens: int
+    model: nn.Module               # it may get more prefix tokens, see `apply_registers`
     directions: Tensor | None
     truth: CapturedTruth
     next_image: int                # index of the next image in the data set
@@ -200,7 +200,7 @@ class _RowEditor:
         self.next_image = image_numbers.stop
         if not self.is_active():
             return x
-        values = patch_statistic(self.itae.source, qkv, self.num_prefix_tokens, self.directions)
+        values = patch_statistic(self.itae.source, qkv, adapt(self.model).num_prefix_tokens, self.directions)
         artifacts = select_artifacts(values, self.threshold, self.itae, block=self.block, image_numbers=image_numbers,
                                      truth=self.truth.mask)
         q, k, v = (qkv.heads(name) for name in PROJECTIONS)
@@ -223,16 +223,16 @@ class _RowEditor:
         return [slice(start, start + step) for start in range(0, T, step)]
 
 
-@lru_cache(maxsize=64)  # the copy to a device is made once
-def substitute_token(substitute: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a substitute as a tensor (C,), which may also be used where gradients are recorded."""
+@lru_cache(maxsize=256)  # the copy to a device is made once
+def constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor, which may also be used where gradients are recorded."""
     with torch.inference_mode(False):
-        return torch.tensor(substitute, dtype=dtype, device=device)
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _substitute_value(block: BlockAdapter, substitute: tuple[float, ...], like: Tensor) -> Tensor:
     """Return the value of a normed token (C,) in every head, (H, 1, d)."""
-    token = substitute_token(substitute, like.dtype, like.device)
+    token = constant(substitute, like.dtype, like.device)
     return block.project(token, "value").unflatten(-1, (block.num_heads, 1, block.head_dim))
 
 
@@ -270,7 +270,8 @@ def attention_map(model: nn.Module, images: Tensor, block: int = -1, *, itae: IT
     qkv = vit.blocks[index].qkv(inputs)
     logits, first_edited = qkv.cls_logits, len(vit.blocks) - (0 if itae is None else itae.blocks)
     if index >= first_edited:
-        values = patch_statistic(itae.source, qkv, vit.num_prefix_tokens, directions_of(model, index, itae))
+        prefix = inputs.tokens.shape[1] - math.prod(grid)
+        values = patch_statistic(itae.source, qkv, prefix, directions_of(model, index, itae))
         artifacts = select_artifacts(values, itae.thresholds[index - first_edited], itae, block=index,
                                      image_numbers=range(len(images)), truth=captured.mask)
         logits = attenuated_logits(logits, artifacts, itae)

@@ -25,7 +25,7 @@ from itae_utils.method.setting import PROJECTIONS
 class BlockInput:
     """The arguments that a model passes to one of its blocks."""
 
-    tokens: Tensor             # (B, T, C)
+    tokens: Tensor | None      # (B, T, C); None if they were not kept
     kwargs: dict[str, object]  # such as a rotary embedding
 
     @property

@@ -3,12 +3,13 @@
 The method edits only the `[CLS]` row of the last block. So the tokens that enter that block and its keys are the same
 for every variant, and after the attention only one token is needed. Each further variant costs one row of attention and
 one token through the MLP. Variants that edit earlier blocks, too, share the pass up to the first of these and run the
-following blocks on their own.
+following blocks on their own. So do test-time registers, and their tokens serve all variants on top of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import FiringRule, capture_truth, select_artifacts
-from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, substitute_token, substituted
+from itae_utils.method.attention import attenuate, attenuated_logits, check_substitutes, constant, substituted
 from itae_utils.method.direction import directions_of
 from itae_utils.method.layers import QKV, BlockAdapter, BlockInput, scaled_logits
+from itae_utils.method.register_setting import Variant, parted
+from itae_utils.method.registers import apply_registers
 from itae_utils.method.setting import ITAE
 from itae_utils.method.statistics import patch_statistic
 
@@ -33,18 +36,21 @@ class OnePass:
 
     Args:
         model: a timm ViT.
-        settings: the variants by name, with numeric thresholds; None is the unmodified model.
+        variants: by name, with numeric thresholds and neurons; None is the unmodified model.
         truth: the rule of a planted backbone, needed by select="oracle".
     """
 
-    def __init__(self, model: nn.Module, settings: Mapping[str, ITAE | None], truth: FiringRule | None = None) -> None:
-        self.model, self.settings = model, settings
-        self.last = len(model.blocks) - 1
-        edited = {name: itae for name, itae in settings.items() if itae is not None}
+    def __init__(self, model: nn.Module, variants: Mapping[str, Variant], truth: FiringRule | None = None) -> None:
+        self.model, self.last = model, len(model.blocks) - 1
+        self.registers, self.settings = ({name: parted(variant)[part] for name, variant in variants.items()}
+                                         for part in (0, 1))
+        edited = {name: itae for name, itae in self.settings.items() if itae is not None}
         self.deep = [name for name, itae in edited.items() if itae.blocks > 1]
         # Variants with equal edits are next to each other, so that they are edited at once.
         self.shallow = sorted((name for name in edited if name not in self.deep), key=lambda name: _edit(edited[name]))
-        self.captured = range(min([self.last, *map(self._first_block, self.deep)]), self.last + 1)
+        # The block from which each set of tokens differs; the unmodified model's come first.
+        self.firsts = {None: self.last} | {each: each.first_block for each in self.registers.values() if each}
+        self.kept = {*self.firsts.values(), *map(self._first_block, self.deep)}
         self.directions = {itae.rank: directions_of(model, self.last, itae) for itae in edited.values()
                            if itae.source == "direction"}
         self.truth = truth if any(itae.select == "oracle" for itae in edited.values()) else None
@@ -61,27 +67,38 @@ class OnePass:
         """
         image_numbers = range(first_image, first_image + len(images))
         with capture_truth(self.truth, self.model) as captured:
-            inputs = block_inputs(self.model, images, self.captured)
-        last_block = _LastBlock(self.model, inputs[self.last], image_numbers, captured.mask, self.directions)
-        baseline, *outputs = last_block.run([self.settings[name] for name in self.shallow])
-        results = dict(zip(self.shallow, outputs, strict=True))
-        results |= {name: baseline for name, itae in self.settings.items() if itae is None}
-        for name in self.deep:
-            results[name] = self._run_deep(name, inputs, image_numbers, captured.mask)
-        return {name: (results[name].or_baseline(baseline), results[name].artifacts) for name in self.settings}
+            inputs = block_inputs(self.model, images, range(min(self.kept), self.last + 1), self.kept)
+        results = {}
+        for registers, first in self.firsts.items():
+            names = [name for name in self.shallow if self.registers[name] == registers]
+            with apply_registers(self.model, registers) if registers else nullcontext():
+                last_block = _LastBlock(self.model, self._run_from(first, inputs), image_numbers, captured.mask,
+                                        self.directions)
+                baseline, *outputs = last_block.run([self.settings[name] for name in names])
+            found = dict(zip(names, outputs, strict=True))
+            found |= {name: baseline for name, itae in self.settings.items()
+                      if itae is None and self.registers[name] == registers}
+            if registers is None:
+                found |= {name: self._run_deep(name, inputs, image_numbers, captured.mask) for name in self.deep}
+            results |= {name: (output.or_baseline(baseline), output.artifacts) for name, output in found.items()}
+        return {name: results[name] for name in self.settings}
+
+    def _run_from(self, first: int, inputs: dict[int, BlockInput]) -> BlockInput:
+        """Run the blocks from `first` up to the last on kept tokens, and return the input of the last."""
+        tokens = inputs[first].tokens
+        for index in range(first, self.last):
+            tokens = replace(inputs[index], tokens=tokens).run(self.model.blocks[index])
+        return replace(inputs[self.last], tokens=tokens)
 
     def _run_deep(self, name: str, inputs: dict[int, BlockInput], image_numbers: range,
                   truth: Tensor | None) -> _Output:
         """Run a variant of several blocks from the first of them on."""
-        itae, first = self.settings[name], self._first_block(name)
-        tokens = inputs[first].tokens
+        itae = self.settings[name]
         with attenuate(self.model, itae, truth=truth, first_image=image_numbers.start):
-            for index in range(first, self.last):
-                tokens = replace(inputs[index], tokens=tokens).run(self.model.blocks[index])
-        last_block = _LastBlock(self.model, replace(inputs[self.last], tokens=tokens), image_numbers, truth,
-                                self.directions)
+            entering = self._run_from(self._first_block(name), inputs)
+        last_block = _LastBlock(self.model, entering, image_numbers, truth, self.directions)
         _, output = last_block.run([itae])
-        output.changed |= (tokens != inputs[self.last].tokens).flatten(1).any(dim=1)
+        output.changed |= (entering.tokens != inputs[self.last].tokens).flatten(1).any(dim=1)
         return output
 
 
@@ -161,7 +178,7 @@ class _LastBlock:
         for row, vector in vectors.items():
             place = slice(row, row + 1)
             weights[:, :, place], share = substituted(weights[:, :, place], artifacts[row - 1])
-            further[:, :, place] = share * substitute_token(vector, weights.dtype, weights.device)
+            further[:, :, place] = share * constant(vector, weights.dtype, weights.device)
         return weights, further
 
     def _select(self, itae: ITAE) -> Tensor:

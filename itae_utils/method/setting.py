@@ -78,7 +78,7 @@ class ITAE:
             raise ItaeError(f"tail='low' with source={self.source!r}: its artifacts are high, leave tail out")
         for name, least in [("blocks", 1), ("seed", 0), ("rank", 1)]:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
-        if not (_is_number(self.alpha) and 0 < self.alpha < 1):
+        if not (is_number(self.alpha) and 0 < self.alpha < 1):
             raise ItaeError(f"alpha={self.alpha!r} must be a number between 0 and 1, both excluded (use 'mask' for 0)")
         object.__setattr__(self, "alpha", float(self.alpha))
         if isinstance(self.threshold, list):
@@ -99,7 +99,7 @@ class ITAE:
             raise ItaeError(f"threshold={self.threshold!r} has {len(values)} numbers for blocks={self.blocks}: "
                             "give one number per block")
         for value in values:
-            if value is not None and not (_is_number(value) and value >= 0):
+            if value is not None and not (is_number(value) and value >= 0):
                 raise ItaeError(f"threshold={value!r} must be a number of at least 0, or {RULE_WORDS}")
 
     @property
@@ -172,5 +172,6 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

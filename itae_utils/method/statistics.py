@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
 import torch
@@ -31,7 +32,7 @@ def token_norms(model: nn.Module, images: Tensor) -> Tensor:
     grid = patch_grid(model, images)
 
     def measure(_module: nn.Module, _args: tuple[Tensor], tokens: Tensor) -> None:
-        norms.append(patch_norms(tokens, vit.num_prefix_tokens))
+        norms.append(patch_norms(tokens, tokens.shape[1] - math.prod(grid)))
 
     with ExitStack() as stack:
         for adapter in vit.blocks:
@@ -53,7 +54,8 @@ def qkv_norms(model: nn.Module, images: Tensor, block: int = -1) -> dict[str, Te
     vit, index = adapt(model), block_index(model, block)
     grid = patch_grid(model, images)
     qkv = vit.blocks[index].qkv(block_inputs(model, images, [index])[index])
-    return {source: patch_norms(qkv[source], vit.num_prefix_tokens).unflatten(1, grid) for source in PROJECTIONS}
+    prefix = qkv.tokens.shape[1] - math.prod(grid)
+    return {source: patch_norms(qkv[source], prefix).unflatten(1, grid) for source in PROJECTIONS}
 
 
 def cls_attention(logits: Tensor, num_patches: int) -> Tensor:

@@ -140,6 +140,10 @@ class Thresholds(Mapping[tuple, ThresholdFit]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def measured(self, block: int, source: str) -> np.ndarray:
+        """Return the values of a statistic in one block, counted from the front, without a fit."""
+        return self._values[block, source]
+
     def of(self, itae: ITAE) -> list[ThresholdFit]:
         """Return the fits of a setting's blocks, in block order, on its side.
 

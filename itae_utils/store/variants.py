@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib import metadata
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from itae_utils.errors import ItaeError
 from itae_utils.files import PACKAGE, in_one_line
 from itae_utils.method.artifacts import FiringRule
-from itae_utils.method.setting import ITAE
+from itae_utils.method.register_setting import Variant, parted
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.identity import Unidentified, images_identity, model_identity
 from itae_utils.store.store import ArrayKind, Store, code_digest, digest
@@ -34,7 +35,8 @@ from itae_utils.store.store import ArrayKind, Store, code_digest, digest
 # Modules and packages that can change norms and features: a change of their code makes stored ones invalid.
 CODE = ("data/datasets.py", "data/folders.py", "data/huggingface.py", "data/images.py", "data/items.py",
         "data/published.py", "models/*.py", "models/demo/__init__.py", "method/*.py", "extraction/batches.py",
-        "extraction/fitting.py", "extraction/job.py", "extraction/observation.py", "extraction/pooling.py")
+        "extraction/fitting.py", "extraction/job.py", "extraction/neurons.py", "extraction/observation.py",
+        "extraction/pooling.py")
 PACKAGES = ("torch", "torchvision", "timm", "pillow")  # a new release may change the last bits
 
 
@@ -84,6 +86,13 @@ class Place:
                 return self.store.remembered(kind, self.key | options, compute)
         return compute()
 
+    def under(self, registers: Mapping[str, object]) -> Place:
+        """Return the place of the same model with registers, whose hooks must not be open yet."""
+        place = copy(self)
+        with suppress(Unidentified):
+            if self.store is not None:
+                place.key = self.key | registers
+        return place
 
     def remembered_of_model(self, kind: str, options: Mapping[str, object],
                             compute: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
@@ -111,8 +120,13 @@ def deciding_modules() -> list[Path]:
     return [path for pattern in CODE for path in sorted(PACKAGE.glob(pattern))]
 
 
-def setting_key(itae: ITAE | None, truth: FiringRule | None = None) -> dict[str, object]:
+def setting_key(variant: Variant, truth: FiringRule | None = None) -> dict[str, object]:
     """Return the settings that have an effect on a variant, with numeric thresholds; {} for the unmodified model."""
+    registers, itae = parted(variant)
+    if registers is not None:
+        key = {name: getattr(registers, name) for name in ("neurons", "form", "insert")}
+        key |= {"means": registers.means} if registers.form == "bias" else {}
+        return {"registers": key} | setting_key(itae, truth)
     if itae is None:
         return {}
     key = asdict(itae) | {"tail": itae.side}
