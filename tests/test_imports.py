@@ -10,7 +10,7 @@ import pytest
 from itae_utils.files import PACKAGE
 
 # A module imports only from parts that stand before its own, so parts in one set do not know each other.
-ORDER = [{"lazy"}, {"errors"}, {"environment"}, {"files"}, {"machine"}, {"method", "data"}, {"models"}, {"store"},
+ORDER = [{"lazy"}, {"errors"}, {"environment"}, {"files"}, {"machine", "latex"}, {"method", "data"}, {"models"}, {"store"},
          {"extraction"}, {"results"}, {"analysis"}, {"figures"}, {"report"}, {"cli"}]
 PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}
 MOST_INSIDE_FUNCTIONS = 40

@@ -16,8 +16,9 @@ from pandas.io.formats.style import Styler
 
 from itae_utils.analysis.collection import BY_DATASET, OTHER_IMAGES, UNKNOWN, Pairing
 from itae_utils.analysis.metrics import METRICS, describe_difference
-from itae_utils.analysis.words import SETTING_COLUMNS, as_latex, describe_kmeans, escape
+from itae_utils.analysis.words import SETTING_COLUMNS, describe_kmeans, escape
 from itae_utils.files import make_folder, replacing
+from itae_utils.latex import as_latex
 
 NOT_RUN, NOT_RECORDED = "not run", "not in these results"
 ABLATION = "02"  # the notebook that measures the grid of settings

@@ -24,9 +24,6 @@ PLANTED = (
 PRINTED_VERSIONS = ("itae-utils", "torch", "timm", "scikit-learn")  # `results.json` has more of them
 SETTING_COLUMNS = ("source", "attenuation", "theta")
 ISOLATE, END_OF_ISOLATE = "\N{FIRST STRONG ISOLATE}", "\N{POP DIRECTIONAL ISOLATE}"
-LATEX = {"\N{NO-BREAK SPACE}": "~", "−": "$-$", "±": r"$\pm$", "θ": r"$\theta$", "α": r"$\alpha$", "‖": r"$\Vert$",
-         "₂": "$_2$", "–": "--", "×": r"$\times$", "≤": r"$\le$", "≥": r"$\ge$", "÷": r"$\div$", "→": r"$\to$",
-         "“": "``", "”": "''"}
 MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_[]~|$"})
 
 
@@ -38,17 +35,6 @@ def escape(text: object) -> str:
     literal = html.escape(shown(text), quote=False).translate(MARKDOWN)
     leftward = any(unicodedata.bidirectional(sign) in ("R", "AL") for sign in literal)
     return f"{ISOLATE}{literal}{END_OF_ISOLATE}" if leftward else literal
-
-
-def as_latex(table: pd.DataFrame, **options: object) -> str:
-    """Return a table of texts as LaTeX, with `options` of pandas.
-
-    It needs the package booktabs, and the project's own signs become commands that every engine knows.
-    """
-    text = table.to_latex(escape=True, **options)
-    for sign, command in LATEX.items():
-        text = text.replace(sign, command)
-    return text
 
 
 def percent(share: float) -> str:

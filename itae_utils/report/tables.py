@@ -10,7 +10,7 @@ import pandas as pd
 from bs4 import BeautifulSoup
 from bs4.element import Tag
 
-from itae_utils.analysis.words import as_latex
+from itae_utils.latex import as_latex
 
 SORTED_FROM = 8  # rows; shorter tables are read at a glance
 SCRIPT = Path(__file__).parent / "templates/sort.js"

@@ -79,8 +79,8 @@ def test_controls_pool_the_patches_that_an_extraction_attenuates(select):
 
 
 def test_means_are_stored_by_what_decides_them(tmp_path, monkeypatch):
-    calls, run = [], pooling.measure_images
-    monkeypatch.setattr(pooling, "measure_images", lambda *args, **named: calls.append(1) or run(*args, **named))
+    calls, run = [], pooling.measured_batches
+    monkeypatch.setattr(pooling, "measured_batches", lambda *args, **named: calls.append(1) or run(*args, **named))
     backbone, dataset = as_backbone(tiny_vit()), array_dataset(6)
     settings = [ITAE("key", theta) for theta in (2.0, 3.0)]
     first = [pooled_features(backbone, dataset, itae, store=tmp_path) for itae in settings]
