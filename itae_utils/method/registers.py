@@ -31,8 +31,9 @@ _open: WeakSet[nn.Module] = WeakSet()
 def apply_registers(model: nn.Module, setting: TestTimeRegisters) -> Iterator[nn.Module]:
     """Apply test-time registers to every forward pass of a stock timm ViT until the context is left.
 
-    The extra token is one more prefix token, in the model's output and in its `num_prefix_tokens`. `attenuate` may be
-    opened inside or outside, and acts on the new tokens. `setting.then` is not applied.
+    The extra token ("bias": a placeholder) is one more prefix token, in the model's output and `num_prefix_tokens`.
+    `attenuate` may be opened inside or outside, and acts on the new tokens. `setting.then` is not applied. A copy that
+    is made of the model meanwhile would count a token that it does not get.
 
     Raises:
         ItaeError: as `check_registers`, a setting that is not fitted, or such a context is open already.
@@ -84,8 +85,8 @@ def check_registers(model: nn.Module, setting: TestTimeRegisters) -> None:
                         f"depth and width {shape}: use TestTimeRegisters(), which finds its own")
     auto, top = setting.neurons == "auto", 0 if setting.top_layer == "auto" else setting.top_layer
     if top > last:
-        raise ItaeError(f"top_layer={top} of {len(blocks)} blocks: only blocks before the last can have register "
-                        f"neurons, use at most {last}")
+        raise ItaeError(f"top_layer={top} of {len(blocks)} blocks: only those before the last can have register "
+                        "neurons, use a lower one or a deeper model")
     for block, units in dict.fromkeys(range(last + 1), ()).items() if auto else setting.neurons:
         mlp = model.blocks[min(block, last)].mlp
         layer = getattr(mlp, "fc2", None)

@@ -7,6 +7,7 @@ import torch
 
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
+from itae_utils.extraction import fitting
 from itae_utils.extraction import neurons as neurons_module
 from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.fitting import fit_setting, sampled_statistics
@@ -255,13 +256,17 @@ def test_images_without_artifacts_get_the_registers_own_feature():
 
 
 @pytest.mark.parametrize("rule", ["share:10%", "sd:1"])
-def test_the_threshold_on_top_is_fitted_on_the_new_tokens(rule, tmp_path):
+def test_the_threshold_on_top_is_fitted_on_the_new_tokens(rule, tmp_path, monkeypatch):
     backbone, dataset = as_backbone(tiny_vit("dinov3")), array_dataset(9)
     registers = TestTimeRegisters({1: (1, 4, 20)}, insert="late")
     asked = {"then": dataclasses.replace(registers, then=ITAE("key", rule, "substitute")), "itae": ITAE("key", rule),
              "nothing": TestTimeRegisters({}, then=ITAE("key", rule))}
-    for store in (None, tmp_path, tmp_path):
+    passes, visit = [], fitting._visit
+    monkeypatch.setattr(fitting, "_visit", lambda *args, **options: passes.append(1) or visit(*args, **options))
+    for store, count in ((None, 4), (tmp_path, 3), (tmp_path, 0)):
+        passes.clear()
         features = extract_features(backbone, dataset, asked, store=store)
+        assert len(passes) == count  # statistics with and without registers, substitutes; "nothing" shares if stored
         with apply_registers(backbone.model, registers):
             values = sampled_statistics(backbone, dataset, sample=9, seed=0, batch_size=64)
             fit = statistic(backbone.model, dataset_tensor(backbone, dataset), "key").double().numpy()

@@ -154,6 +154,8 @@ def test_the_forward_pass_stops_at_the_last_block_asked_for_and_removes_its_hook
     model = tiny_vit()
     model.blocks[1].forward = model.blocks[2].forward = lambda *_: pytest.fail("computed too much")
     assert list(tokens_entering(model, images(1), [0, 1])) == [0, 1]
+    some = block_inputs(model, images(1), [0, 1], {1})
+    assert [inputs.tokens is None for inputs in some.values()] == [True, False]
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -221,6 +221,24 @@ def test_a_failed_pass_leaves_nothing_behind_for_the_next():
         assert torch.equal(torch.cat([(tokens := model.forward_features(batch))[:, :1], tokens[:, 2:]], dim=1), fixed)
 
 
+@pytest.mark.parametrize("compiled", ["model", "blocks", "outside"])
+def test_compiled_models_get_registers_too(compiled):
+    torch._dynamo.reset()
+    model, batch, setting = tiny_vit("dinov3"), images(2), FORMS[0]
+    plain, edited = model(batch), output(model, batch, setting)[:, 0]
+    for module in {"model": [model], "blocks": model.blocks, "outside": []}[compiled]:
+        module.compile(backend="eager")
+    run = torch.compile(model, backend="eager") if compiled == "outside" else model
+    for _ in range(2):
+        assert (run(batch) - plain).abs().max() < 1e-4
+        with apply_registers(model, setting):
+            assert (run(batch) - edited).abs().max() < 1e-4
+    outliers = images(2)[:, 0, ::8, ::8].flatten(1) > 0.5
+    assert (outlier_activations(model, batch, outliers, 1)
+            - outlier_activations(tiny_vit("dinov3"), batch, outliers, 1)).abs().max() < 1e-4
+    torch._dynamo.reset()
+
+
 def test_without_neurons_nothing_is_done():
     model, batch = tiny_vit("registers"), images(2)
     plain = model.forward_features(batch)
@@ -267,7 +285,7 @@ def refused(model, setting, words):
 @pytest.mark.parametrize(("setting", "words"), [
     (TestTimeRegisters(), "find_register_neurons"),
     (TestTimeRegisters(NEURONS, form="bias"), "find_register_neurons"),
-    (TestTimeRegisters(NEURONS, top_layer=2), "top_layer=2.* at most 1"),
+    (TestTimeRegisters(NEURONS, top_layer=2), "top_layer=2 of 3 blocks"),
     (TestTimeRegisters({2: (1,)}), "block 2.* 0 to 1$"),
     (TestTimeRegisters({1: (96,)}), "neuron 96 of block 1.* 0 to 95 "),
     (TestTimeRegisters.preset("dinov2_vitl14", neurons=NEURONS), r"\(24, 1024\).*\(3, 24\)"),
