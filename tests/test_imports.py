@@ -10,8 +10,8 @@ import pytest
 from itae_utils.files import PACKAGE
 
 # A module imports only from parts that stand before its own, so parts in one set do not know each other.
-ORDER = [{"lazy"}, {"errors"}, {"environment"}, {"files"}, {"machine", "latex"}, {"method", "data"}, {"models"}, {"store"},
-         {"extraction"}, {"results"}, {"analysis"}, {"figures"}, {"report"}, {"cli"}]
+ORDER = [{"lazy"}, {"errors"}, {"environment"}, {"files"}, {"machine", "latex"}, {"method", "data"}, {"models"},
+         {"store"}, {"extraction"}, {"results"}, {"analysis"}, {"figures"}, {"report"}, {"cli"}]
 PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}
 MOST_INSIDE_FUNCTIONS = 40
 HEAVY = {"torch", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "pandas", "zarr", "papermill", "nbconvert"}

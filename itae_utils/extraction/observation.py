@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from itae_utils.errors import ItaeError, whole_number
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size, memory_errors, model_batches
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import capture_truth, select_artifacts
-from itae_utils.method.attention import attenuated_logits, check_setting
+from itae_utils.method.attention import attention_map, attenuated_logits, check_setting
 from itae_utils.method.direction import has_directions, singular_directions
+from itae_utils.method.register_setting import Variant, parted
+from itae_utils.method.registers import apply_registers
 from itae_utils.method.setting import ITAE, SOURCES
 from itae_utils.method.statistics import cls_attention, patch_norms, patch_statistic
 from itae_utils.models.backbones import Backbone
@@ -144,6 +147,27 @@ def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, r
     measured = measured_batches(place, indices, measure, batch_size, num_workers)
     logits = measured.pop("logits")[:, :, 0]
     return Rows(indices, backbone.patch_grid, measured, logits)
+
+
+def observe_attention(backbone: Backbone, dataset: Dataset, variants: Mapping[str, Variant], indices: np.ndarray, *,
+                      batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0,
+                      store: str | Path | Store | None = "auto") -> dict[str, np.ndarray]:
+    """Return the `[CLS]` attention in the last block under each variant, mean over the heads: (n, rows, columns).
+
+    `variants` are fitted; `indices` (n,) are the images' numbers in the data set. The other arguments are as in
+    `observe`.
+    """
+    model, place = backbone.model, Place(open_store(store), backbone, checked_inputs(backbone, dataset, num_workers))
+
+    def measure(images: Tensor, _image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
+        found = {}
+        for name, (registers, itae) in parts.items():
+            with apply_registers(model, registers) if registers else nullcontext():
+                found[name] = attention_map(model, images, itae=itae)
+        return found
+
+    parts = {name: parted(variant) for name, variant in variants.items()}
+    return measured_batches(place, indices, measure, batch_size, num_workers)
 
 
 def measured_batches(place: Place, indices: np.ndarray,
