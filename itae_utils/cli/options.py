@@ -10,7 +10,7 @@ import click
 
 from itae_utils.method.setting import ATTENUATIONS, SOURCES, TAILS
 
-NUMBERS = ("limit", "batch_size", "image_size", "threshold", "rank")
+NUMBERS = ("limit", "sample", "batch_size", "image_size", "threshold", "rank")
 LOADING = {
     "checkpoint": ("PATH", "A file or folder with weights, instead of a download."),
     "image_size": ("PIXELS", "Side of the images that the model sees; default: the backbone's."),
@@ -65,6 +65,10 @@ store_option = click.option(
 dask_option = click.option(
     "--dask", metavar="WHERE", callback=validated,
     help="Extract on Dask workers: tcp://… is a cluster's address, local:N starts N processes.  [default: ITAE_DASK]")
+limit_option = click.option(
+    "--limit", metavar="N", callback=validated, help="Take a stratified sample of so many images.")
+batch_size_option = click.option(
+    "--batch-size", metavar="N", callback=validated, help="Images per batch.  [default: auto]")
 backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
 SETTING = {  # options of `ITAE`
     "source": click.option("--source", type=click.Choice(SOURCES), default="key", show_default=True,

@@ -1,4 +1,4 @@
-"""Render the report's pages: one per notebook, with its code hidden, and the index.
+"""Render the report's pages: one per notebook, with its code hidden, and the index; and the page of `itae explore`.
 
 They load nothing but the figures beside them, and run no script but the explorer's own. A policy in each page says so,
 and the browser enforces it.
@@ -60,11 +60,40 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
         "policy": POLICY,
         "css": _style() + HtmlFormatter(style="friendly").get_style_defs(".highlight"),
     }})
-    if hashes := script_hashes(page):
-        page = page.replace("script-src 'none'", f"script-src {' '.join(hashes)}", 1)
+    page = page.replace(POLICY, _policy(page), 1)
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
+
+
+def _policy(html: str) -> str:
+    """Return the policy of a page that holds some HTML: it lets the explorer's own scripts run."""
+    hashes = " ".join(script_hashes(html))
+    return POLICY.replace("script-src 'none'", f"script-src {hashes}") if hashes else POLICY
+
+
+def explorer_page(path: Path, view: str, about: str, *, backbone: str, dataset: str) -> None:
+    """Write a page that holds the explorer's view alone, in one step.
+
+    Args:
+        path: of the page.
+        view: from `explorer_html`.
+        about: Markdown that describes what is shown, put below the view.
+        backbone: name of the backbone.
+        dataset: name of the data set.
+    """
+    page = _environment().get_template("explorer.html.j2").render(
+        view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0], policy=_policy(view),
+        css=_style())
+    with replacing(path) as part:
+        part.write_text(page, encoding="utf-8")
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
+    return environment
 
 
 def _presentable(notebook: NotebookNode) -> NotebookNode:
@@ -88,13 +117,10 @@ def _presentable(notebook: NotebookNode) -> NotebookNode:
 
 def index_page(report: Report) -> Path:
     """Write `index.html` in one step, from the notebooks' `results.json` alone."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
     measured = {run.label: run.results for run in report.runs if run.results}
     own = {label: results for label, results in measured.items() if not is_collection(results)}
     scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
-    page = environment.get_template("index.html.j2").render(
+    page = _environment().get_template("index.html.j2").render(
         report=report,
         groups=_groups(report.runs),
         backbones=_values(report.runs, "backbone"),
