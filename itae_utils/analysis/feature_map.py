@@ -14,7 +14,6 @@ from itae_utils.analysis.clustering import FEWEST
 from itae_utils.analysis.metrics import match_clusters
 from itae_utils.analysis.remembered import clusters, tsne
 from itae_utils.analysis.vectors import all_equal
-from itae_utils.errors import ItaeError
 from itae_utils.extraction.observation import sample_indices
 from itae_utils.store.store import Store
 
@@ -93,16 +92,6 @@ def map_points(before: np.ndarray, after: np.ndarray, *, seed: int, store: str |
     settings = {"perplexity": min(PERPLEXITY, (len(before) - 1) / 3), "seed": seed, "store": store}
     start = tsne(before, **settings)
     return start, start if np.array_equal(before, after) else tsne(after, start=start, **settings)
-
-
-def check_mappable(images: int) -> None:
-    """Refuse a number of images that `map_points` can't map, or can't map in reasonable time.
-
-    Raises:
-        ItaeError: there are fewer than 4 images, or more than 10,000.
-    """
-    if not FEWEST <= images <= MOST_IN_TSNE:
-        raise ItaeError(f"{images:,} images can't be mapped: use {FEWEST} to {MOST_IN_TSNE:,}, see --limit")
 
 
 def _renumbered(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import click
@@ -17,9 +16,8 @@ from itae_utils.cli.options import (
     SETTING,
     PathType,
     backbone_option,
-    batch_size_option,
     dask_option,
-    limit_option,
+    extraction_options,
     loading_options,
     setting_options,
     store_option,
@@ -108,11 +106,9 @@ def _refuse_twice(names: Iterable[str]) -> None:
             raise ItaeError(f"{name} is given {times} times: give it once")
 
 
-def _inputs(output: Path, endings: Iterable[str], backbone: str, dataset: str, limit: int | None,
-            options: dict[str, object], files: tuple[Path, ...] = ()) -> tuple:
-    """Return the setting, the images and the backbone of a command's options; its output is checked before."""
+def _inputs(output: Path, endings: Iterable[str], dataset: object, options: dict[str, object]) -> tuple:
+    """Return setting, images, backbone and reading from `extraction_options`, after a check of the output."""
     import itae_utils as itae
-    from itae_utils.data.datasets import load_files
     from itae_utils.method.attention import check_setting
     from itae_utils.report.rules import DATASET_OPTIONS
 
@@ -120,33 +116,22 @@ def _inputs(output: Path, endings: Iterable[str], backbone: str, dataset: str, l
         raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(endings)}")
     if output.is_dir():
         raise ItaeError(f"--output {str(output)!r} is a folder: name a file")
+    reading = {name: options.pop(name) or "auto" for name in ("batch_size", "store")}
     setting = itae.ITAE(**{name: options.pop(name) for name in SETTING})
-    of_images = _given(**{name: options.pop(name) for name in DATASET_OPTIONS})
-    if files and (others := sorted(set(of_images) - {"on_error"})):
-        raise ItaeError(f"--{others[0].replace('_', '-')} is for data sets, not for image files: leave it out")
-    load = partial(load_files, files) if files else partial(itae.load_dataset, dataset)
-    images = load(limit=limit, **of_images)
-    model = itae.load_backbone(backbone, **_given(**options))
+    images = itae.load_dataset(dataset, **_given(**{name: options.pop(name) for name in ("limit", *DATASET_OPTIONS)}))
+    model = itae.load_backbone(options.pop("backbone"), **_given(**options))
     check_setting(model.model, setting, model.truth)
     make_folder(output.parent)
-    return setting, images, model
+    return setting, images, model, reading
 
 
 @main.command()
-@store_option
 @dask_option
-@backbone_option
 @click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
-@limit_option
-@batch_size_option
-@loading_options(*LOADING)
-@setting_options
-@click.option("--map", "with_map", is_flag=True, help="Add the t-SNE of all images, and the paths of their files.")
+@extraction_options
+@click.option("--map", "mapped", is_flag=True, help="Add the t-SNE of all images, and the paths of their files.")
 @click.option("--output", type=PathType(), metavar="FILE", required=True, help="A .npz or .parquet file.")
-def extract(
-    store: str | None, dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None,
-    with_map: bool, output: Path, **options: object,
-) -> None:
+def extract(dask: str | None, dataset: str, mapped: bool, output: Path, **options: object) -> None:
     """Write a data set's features to a file.
 
     The file holds the model's own features (baseline), those with ITAE (itae), and the labels (targets) and the names
@@ -154,17 +139,16 @@ def extract(
     itae_y), and the absolute paths of the image files (path) if any.
     """
     import itae_utils as itae
-    from itae_utils.analysis.feature_map import check_mappable, map_points
+    from itae_utils.analysis.feature_map import FEWEST, MOST_IN_TSNE, map_points
     from itae_utils.analysis.words import statistic_name
     from itae_utils.extraction.export import FORMATS, save_features
 
-    setting, images, model = _inputs(output, FORMATS, backbone, dataset, limit, options)
-    if with_map:
-        check_mappable(len(images))
-    reading = {"batch_size": batch_size or "auto", "store": store or "auto"}
+    setting, images, model, reading = _inputs(output, FORMATS, dataset, options)
+    if mapped and not FEWEST <= len(images) <= MOST_IN_TSNE:
+        raise ItaeError(f"--map of {len(images):,} images: use {FEWEST} to {MOST_IN_TSNE:,}, see --limit")
     features = itae.extract_features(model, images, {"baseline": None, "itae": setting}, client=dask or "auto",
                                      **reading)
-    points = map_points(features["baseline"], features["itae"], seed=0, store=store or "auto") if with_map else ()
+    points = map_points(features["baseline"], features["itae"], seed=0, store=reading["store"]) if mapped else ()
     if points is None:
         raise ItaeError("all images have the same features, so there is nothing to map: leave out --map")
     save_features(output, features, images, points, weights_sha256=model.weights_sha256, source=setting.source,
@@ -183,26 +167,13 @@ def extract(
 
 @main.command()
 @click.argument("files", metavar="[IMAGE]...", nargs=-1, type=PathType())
-@store_option
-@backbone_option
 @click.option("--dataset", help="Images, instead of files; `itae datasets` lists them.  [default: digits]")
-@limit_option
+@extraction_options
 @click.option("--sample", metavar="N", callback=validated, help="Images on the map, at most 2,000.  [default: 800]")
-@batch_size_option
-@loading_options(*LOADING)
-@setting_options
-@click.option("--output", type=PathType(), metavar="FILE", default="explorer.html", show_default=True,
-              help="A .html file.")
-def explore(
-    files: tuple[Path, ...], store: str | None, backbone: str, dataset: str | None, limit: int | None,
-    sample: int | None, batch_size: int | None, output: Path, **options: object,
-) -> None:
-    """Write a page on which θ can be moved, for image files or a data set.
-
-    The page is one file. It opens from disk and loads nothing. Fewer than 4 images have no map of their features.
-    """
+@click.option("--output", type=PathType(), metavar="FILE", default="explorer.html", show_default=True, help="The page.")
+def explore(files: tuple[Path, ...], dataset: str | None, sample: int | None, output: Path, **options: object) -> None:
+    """Write a page on which θ can be moved, for image files or a data set; fewer than 4 images have no map."""
     from itae_utils.analysis import words
-    from itae_utils.analysis.feature_map import describe_map
     from itae_utils.figures.explorer.data import as_json, describe_size
     from itae_utils.figures.explorer.page import explorer_html
     from itae_utils.figures.explorer.prepare import prepare
@@ -210,18 +181,17 @@ def explore(
 
     if files and dataset:
         raise ItaeError("image files and --dataset are both given: give one of them")
-    setting, images, model = _inputs(output, [".html"], backbone, dataset or "digits", limit, options, files)
-    done = prepare(model, images, setting, batch_size=batch_size or "auto", store=store or "auto",
-                   **_given(sample=sample))
-    source, fit, (theta,) = setting.source, done.fits[setting.source], done.setting.thresholds
-    about = [words.describe_run(model, images), words.describe_threshold(source, fit, theta, setting.threshold)]
-    if done.found.points is not None:
-        about += [describe_size(done.data), describe_map(done.found)]
+    setting, images, model, reading = _inputs(output, [".html"], files or dataset or "digits", options)
+    done = prepare(model, images, setting, **reading, **_given(sample=sample))
+    fit, (theta,) = done.fits[setting.source], done.setting.thresholds
+    about = [words.describe_run(model, images),
+             words.describe_threshold(setting.source, fit, theta, setting.threshold),
+             *([describe_size(done.data)] if done.found.points else [])]
     explorer_page(output, explorer_html(as_json(done.data)), "\n\n".join(about), backbone=model.name,
                   dataset=images.name)
     click.echo("\n".join([f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(done.data['panel']['numbers']):,} of "
                           f"{len(images):,} images with their attention", *images.notes]))
-    name = words.statistic_name(source)
+    name = words.statistic_name(setting.source)
     click.echo(f"no θ on the {name}: {fit.reason}. Drag the page's handle, or give --threshold" if theta is None else
                f"θ = {theta:.4g} on the {name}: {words.percent(fit.beyond(theta).mean())} of the sample's patches lie "
                f"{WHERE[fit.side]} it")

@@ -65,10 +65,6 @@ store_option = click.option(
 dask_option = click.option(
     "--dask", metavar="WHERE", callback=validated,
     help="Extract on Dask workers: tcp://… is a cluster's address, local:N starts N processes.  [default: ITAE_DASK]")
-limit_option = click.option(
-    "--limit", metavar="N", callback=validated, help="Take a stratified sample of so many images.")
-batch_size_option = click.option(
-    "--batch-size", metavar="N", callback=validated, help="Images per batch.  [default: auto]")
 backbone_option = click.option("--backbone", default="demo", show_default=True, help="`itae backbones` lists them.")
 SETTING = {  # options of `ITAE`
     "source": click.option("--source", type=click.Choice(SOURCES), default="key", show_default=True,
@@ -89,3 +85,10 @@ def setting_options(command: Callable) -> Callable:
     for option in reversed(SETTING.values()):
         command = option(command)
     return command
+
+
+def extraction_options(command: Callable) -> Callable:
+    """Give a command the options of the backbone, the images, the setting, and how images are read."""
+    limit = click.option("--limit", metavar="N", callback=validated, help="Take a stratified sample of so many images.")
+    batch = click.option("--batch-size", metavar="N", callback=validated, help="Images per batch.  [default: auto]")
+    return store_option(backbone_option(limit(batch(loading_options(*LOADING)(setting_options(command))))))

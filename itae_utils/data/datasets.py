@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,12 +12,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from itae_utils.data.folders import Contents, image_folder, read_folder, readable, split_kind, take
+from itae_utils.data.folders import Contents, image_folder, read_files, read_folder, readable, split_kind, take
 from itae_utils.data.huggingface import PREFIX, place_and_split, read_rows
 from itae_utils.data.images import open_image, shown
 from itae_utils.data.published import DATASETS, unpacked_folder
 from itae_utils.environment import data_folder
 from itae_utils.errors import ItaeError, unknown_name, whole_number
+
+FILES = "image files"  # the name of a data set from a list of paths
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +62,7 @@ class ImageDataset:
 
 
 def load_dataset(
-    name: str | Path,
+    name: str | Path | Sequence[str | Path],
     *,
     split: str | None = None,
     root: str | Path | None = None,
@@ -75,7 +77,7 @@ def load_dataset(
     Args:
         name: a key of `DATASETS`; capitals, dashes and underscores do not matter. The path of a folder, or
             `imagefolder:PATH`, reads class folders, or images without labels. `hf:NAME` or `hf:FOLDER` reads a data set
-            of the package `datasets`.
+            of the package `datasets`. A list of paths is a data set of these image files, without labels.
         split: "train" is the training split of CIFAR-10, CIFAR-100, STL-10 and Tiny-ImageNet; their default is the test
             split, or validation for Tiny-ImageNet. Of a folder or a Hugging Face data set, any split; by default the
             test split, else the validation split, else the only one. "digits" has one split.
@@ -100,53 +102,29 @@ def load_dataset(
             raise ItaeError(f"{option}={value!r} is not a name: give text")
     if not isinstance(root, str | Path | None):
         raise ItaeError(f"root={root!r} is not a folder: give a path")
-    name = dataset_name(name)
-    contents = read_contents(name, split, root, image_column, label_column)
-    if name.startswith(PREFIX):
-        source = f"the Hugging Face data set {shown(place_and_split(name)[0])}"
+    if name and isinstance(name, (list, tuple)) and all(isinstance(each, str | Path) for each in name):
+        part = _part(FILES, split, image_column=image_column, label_column=label_column)
+        name, contents = FILES, read_files(name, part)
     else:
-        source = DATASETS[name].origin if name in DATASETS else f"the folder {shown(contents.folder)}"
-    return _dataset(name, contents, source, limit, seed, on_error)
-
-
-def load_files(paths: Iterable[str | Path], *, limit: int | None = None,
-               on_error: Literal["raise", "skip"] = "raise") -> ImageDataset:
-    """Load image files as a data set without labels; a file that is given twice is used once.
-
-    Args:
-        paths: of the files. Their names in the data set are below the deepest folder that holds them all.
-        limit: as for `load_dataset`.
-        on_error: as for `load_dataset`.
-
-    Raises:
-        ItaeError: a path is not that of a file, or an image is unreadable.
-    """
-    given = [Path(os.path.abspath(os.path.expanduser(path))) for path in paths]
-    for path in given:
-        if not path.is_file():
-            raise ItaeError(f"{shown(path)} is a folder: give files, or the data set imagefolder:{shown(path)}"
-                            if path.is_dir() else f"there is no file {shown(path)}: check the path")
-    files = list(dict.fromkeys(given))
-    notes = (f"Paths that were given before: {len(given) - len(files):,}.",) * (len(files) < len(given))
-    folder = Path(os.path.commonpath([path.parent for path in files]))
-    contents = Contents(files, None, None, notes=notes, folder=folder)
-    return _dataset("image files", contents, f"the folder {shown(folder)}", limit, 0, on_error)
-
-
-def _dataset(name: str, contents: Contents, source: str, limit: int | None, seed: int, on_error: str) -> ImageDataset:
-    """Return the readable images, at most `limit` of them."""
+        name = dataset_name(name)
+        contents = read_contents(name, split, root, image_column, label_column)
     images, targets, skipped, notes = contents.images, contents.targets, [], contents.notes
     if isinstance(images[0], (Path, bytes)):
         images, targets, unreadable, more = readable(images, targets, on_error)
         skipped = [image if isinstance(image, Path) else image.name for image in unreadable]
         notes += more
     left_out = f" of {len(images) + len(skipped):,} files, the others unreadable" if skipped else ""
+    info = DATASETS.get(name)
     split = f"{contents.split or 'all'} ({len(images):,}{left_out})"
     if limit is not None and limit < len(images):
         chosen = _choose(len(images), targets, limit, seed)
         images = take(images, chosen)
         targets = None if targets is None else targets[chosen]
         split = f"{limit:,} of {split}, drawn with seed {seed}"
+    if name.startswith(PREFIX):
+        source = f"the Hugging Face data set {shown(place_and_split(name)[0])}"
+    else:
+        source = info.origin if info else f"the folder {shown(contents.folder)}"
     names = contents.folder and [shown(path.relative_to(contents.folder).as_posix()) for path in images]
     return ImageDataset(name, split, source, images, targets, contents.classes, skipped, notes, names)
 

@@ -73,27 +73,19 @@ def _policy(html: str) -> str:
 
 
 def explorer_page(path: Path, view: str, about: str, *, backbone: str, dataset: str) -> None:
-    """Write a page that holds the explorer's view alone, in one step.
-
-    Args:
-        path: of the page.
-        view: from `explorer_html`.
-        about: Markdown that describes what is shown, put below the view.
-        backbone: name of the backbone.
-        dataset: name of the data set.
-    """
-    page = _environment().get_template("explorer.html.j2").render(
-        view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0], policy=_policy(view),
-        css=_style())
-    with replacing(path) as part:
-        part.write_text(page, encoding="utf-8")
+    """Write a page that holds the explorer's view alone, from `explorer_html`, and Markdown about it."""
+    _write(path, "explorer.html.j2", view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0],
+           policy=_policy(view))
 
 
-def _environment() -> jinja2.Environment:
+def _write(path: Path, template: str, **content: object) -> None:
+    """Render one of our templates to a page in one step."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
-    return environment
+    page = environment.get_template(template).render(css=_style(), **content)
+    with replacing(path) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 def _presentable(notebook: NotebookNode) -> NotebookNode:
@@ -120,13 +112,14 @@ def index_page(report: Report) -> Path:
     measured = {run.label: run.results for run in report.runs if run.results}
     own = {label: results for label, results in measured.items() if not is_collection(results)}
     scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
-    page = _environment().get_template("index.html.j2").render(
+    _write(
+        report.index,
+        "index.html.j2",
         report=report,
         groups=_groups(report.runs),
         backbones=_values(report.runs, "backbone"),
         datasets=_short_names(_values(report.runs, "dataset")),
         policy=POLICY,
-        css=_style(),
         sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
             results["provenance"]["backbone"] for results in own.values()))),
         facts=_facts(measured, named=bool(report.grid)),
@@ -141,8 +134,6 @@ def index_page(report: Report) -> Path:
         seconds=sum(run.seconds for run in report.runs),
         reused=sum(run.reused for run in report.runs),
     )
-    with replacing(report.index) as part:
-        part.write_text(page, encoding="utf-8")
     return report.index
 
 

@@ -55,8 +55,8 @@ def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
     last_fits = {source: fits[-1, source] for source in SOURCES if (-1, source) in fits}
     last_fits[setting.source] = fits.of(setting)[-1]
     features = extract_features(backbone, dataset, {"baseline": None, "itae": setting}, **reading)
-    too_few = clusters is None and len(dataset) < FEWEST
-    k = None if too_few else number_of_clusters(clusters, scorable(targets_of(dataset)), len(dataset))
+    n, targets = len(dataset), scorable(targets_of(dataset))
+    k = None if n < FEWEST else number_of_clusters(clusters, targets, n)
     found = feature_map(features, k, sample=sample, seed=seed, kmeans_seed=seed, store=store)
     data = explorer_data(backbone, dataset, setting, last_fits, found, seed=seed, **reading)
     return Exploration(setting, last_fits, found, data)
