@@ -142,21 +142,23 @@ def extract(dask: str | None, dataset: str, mapped: bool, output: Path, **option
     from itae_utils.analysis.feature_map import FEWEST, MOST_IN_TSNE, map_points
     from itae_utils.analysis.words import statistic_name
     from itae_utils.extraction.export import FORMATS, save_features
+    from itae_utils.report.rules import check_encoding
 
-    setting, images, model, reading = _inputs(output, FORMATS, dataset, options)
+    setting, images, vit, reading = _inputs(output, FORMATS, dataset, options)
     if mapped and not FEWEST <= len(images) <= MOST_IN_TSNE:
         raise ItaeError(f"--map of {len(images):,} images: use {FEWEST} to {MOST_IN_TSNE:,}, see --limit")
-    features = itae.extract_features(model, images, {"baseline": None, "itae": setting}, client=dask or "auto",
-                                     **reading)
+    for path in images.images if mapped and images.names else ():
+        check_encoding("path", str(path))
+    features = itae.extract_features(vit, images, {"baseline": None, "itae": setting}, client=dask or "auto", **reading)
     points = map_points(features["baseline"], features["itae"], seed=0, store=reading["store"]) if mapped else ()
     if points is None:
         raise ItaeError("all images have the same features, so there is nothing to map: leave out --map")
-    save_features(output, features, images, points, weights_sha256=model.weights_sha256, source=setting.source,
+    save_features(output, features, images, points, weights_sha256=vit.weights_sha256, source=setting.source,
                   tail=setting.side, rank=setting.rank, attenuation=setting.attenuation)
     click.echo("\n".join([f"{output}: {len(images):,} images, {' and '.join(features)}", *images.notes]))
     name, (theta,) = statistic_name(setting.source), features.thresholds["itae"]
     if theta is None:
-        (fit,) = itae.fit_thresholds(model, images, rank=setting.rank, **reading).of(setting)
+        (fit,) = itae.fit_thresholds(vit, images, rank=setting.rank, **reading).of(setting)
         click.echo(f"no θ on the {name}: {fit.reason}. So itae is equal to baseline: use more images, another "
                    "--source, or a number or share:2% as --threshold")
         return
@@ -183,15 +185,14 @@ def explore(files: tuple[Path, ...], dataset: str | None, sample: int | None, ou
         raise ItaeError("image files and --dataset are both given: give one of them")
     setting, images, model, reading = _inputs(output, [".html"], files or dataset or "digits", options)
     done = prepare(model, images, setting, **reading, **_given(sample=sample))
-    fit, (theta,) = done.fits[setting.source], done.setting.thresholds
-    about = [words.describe_run(model, images),
-             words.describe_threshold(setting.source, fit, theta, setting.threshold),
+    source, fit, (theta,) = setting.source, done.fits[setting.source], done.setting.thresholds
+    about = [words.describe_run(model, images), words.describe_threshold(source, fit, theta, setting.threshold),
              *([describe_size(done.data)] if done.found.points else [])]
     explorer_page(output, explorer_html(as_json(done.data)), "\n\n".join(about), backbone=model.name,
                   dataset=images.name)
     click.echo("\n".join([f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(done.data['panel']['numbers']):,} of "
                           f"{len(images):,} images with their attention", *images.notes]))
-    name = words.statistic_name(setting.source)
+    name = words.statistic_name(source)
     click.echo(f"no θ on the {name}: {fit.reason}. Drag the page's handle, or give --threshold" if theta is None else
                f"θ = {theta:.4g} on the {name}: {words.percent(fit.beyond(theta).mean())} of the sample's patches lie "
                f"{WHERE[fit.side]} it")
