@@ -148,6 +148,7 @@ class TestPage:
         tags = [tag for tag, _ in outline.tags]
         assert (tags.count("script"), tags.count("img"), tags.count("b")) == (1, 0, 0)
         assert photos[1].parent.as_posix() in outline.texts["section"]
+        assert "**" not in outline.texts["section"], "Markdown is rendered"
         assert ("html", {"lang": "en"}) in outline.tags
         assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in outline.tags
         assert outline.texts["h1"] == outline.texts["title"] == "Attention artifacts of demo on image files"
