@@ -39,7 +39,8 @@ def execute(tmp_path, monkeypatch):
 def test_version_help_and_lists():
     assert run("--version").output == f"itae, version {itae_utils.__version__}\n"
     help_text = run("--help").output
-    assert all(command in help_text for command in ("report", "extract", "inspect", "store", "backbones", "datasets"))
+    assert all(command in help_text for command in ("report", "extract", "explore", "inspect", "store", "backbones",
+                                                    "datasets"))
     for command, expected in [("backbones", {"demo", "demo-clean", "dinov2_vits14", "dinov2_vitg14_reg"}),
                               ("datasets", {"digits", "cifar10", "tiny-imagenet", "imagefolder:PATH"})]:
         assert expected <= {line.split("  ")[0] for line in run(command).output.splitlines()}

@@ -13,6 +13,7 @@ from itae_utils.analysis.vectors import all_equal
 from itae_utils.analysis.words import describe_runs, percent
 from itae_utils.errors import ItaeError
 
+FEWEST = 4  # images that can be clustered or mapped
 UNCHANGED = "Nothing was attenuated, so ITAE equals the baseline"
 
 
@@ -42,8 +43,8 @@ def number_of_clusters(clusters: int | None, targets: np.ndarray | None, n: int)
     """
     if clusters is not None:
         return clusters
-    if n < 4:
-        raise ItaeError(f"{n} images are too few to cluster: use 4 or more")
+    if n < FEWEST:
+        raise ItaeError(f"{n} images are too few to cluster: use {FEWEST} or more")
     return min(10, n // 2) if targets is None else len(np.unique(targets))
 
 

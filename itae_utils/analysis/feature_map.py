@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize as unit_rows
 
+from itae_utils.analysis.clustering import FEWEST
 from itae_utils.analysis.metrics import match_clusters
 from itae_utils.analysis.remembered import clusters, tsne
 from itae_utils.analysis.vectors import all_equal
@@ -19,6 +20,7 @@ from itae_utils.store.store import Store
 NEIGHBOURS = 5
 PERPLEXITY = 30  # of t-SNE, if there are images enough
 MOST_IMAGES = 2000  # more points would hide each other, and their pictures would not fit into a page
+MOST_IN_TSNE = 10_000  # two maps of so many images took 2 minutes on one core
 PAIR = ("baseline", "itae")
 
 
@@ -28,7 +30,7 @@ class FeatureMap:
 
     Attributes:
         indices: (m,), the images' numbers in the data set.
-        points: (m, 2) each, of t-SNE; None if there is nothing to map.
+        points: (m, 2) each, from `map_points`; None if there is nothing to map.
         clusters: (m,) each; those of ITAE have the numbers of the baseline's clusters that they share most images with.
         neighbours: (m, 5) each, places in `indices` of the nearest others by cosine, the nearest first.
         change: (m,), 1 − cosine between the two features.
@@ -51,14 +53,14 @@ class FeatureMap:
         return np.array([len(np.intersect1d(*each)) for each in zip(*self.neighbours, strict=True)])
 
 
-def feature_map(features: Mapping[str, np.ndarray], k: int, *, sample: int, seed: int, kmeans_seed: int,
+def feature_map(features: Mapping[str, np.ndarray], k: int | None, *, sample: int, seed: int, kmeans_seed: int,
                 n_init: int = 10, normalize: bool = True, algorithm: str = "exact",
                 store: str | Path | Store | None = "auto") -> FeatureMap:
     """Return the map of a sample of images; k-means runs on all of them.
 
     Args:
         features: "baseline" and "itae", (n, dim) each.
-        k: number of clusters.
+        k: number of clusters; None puts all images in one, as equal features do.
         sample: number of images on the map, at most 2,000.
         seed: for drawing them, and of t-SNE.
         kmeans_seed: of k-means.
@@ -69,18 +71,23 @@ def feature_map(features: Mapping[str, np.ndarray], k: int, *, sample: int, seed
     """
     whole = [features[name] for name in PAIR]
     indices = sample_indices(len(whole[0]), min(sample, MOST_IMAGES), seed)
-    found = [clusters(rows, k, seeds=[kmeans_seed], n_init=n_init, normalize=normalize, algorithm=algorithm,
+    found = [np.zeros(len(rows), dtype=int) if k is None or all_equal(rows, normalize=normalize) else
+             clusters(rows, k, seeds=[kmeans_seed], n_init=n_init, normalize=normalize, algorithm=algorithm,
                       store=store)[0][0] for rows in whole]
     chosen = [rows[indices] for rows in whole]
     unit = [unit_rows(rows) for rows in chosen]
-    return FeatureMap(indices, _points(chosen, seed, store), (found[0][indices], _renumbered(*found)[indices]),
-                      tuple(map(_nearest, chosen)), np.maximum(0, 1 - (unit[0] * unit[1]).sum(axis=1)))
+    return FeatureMap(indices, map_points(*chosen, seed=seed, store=store),
+                      (found[0][indices], _renumbered(*found)[indices]), tuple(map(_nearest, chosen)),
+                      np.maximum(0, 1 - (unit[0] * unit[1]).sum(axis=1)))
 
 
-def _points(chosen: list[np.ndarray], seed: int, store: str | Path | Store | None
-            ) -> tuple[np.ndarray, np.ndarray] | None:
-    before, after = chosen
-    if any(map(all_equal, chosen)):
+def map_points(before: np.ndarray, after: np.ndarray, *, seed: int, store: str | Path | Store | None = "auto"
+               ) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return t-SNE of the features (n, dim) of the baseline and of ITAE, (n, 2) each; the second starts at the first.
+
+    It is None for fewer than 4 images, or if all have the same features. `seed` and `store` are as for `tsne`.
+    """
+    if len(before) < FEWEST or all_equal(before) or all_equal(after):
         return None
     settings = {"perplexity": min(PERPLEXITY, (len(before) - 1) / 3), "seed": seed, "store": store}
     start = tsne(before, **settings)
@@ -97,6 +104,8 @@ def _renumbered(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 def _nearest(rows: np.ndarray) -> np.ndarray:
     count = min(NEIGHBOURS, len(rows) - 1)
+    if not count:
+        return np.empty((len(rows), 0), dtype=int)
     return NearestNeighbors(n_neighbors=count, metric="cosine").fit(rows).kneighbors(return_distance=False)
 
 

@@ -17,6 +17,7 @@ from itae_utils.cli.options import (
     PathType,
     backbone_option,
     dask_option,
+    extraction_options,
     loading_options,
     setting_options,
     store_option,
@@ -105,56 +106,96 @@ def _refuse_twice(names: Iterable[str]) -> None:
             raise ItaeError(f"{name} is given {times} times: give it once")
 
 
-@main.command()
-@store_option
-@dask_option
-@backbone_option
-@click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
-@click.option("--limit", metavar="N", callback=validated, help="Take a stratified sample of so many images.")
-@click.option("--batch-size", metavar="N", callback=validated, help="Images per batch.  [default: auto]")
-@loading_options(*LOADING)
-@setting_options
-@click.option("--output", type=PathType(), metavar="FILE", required=True, help="A .npz or .parquet file.")
-def extract(
-    store: str | None, dask: str | None, backbone: str, dataset: str, limit: int | None, batch_size: int | None,
-    output: Path, **options: object,
-) -> None:
-    """Write a data set's features to a file.
-
-    The file holds the model's own features (baseline), those with ITAE (itae), and the labels (targets) and the names
-    of the image files (names) if any.
-    """
+def _inputs(output: Path, endings: Iterable[str], dataset: object, options: dict[str, object]) -> tuple:
+    """Return setting, images, backbone and reading from `extraction_options`, after a check of the output."""
     import itae_utils as itae
-    from itae_utils.analysis.words import statistic_name
-    from itae_utils.extraction.export import FORMATS, save_features
     from itae_utils.method.attention import check_setting
     from itae_utils.report.rules import DATASET_OPTIONS
 
-    if output.suffix not in FORMATS:
-        raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(FORMATS)}")
+    if output.suffix not in endings:
+        raise ItaeError(f"--output {str(output)!r} must end in {' or '.join(endings)}")
     if output.is_dir():
         raise ItaeError(f"--output {str(output)!r} is a folder: name a file")
+    reading = {name: options.pop(name) or "auto" for name in ("batch_size", "store")}
     setting = itae.ITAE(**{name: options.pop(name) for name in SETTING})
-    of_images = {name: options.pop(name) for name in DATASET_OPTIONS}
-    images = itae.load_dataset(dataset, limit=limit, **_given(**of_images))
-    model = itae.load_backbone(backbone, **_given(**options))
+    images = itae.load_dataset(dataset, **_given(**{name: options.pop(name) for name in ("limit", *DATASET_OPTIONS)}))
+    model = itae.load_backbone(options.pop("backbone"), **_given(**options))
     check_setting(model.model, setting, model.truth)
     make_folder(output.parent)
-    reading = {"batch_size": batch_size or "auto", "store": store or "auto"}
-    features = itae.extract_features(model, images, {"baseline": None, "itae": setting}, client=dask or "auto",
-                                     **reading)
-    save_features(output, features, images, weights_sha256=model.weights_sha256, source=setting.source,
+    return setting, images, model, reading
+
+
+@main.command()
+@dask_option
+@click.option("--dataset", default="digits", show_default=True, help="`itae datasets` lists them; or imagefolder:PATH.")
+@extraction_options
+@click.option("--map", "mapped", is_flag=True, help="Add the t-SNE of all images, and the paths of their files.")
+@click.option("--output", type=PathType(), metavar="FILE", required=True, help="A .npz or .parquet file.")
+def extract(dask: str | None, dataset: str, mapped: bool, output: Path, **options: object) -> None:
+    """Write a data set's features to a file.
+
+    The file holds the model's own features (baseline), those with ITAE (itae), and the labels (targets) and the names
+    of the image files (names) if any. With --map it also holds the points of baseline (x, y) and of itae (itae_x,
+    itae_y), and the absolute paths of the image files (path) if any.
+    """
+    import itae_utils as itae
+    from itae_utils.analysis.feature_map import FEWEST, MOST_IN_TSNE, map_points
+    from itae_utils.analysis.words import statistic_name
+    from itae_utils.extraction.export import FORMATS, save_features
+    from itae_utils.report.rules import check_encoding
+
+    setting, images, vit, reading = _inputs(output, FORMATS, dataset, options)
+    if mapped and not FEWEST <= len(images) <= MOST_IN_TSNE:
+        raise ItaeError(f"--map of {len(images):,} images: use {FEWEST} to {MOST_IN_TSNE:,}, see --limit")
+    for path in images.images if mapped and images.names else ():
+        check_encoding("path", str(path))
+    features = itae.extract_features(vit, images, {"baseline": None, "itae": setting}, client=dask or "auto", **reading)
+    points = map_points(features["baseline"], features["itae"], seed=0, store=reading["store"]) if mapped else ()
+    if points is None:
+        raise ItaeError("all images have the same features, so there is nothing to map: leave out --map")
+    save_features(output, features, images, points, weights_sha256=vit.weights_sha256, source=setting.source,
                   tail=setting.side, rank=setting.rank, attenuation=setting.attenuation)
     click.echo("\n".join([f"{output}: {len(images):,} images, {' and '.join(features)}", *images.notes]))
     name, (theta,) = statistic_name(setting.source), features.thresholds["itae"]
     if theta is None:
-        (fit,) = itae.fit_thresholds(model, images, rank=setting.rank, **reading).of(setting)
+        (fit,) = itae.fit_thresholds(vit, images, rank=setting.rank, **reading).of(setting)
         click.echo(f"no θ on the {name}: {fit.reason}. So itae is equal to baseline: use more images, another "
                    "--source, or a number or share:2% as --threshold")
         return
     found, patches = features.artifact_counts["itae"].sum(), len(images) * features.num_patches
     click.echo(f"θ = {theta:.4g} on the {name}: {found:,} of {patches:,} patches lie {WHERE[setting.side]} it"
                + ("" if found else ", so itae is equal to baseline"))
+
+
+@main.command()
+@click.argument("files", metavar="[IMAGE]...", nargs=-1, type=PathType())
+@click.option("--dataset", help="Images, instead of files; `itae datasets` lists them.  [default: digits]")
+@extraction_options
+@click.option("--sample", metavar="N", callback=validated, help="Images on the map, at most 2,000.  [default: 800]")
+@click.option("--output", type=PathType(), metavar="FILE", default="explorer.html", show_default=True, help="The page.")
+def explore(files: tuple[Path, ...], dataset: str | None, sample: int | None, output: Path, **options: object) -> None:
+    """Write a page on which θ can be moved, for image files or a data set; fewer than 4 images have no map."""
+    from itae_utils.analysis import words
+    from itae_utils.figures.explorer.data import as_json, describe_size
+    from itae_utils.figures.explorer.page import explorer_html
+    from itae_utils.figures.explorer.prepare import prepare
+    from itae_utils.report.pages import explorer_page
+
+    if files and dataset:
+        raise ItaeError("image files and --dataset are both given: give one of them")
+    setting, images, model, reading = _inputs(output, [".html"], files or dataset or "digits", options)
+    done = prepare(model, images, setting, **reading, **_given(sample=sample))
+    source, fit, (theta,) = setting.source, done.fits[setting.source], done.setting.thresholds
+    about = [words.describe_run(model, images), words.describe_threshold(source, fit, theta, setting.threshold),
+             *([describe_size(done.data)] if done.found.points else [])]
+    explorer_page(output, explorer_html(as_json(done.data)), "\n\n".join(about), backbone=model.name,
+                  dataset=images.name)
+    click.echo("\n".join([f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(done.data['panel']['numbers']):,} of "
+                          f"{len(images):,} images with their attention", *images.notes]))
+    name = words.statistic_name(source)
+    click.echo(f"no θ on the {name}: {fit.reason}. Drag the page's handle, or give --threshold" if theta is None else
+               f"θ = {theta:.4g} on the {name}: {words.percent(fit.beyond(theta).mean())} of the sample's patches lie "
+               f"{WHERE[fit.side]} it")
 
 
 @main.command()

@@ -10,7 +10,7 @@ import click
 
 from itae_utils.method.setting import ATTENUATIONS, SOURCES, TAILS
 
-NUMBERS = ("limit", "batch_size", "image_size", "threshold", "rank")
+NUMBERS = ("limit", "sample", "batch_size", "image_size", "threshold", "rank")
 LOADING = {
     "checkpoint": ("PATH", "A file or folder with weights, instead of a download."),
     "image_size": ("PIXELS", "Side of the images that the model sees; default: the backbone's."),
@@ -85,3 +85,10 @@ def setting_options(command: Callable) -> Callable:
     for option in reversed(SETTING.values()):
         command = option(command)
     return command
+
+
+def extraction_options(command: Callable) -> Callable:
+    """Give a command the options of the backbone, the images, the setting, and how images are read."""
+    limit = click.option("--limit", metavar="N", callback=validated, help="Take a stratified sample of so many images.")
+    batch = click.option("--batch-size", metavar="N", callback=validated, help="Images per batch.  [default: auto]")
+    return store_option(backbone_option(limit(batch(loading_options(*LOADING)(setting_options(command))))))

@@ -12,12 +12,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from itae_utils.data.folders import Contents, image_folder, read_folder, readable, split_kind, take
+from itae_utils.data.folders import Contents, image_folder, read_files, read_folder, readable, split_kind, take
 from itae_utils.data.huggingface import PREFIX, place_and_split, read_rows
 from itae_utils.data.images import open_image, shown
 from itae_utils.data.published import DATASETS, unpacked_folder
 from itae_utils.environment import data_folder
 from itae_utils.errors import ItaeError, unknown_name, whole_number
+
+FILES = "image files"  # the name of a data set from a list of paths
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +62,7 @@ class ImageDataset:
 
 
 def load_dataset(
-    name: str | Path,
+    name: str | Path | Sequence[str | Path],
     *,
     split: str | None = None,
     root: str | Path | None = None,
@@ -75,7 +77,7 @@ def load_dataset(
     Args:
         name: a key of `DATASETS`; capitals, dashes and underscores do not matter. The path of a folder, or
             `imagefolder:PATH`, reads class folders, or images without labels. `hf:NAME` or `hf:FOLDER` reads a data set
-            of the package `datasets`.
+            of the package `datasets`. A list of paths is a data set of these image files, without labels.
         split: "train" is the training split of CIFAR-10, CIFAR-100, STL-10 and Tiny-ImageNet; their default is the test
             split, or validation for Tiny-ImageNet. Of a folder or a Hugging Face data set, any split; by default the
             test split, else the validation split, else the only one. "digits" has one split.
@@ -100,8 +102,12 @@ def load_dataset(
             raise ItaeError(f"{option}={value!r} is not a name: give text")
     if not isinstance(root, str | Path | None):
         raise ItaeError(f"root={root!r} is not a folder: give a path")
-    name = dataset_name(name)
-    contents = read_contents(name, split, root, image_column, label_column)
+    if name and isinstance(name, (list, tuple)) and all(isinstance(each, str | Path) for each in name):
+        part = _part(FILES, split, image_column=image_column, label_column=label_column)
+        name, contents = FILES, read_files(name, part)
+    else:
+        name = dataset_name(name)
+        contents = read_contents(name, split, root, image_column, label_column)
     images, targets, skipped, notes = contents.images, contents.targets, [], contents.notes
     if isinstance(images[0], (Path, bytes)):
         images, targets, unreadable, more = readable(images, targets, on_error)

@@ -149,6 +149,24 @@ def read_folder(folder: Path, split: str | None = None) -> Contents:
     return Contents(paths, None, None, chosen, tuple(notes), folder)
 
 
+def read_files(paths: Sequence[str | Path], split: str | None = None) -> Contents:
+    """Return image files as a data set without labels; their names are below the deepest folder that holds them all.
+
+    Raises:
+        ItaeError: a path is not that of a file, or a split is given.
+    """
+    files = [Path(os.path.abspath(os.path.expanduser(path))) for path in paths]
+    for path in files:
+        if not path.is_file():
+            raise ItaeError(f"{shown(path)} is a folder: give files, or the data set imagefolder:{shown(path)}"
+                            if path.is_dir() else f"there is no file {shown(path)}: check the path")
+    if split is not None:
+        raise ItaeError(f"split={split!r} is not available for image files: leave it out")
+    once = list(dict.fromkeys(files))
+    notes = (f"Paths that are given again: {len(files) - len(once):,}.",) * (len(once) < len(files))
+    return Contents(once, None, None, None, notes, Path(os.path.commonpath([path.parent for path in once])))
+
+
 def _split_level(images: Sequence[Sequence[str]]) -> int | None:
     """Return the level of folders at which all images are in split folders: the first, or below one level of classes.
 

@@ -1,6 +1,6 @@
-"""Render the report's pages: one per notebook, with its code hidden, and the index.
+"""Render the report's pages: one per notebook, with its code hidden, and the index; and the page of `itae explore`.
 
-They load nothing but the figures beside them, and run no script but the explorer's own. A policy in each page says so,
+They load nothing but the figures beside them, and run no script but the explorer's and the tables' own. A policy in each page says so,
 and the browser enforces it.
 """
 
@@ -20,12 +20,12 @@ from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
-from itae_utils.figures.explorer.page import script_hashes
+from itae_utils.figures.explorer.page import script_hash, script_hashes
 from itae_utils.files import PACKAGE, replacing
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.rules import recorded
 from itae_utils.report.runs import Report, Run
-from itae_utils.report.tables import measured_tables, plain_tables
+from itae_utils.report.tables import SCRIPT, measured_tables, plain_tables
 from itae_utils.results import is_collection
 
 TEMPLATES = PACKAGE / "report/templates"
@@ -63,12 +63,34 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
         "policy": POLICY,
         "css": _style() + _code_style(),
     }})
-    page = _with_contents(page)
-    if hashes := script_hashes(page):
-        page = page.replace("script-src 'none'", f"script-src {' '.join(hashes)}", 1)
+    page = _with_sorting(_with_contents(page))
+    page = page.replace(POLICY, _policy(page), 1)
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
+
+
+def _policy(html: str) -> str:
+    """Return the policy of a page that holds some HTML: it lets the explorer's and the tables' own scripts run."""
+    sorting = SCRIPT.read_text(encoding="utf-8")
+    hashes = script_hashes(html) + [script_hash(sorting)] * (sorting in html)
+    return POLICY.replace("script-src 'none'", f"script-src {' '.join(hashes)}") if hashes else POLICY
+
+
+def explorer_page(path: Path, view: str, about: str, *, backbone: str, dataset: str) -> None:
+    """Write a page that holds the explorer's view alone, from `explorer_html`, and Markdown about it."""
+    _write(path, "explorer.html.j2", view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0],
+           policy=_policy(view))
+
+
+def _write(path: Path, template: str, **content: object) -> None:
+    """Render one of our templates to a page in one step."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
+    page = environment.get_template(template).render(css=_style(), **content)
+    with replacing(path) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 def _presentable(notebook: NotebookNode) -> NotebookNode:
@@ -90,6 +112,14 @@ def _presentable(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
+def _with_sorting(page: str) -> str:
+    """Add the script that sorts long tables, if the page has any."""
+    if not re.search(r'<table[^>]* class="[^"]*\bsortable\b', page):
+        return page
+    start, end, rest = page.rpartition("</body>")
+    return f"{start}<script>{SCRIPT.read_text(encoding='utf-8')}</script>\n{end}{rest}"
+
+
 def _with_contents(page: str) -> str:
     """Number the sections of a page, and list them at its top; a page without sections has no list."""
     titles = re.findall(r"<h2>(.*?)</h2>", page, re.DOTALL)
@@ -102,19 +132,17 @@ def _with_contents(page: str) -> str:
 
 def index_page(report: Report) -> Path:
     """Write `index.html` in one step, from the notebooks' `results.json` alone."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
     measured = {run.label: run.results for run in report.runs if run.results}
     own = {label: results for label, results in measured.items() if not is_collection(results)}
     scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
-    page = environment.get_template("index.html.j2").render(
+    _write(
+        report.index,
+        "index.html.j2",
         report=report,
         groups=_groups(report.runs),
         backbones=_values(report.runs, "backbone"),
         datasets=_short_names(_values(report.runs, "dataset")),
         policy=POLICY,
-        css=_style(),
         sources=list(dict.fromkeys((about["name"], about["source"]) for about in (
             results["provenance"]["backbone"] for results in own.values()))),
         facts=_facts(measured, named=bool(report.grid)),
@@ -129,8 +157,6 @@ def index_page(report: Report) -> Path:
         seconds=sum(run.seconds for run in report.runs),
         reused=sum(run.reused for run in report.runs),
     )
-    with replacing(report.index) as part:
-        part.write_text(page, encoding="utf-8")
     return report.index
 
 

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 
@@ -47,8 +49,23 @@ def test_equal_features_have_one_map_and_constant_ones_none():
     assert not found.moved.any()
     assert found.change.max() < 1e-6
     constant = np.ones_like(BEFORE)
-    with pytest.warns(UserWarning, match="found fewer|distinct"):
-        assert feature_map({"baseline": constant, "itae": constant}, 2, sample=30, **SETTINGS).points is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = feature_map({"baseline": constant, "itae": constant}, 2, sample=30, **SETTINGS)
+    assert found.points is None
+    assert not np.any(found.clusters)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_fewer_than_four_images_have_no_map(count):
+    features = {"baseline": BEFORE[:count], "itae": AFTER[:count]}
+    found = feature_map(features, None if count < 4 else 2, sample=60, **SETTINGS)
+    assert (found.points is None) == (count < 4)
+    assert [each.shape for each in found.neighbours] == [(count, count - 1)] * 2
+    assert found.change.shape == (count,)
+    drawn = feature_map({"baseline": BEFORE, "itae": AFTER}, 3, sample=count, **SETTINGS)
+    assert len(drawn.indices) == count
+    assert (drawn.points is None) == (count < 4)
 
 
 def test_the_maps_are_those_of_notebook_03_and_one_that_starts_from_it():

@@ -70,7 +70,7 @@ def test_digits():
     ("imagefolder", {}, "imagefolder:PATH"), ("imagefolder:", {}, "imagefolder:PATH"), ("hf:", {}, "hf:NAME"),
     ("CIFAR11", {}, "cifar10"), ("tinyimagnet", {}, "tiny-imagenet"), ("photos/nowhere", {}, "'photos/nowhere'"),
     (Path("nowhere"), {}, "'nowhere'"), (Path("digits"), {}, "'digits'"), (__file__, {}, "file"),
-    *((name, {}, type(name).__name__) for name in (None, 3, ["digits"], {"a": 1}, b"digits", "", object())),
+    *((name, {}, type(name).__name__) for name in (None, 3, [3], [], {"a": 1}, b"digits", "", object())),
     ("digits", {"split": "train"}, "split='train'.*'all'"),
     ("cifar10", {"split": "dev"}, "split='dev'.*'test' or 'train'"), ("stl10", {"split": "unlabeled"}, "'unlabeled'"),
     ("tiny-imagenet", {"split": "test"}, "split='test'.*'validation' or 'train'"),
@@ -280,6 +280,58 @@ def test_links_are_followed_but_no_folder_is_read_twice(tmp_path, links, added):
     (tmp_path / "link").symlink_to(tmp_path / "data")
     for folder in ("data", "link"):
         assert labelled_paths(tmp_path / folder) == {"a/1.png": "a", "b/1.png": "b"} | added
+
+
+class TestFiles:
+    """A list of paths."""
+
+    NAMES = ("b.png", "it's \"q\".png", "<script>.png", "صورة جميلة.png")
+
+    def files(self, folder):
+        return [save(folder / name) for name in self.NAMES]
+
+    @pytest.mark.parametrize("kind", [list, tuple])
+    def test_they_are_a_data_set_without_labels_in_their_order(self, tmp_path, kind):
+        dataset = load_dataset(kind(map(str, self.files(tmp_path))))
+        assert (dataset.names, dataset.targets, dataset.classes) == (list(self.NAMES), None, None)
+        assert (dataset.name, dataset.split, dataset.notes) == ("image files", "all (4)", ())
+        assert str(tmp_path) in dataset.source
+        for name, (image, label) in zip(self.NAMES, dataset, strict=True):
+            assert label == -1
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / name)))
+
+    def test_names_of_several_folders_differ(self, tmp_path):
+        paths = [save(tmp_path / name) for name in ("a/1.png", "a/b/1.png", "c/1.png")]
+        assert load_dataset(paths).names == ["a/1.png", "a/b/1.png", "c/1.png"]
+        assert load_dataset(paths[:2]).names == ["1.png", "b/1.png"]
+        assert len({fingerprint(load_dataset([path])) for path in paths}) == 1, "the same name and content"
+
+    def test_a_path_may_be_relative_below_home_or_given_again(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(save(tmp_path / "a" / "1.png").parent)
+        dataset = load_dataset(["~/a/1.png", save(tmp_path / "a" / "2.png"), "1.png"])
+        assert dataset.images == [tmp_path / "a" / "1.png", tmp_path / "a" / "2.png"]
+        assert dataset.notes == ("Paths that are given again: 1.",)
+
+    def test_a_limit_and_unreadable_files_are_as_in_a_folder(self, tmp_path):
+        paths = [*self.files(tmp_path), truncated_jpeg(tmp_path / "bad.jpg")]
+        dataset = load_dataset(paths, on_error="skip")
+        assert (dataset.names, dataset.skipped) == (list(self.NAMES), [paths[-1]])
+        few = load_dataset(paths[:-1], limit=2)
+        assert few.names == [name for name in self.NAMES if name in few.names]
+        assert (len(few), few.split) == (2, "2 of all (4), drawn with seed 0")
+        paths[-1].write_text("no image")
+        with pytest.raises(ItaeError, match=re.escape(str(paths[-1]))):
+            load_dataset(paths)
+
+    @pytest.mark.parametrize(("name", "options", "message"), [
+        (".", {}, r"is a folder: .* imagefolder:.*"), ("nowhere.png", {}, "there is no file .*nowhere.png"),
+        ("a.png", {"split": "train"}, "split='train'"), ("a.png", {"image_column": "x"}, "image_column='x'"),
+        ("a.png", {"label_column": "x"}, "label_column='x'")])
+    def test_what_is_no_file_and_options_of_others_are_refused(self, tmp_path, name, options, message):
+        with pytest.raises(ItaeError, match=message) as refused:
+            load_dataset([save(tmp_path / "a.png"), tmp_path / name], **options)
+        assert "\n" not in str(refused.value)
 
 
 class TestDamagedFiles:

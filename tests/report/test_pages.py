@@ -15,15 +15,18 @@ from itae_utils.figures.explorer.page import SCRIPT, explorer_html, script_hashe
 from itae_utils.report.pages import index_page, mean_scores, notebook_page
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.runs import Report, Run
+from itae_utils.report.tables import SCRIPT as SORT_SCRIPT
 from tests.tiny_notebooks import PROVENANCE, RESULTS, ROWS, changed
 
+SORTING = SORT_SCRIPT.read_text(encoding="utf-8")
 PIXEL = io.BytesIO()
 Image.new("RGB", (2, 2)).save(PIXEL, "png")
 PNG = base64.b64encode(PIXEL.getvalue()).decode() + "\n"
 
 
 def external_references(page: str) -> list[str]:
-    """Return what a browser would load from elsewhere to show this page, and any script but the explorer's own."""
+    """Return what a browser would load from elsewhere to show this page, and any script but the page's own."""
+    page = page.replace(f"<script>{SORTING}</script>", "")
     page = SCRIPT.sub(lambda match: "" if script_hashes(match[0]) else match[0], page)
     found = re.findall(r"<script\b[^>]*>|@import[^;]*|url\(\s*['\"]?(?:https?:)?//[^)]*", page, re.IGNORECASE)
 
@@ -145,6 +148,16 @@ class TestNotebookPage:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"script-src 'sha256-{digest}';" in page
         assert page.index("Content-Security-Policy") < page.index("<style")
+
+    def test_a_long_table_brings_the_script_that_sorts_it(self, tmp_path):
+        table = f"<table><thead><tr><th>a</th></tr></thead><tbody>{'<tr><td>1</td></tr>' * 8}</tbody></table>"
+        page = self.render(tmp_path, self.code(self.display(text_html=table, text_plain="x")))
+        digest = base64.b64encode(hashlib.sha256(SORTING.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}';" in page
+        assert f"<script>{SORTING}</script>" in page
+        plain = self.render(tmp_path, self.code(self.display(text_html="<table></table>", text_plain="x")),
+                            run=run_of(NOTEBOOKS[0]))
+        assert ("<script" in plain, "script-src 'none'" in plain) == (False, True)
 
     def test_a_failed_notebook(self, tmp_path):
         mark = new_markdown_cell("PAPERMILL", metadata={"tags": ["papermill-error-cell-tag"]})

@@ -492,7 +492,7 @@ function strip(view) {
     if (!isSeen) list.scrollLeft = offsetLeft - list.clientWidth / 2;
   }
 
-  const about = make("p", { class: "hint" }, `${plural(items.length, "image")} drawn at random. The change of feature belongs to the run's θ.`);
+  const about = make("p", { class: "hint" }, `${plural(items.length, "image")}${items.length < data.map.numbers.length ? " drawn at random" : ""}. The change of feature belongs to the run's θ.`);
   const element = make("section", { class: "strip-panel", "aria-label": "Choice of the image" }, make("div", { class: "controls" }, order.field, about), list);
   return { element, draw, sort };
 }
@@ -510,6 +510,8 @@ const MOST_IN_SHEET = 120;
 
 function mapPanel(view) {
   const { data: { map, panel }, state } = view, count = map.numbers.length, inPanel = new Set(panel.numbers);
+  const titled = (...parts) => make("section", { class: "map-panel", "aria-label": "Map of the features" }, make("h3", {}, "What moves?"), ...parts);
+  if (!map.points) return { element: titled(make("p", {}, "There is no map: it needs at least 4 images whose features differ.")), draw() {} };
   const moved = map.numbers.map((_, i) => i).filter((i) => map.clusters[0][i] !== map.clusters[1][i]);
   const names = ["Baseline", "ITAE"];
   const note = make("p", { class: "elsewhere", role: "status" });
@@ -522,7 +524,7 @@ function mapPanel(view) {
   let chosen = [], hovered = null, lasso = null, places = [[], []], drawn = "", listed = "";
   const again = () => { drawn = ""; view.redraw(); }; // θ alone does not change the map, and must not wait for it
 
-  const canvases = (map.points ?? []).map((_, side) => make("canvas", {
+  const canvases = map.points.map((_, side) => make("canvas", {
     role: "application", tabindex: 0, "aria-roledescription": "map of images", "aria-describedby": "itae-map-keys",
     "aria-label": `${names[side]}: map of ${count} images`,
     onpointerdown: (event) => { lasso = { side, path: [at(event)] }; event.currentTarget.setPointerCapture(event.pointerId); },
@@ -706,10 +708,8 @@ function mapPanel(view) {
   fillSheet();
   const list = button(moved.length ? `List the ${plural(moved.length, "image")} whose cluster changed` : "No image changed its cluster", () => choose(moved));
   list.disabled = moved.length === 0;
-  const plots = map.points ? make("div", { class: "maps" }, ...canvases.map((canvas, i) => make("figure", {}, make("figcaption", {}, names[i]), canvas)), tip)
-    : make("p", {}, "All images have the same features, so there is nothing to map.");
-  const element = make("section", { class: "map-panel", "aria-label": "Map of the features" },
-    make("h3", {}, "What moves?"), make("div", { class: "controls" }, colour.field, list, button("Clear", () => choose([]))),
+  const plots = make("div", { class: "maps" }, ...canvases.map((canvas, i) => make("figure", {}, make("figcaption", {}, names[i]), canvas)), tip);
+  const element = titled(make("div", { class: "controls" }, colour.field, list, button("Clear", () => choose([]))),
     note, plots, legend, sheetTitle, sheet, detail,
     make("p", { id: "itae-map-keys", class: "unseen" }, "Arrow keys move from point to point, Enter shows an image and its neighbours, Space adds it to the sheet, Escape clears."));
   return { element, draw };

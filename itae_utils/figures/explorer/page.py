@@ -26,5 +26,9 @@ def explorer_html(data_json: str) -> str:
 def script_hashes(page: str) -> list[str]:
     """Return the explorer's own scripts in a page, as hashes for the `script-src` of its Content-Security-Policy."""
     module = MODULE.read_text(encoding="utf-8")
-    return [f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-            for script in SCRIPT.findall(page) if script.startswith(module)]
+    return [script_hash(script) for script in SCRIPT.findall(page) if script.startswith(module)]
+
+
+def script_hash(script: str) -> str:
+    """Return a script's hash for the `script-src` of a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

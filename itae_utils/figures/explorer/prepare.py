@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch.utils.data import Dataset
 
-from itae_utils.analysis.clustering import number_of_clusters, scorable
+from itae_utils.analysis.clustering import FEWEST, number_of_clusters, scorable
 from itae_utils.analysis.feature_map import FeatureMap, feature_map
 from itae_utils.data.items import targets_of
 from itae_utils.extraction.features import extract_features
@@ -35,6 +35,8 @@ def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
             num_workers: int | Literal["auto"] = 0, store: str | Path | Store | None = "auto") -> Exploration:
     """Fit θ, extract features, map them, and return the explorer's data, as notebook `00_explore` does.
 
+    Fewer than 4 images have no map.
+
     Args:
         backbone: from `load_backbone`.
         dataset: from `load_dataset`.
@@ -53,7 +55,8 @@ def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
     last_fits = {source: fits[-1, source] for source in SOURCES if (-1, source) in fits}
     last_fits[setting.source] = fits.of(setting)[-1]
     features = extract_features(backbone, dataset, {"baseline": None, "itae": setting}, **reading)
-    k = number_of_clusters(clusters, scorable(targets_of(dataset)), len(dataset))
+    n, targets = len(dataset), scorable(targets_of(dataset))
+    k = None if n < FEWEST else number_of_clusters(clusters, targets, n)
     found = feature_map(features, k, sample=sample, seed=seed, kmeans_seed=seed, store=store)
     data = explorer_data(backbone, dataset, setting, last_fits, found, seed=seed, **reading)
     return Exploration(setting, last_fits, found, data)
