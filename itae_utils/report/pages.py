@@ -1,7 +1,7 @@
 """Render the report's pages: one per notebook, with its code hidden, and the index; and the page of `itae explore`.
 
-They load nothing but the figures beside them, and run no script but the explorer's and the tables' own. A policy in each page says so,
-and the browser enforces it.
+They load nothing but the figures beside them, and run no script but the explorer's and the tables' own. A policy in
+each page says so, and the browser enforces it.
 """
 
 from __future__ import annotations
