@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.analysis.words import percent
 from itae_utils.extraction.observation import measured_batches
-from itae_utils.method.anatomy import tokens_entering
+from itae_utils.method.anatomy import adapt, block_inputs, tokens_entering
 from itae_utils.method.artifacts import precision_recall
 from itae_utils.method.register_setting import TestTimeRegisters
 from itae_utils.method.registers import apply_registers
@@ -64,24 +64,28 @@ def register_checks(backbone: Backbone, dataset: Dataset, found: TestTimeRegiste
     def measure(images: Tensor, _image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
         before, loudest = tokens_entering(model, images, [last])[last].float().norm(dim=-1), []
         with apply_registers(model, found), ExitStack() as stack:
+            last_block = adapt(model).blocks[last]
             for block, units in found.neurons:
                 def listen(_module: torch.nn.Module, args: tuple[Tensor], units: tuple[int, ...] = units) -> None:
                     loudest.append(args[0][:, place + 1:, list(units)].abs().amax(dim=(1, 2)))
 
                 stack.callback(model.blocks[block].mlp.fc2.register_forward_pre_hook(listen).remove)
-            after = tokens_entering(model, images, [last])[last].float().norm(dim=-1)
+            inputs = block_inputs(model, images, [last])[last]
+            after, weights = inputs.tokens.float().norm(dim=-1), last_block.qkv(inputs).cls_logits.softmax(dim=-1)
         return {"before": before[:, place:], "after": after[:, place + 1:], "register": after[:, place],
-                "loudest": torch.stack(loudest).amax(dim=0)}
+                "attention": weights[:, :, 0, place].mean(dim=1), "loudest": torch.stack(loudest).amax(dim=0)}
 
     seen = measured_batches(Place(open_store(store), backbone, dataset), indices, measure, **reading)
     planted = {(backbone.truth.block, unit) for unit in backbone.truth.neurons}
     neurons = {(block, unit) for block, units in found.neurons for unit in units}
     outliers = [int((seen[name] > found.threshold).sum()) for name in ("before", "after")]
     ratio = np.median(seen["register"]) / np.median(seen["after"])
-    return pd.DataFrame({"measured": [
-        f"{len(neurons & planted)} of {len(planted)}", f"{len(neurons - planted)}", f"{seen['loudest'].max():.3g}",
-        f"{outliers[0]:,} → {outliers[1]:,}", f"{ratio:.3g} ×"]}, index=pd.Index([
-            "planted neurons that were found", "other neurons that were found",
-            "largest activation of a found neuron in a patch, with the register",
-            "patches that are longer than τ, without and with the register",
-            "length of the register over that of a patch, medians"], name="check"))
+    checks = {
+        "planted neurons that were found": f"{len(neurons & planted)} of {len(planted)}",
+        "other neurons that were found": f"{len(neurons - planted)}",
+        "largest activation of a found neuron in a patch, with the register": f"{seen['loudest'].max():.3g}",
+        "patches that are longer than τ, without and with the register": f"{outliers[0]:,} → {outliers[1]:,}",
+        "length of the register over that of a patch, medians": f"{ratio:.3g} ×",
+        "share of the [CLS] attention on the register": percent(float(seen["attention"].mean())),
+    }
+    return pd.DataFrame({"measured": checks}).rename_axis("check")

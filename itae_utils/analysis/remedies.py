@@ -10,7 +10,6 @@ import pandas as pd
 from torch.utils.data import Dataset
 
 from itae_utils.analysis import remembered
-from itae_utils.analysis.metrics import describe_difference
 from itae_utils.analysis.probes import paired_gain
 from itae_utils.analysis.scoring import difference_table, over_seeds, score_labels
 from itae_utils.analysis.vectors import cosine_distance
@@ -21,6 +20,10 @@ from itae_utils.method.register_setting import TestTimeRegisters
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone
 
+NBSP = "\N{NO-BREAK SPACE}"
+LAYOUT = [{"selector": "th, td", "props": "font-size: .8rem; padding-right: .7rem"},  # so that a page shows all columns
+          {"selector": "thead th", "props": "white-space: normal; max-width: 7em; vertical-align: bottom"},
+          {"selector": "tbody th", "props": "white-space: normal; min-width: 6em"}]
 TRAINED = 4  # registers of the checkpoints that have some
 METRICS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "knn": "k-NN", "probe": "linear probe"}
 NOT_RANKED = ("**This table does not rank the remedies.** The artifacts of this backbone were planted, and they harm "
@@ -40,6 +43,15 @@ def passes(backbone: Backbone, blocks: int, *, tokens: int | None = None, more: 
     """Return the cost of some blocks on `tokens` (None: an image's) and `more` tokens, in passes of the model."""
     whole = backbone.model.num_prefix_tokens + int(np.prod(backbone.patch_grid))
     return blocks * ((whole if tokens is None else tokens) + more) / (backbone.num_blocks * whole)
+
+
+def describe_attention(remedies: Mapping[str, Remedy]) -> str:
+    """Return Markdown that says how much attention the remedies that act on it leave on artifacts."""
+    changed = {name: each.attention for name, each in remedies.items() if len(each.attention) == 2}
+    before, left = next(iter(changed.values()))[0], {name: after for name, (_, after) in changed.items()}
+    most = max(left, key=left.get)
+    return (f"Artifacts hold {percent(before)} of the [CLS] attention without a remedy, and at most "
+            f"{percent(left[most])} ({most}) under one that acts on the attention.")
 
 
 def register_settings(backbone: Backbone, dataset: Dataset, itae: ITAE, **options: object
@@ -83,10 +95,8 @@ def remedy_facts(backbone: Backbone, registers: TestTimeRegisters, attention: Ma
     return {name: Remedy(needs, cost, shares.get(name, ())) for name, (needs, cost) in costs.items()}
 
 
-def describe_remedies(scores: pd.DataFrame, *, planted: bool) -> str:
+def describe_remedies(scores: pd.DataFrame) -> str:
     """Return Markdown that says which remedies lead the baseline or fall behind it, by more than their interval."""
-    if planted:
-        return NOT_RANKED
     found = []
     for metric, title in METRICS.items():
         rows = scores.xs(metric, level="metric")
@@ -121,13 +131,13 @@ def remedy_table(scores: pd.DataFrame | None, remedies: Mapping[str, Remedy], *,
     If `ranked`, ★ marks the best score of each column, provided that its lead over the baseline is clear.
     """
     facts = pd.DataFrame({name: {
-        "attention on artifacts": " → ".join(map(percent, each.attention)) or "–",
-        "passes more": f"{each.passes:.2f}",
+        "attention on artifacts": " → ".join(percent(share).replace(" ", NBSP) for share in each.attention) or "–",
+        "passes more": "< 0.01" if 0 < each.passes < 0.01 else f"{each.passes:.2f}",
         "needs": each.needs} for name, each in remedies.items()}).T
     if scores is None:
         return facts
     best = (scores.value == scores.value.groupby("metric").transform("max")) & (scores.low > 0) & ranked
-    leads = [f" ({describe_difference(row).partition(':')[0]})" for row in scores.to_dict("records")]
+    leads = [f" {row.difference:+z.3f} [{row.low:+z.3f},{NBSP}{row.high:+z.3f}]" for row in scores.itertuples()]
     text = scores.value.map("{:.3f}".format) + np.where(scores.low.isna(), "", leads) + np.where(best, " ★", "")
     return text.unstack().rename(columns=METRICS)[list(METRICS.values())].join(facts, how="right").fillna("–")
 
