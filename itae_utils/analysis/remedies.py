@@ -80,7 +80,8 @@ def remedy_facts(backbone: Backbone, registers: TestTimeRegisters, attention: Ma
     `attention` is the share on artifacts of the baseline and of the remedies that change it.
     """
     depth, first = backbone.num_blocks, registers.neurons[0][0] if registers.neurons else backbone.num_blocks
-    row, block, whole = passes(backbone, 1, tokens=1), passes(backbone, 1), passes(backbone, depth, more=1)
+    row, block = passes(backbone, 1, tokens=1), passes(backbone, 1)
+    whole = passes(backbone, depth, more=1) if registers.neurons else 0.0  # without neurons, nothing is run again
     costs = {
         "baseline": ("nothing", 0.0), "itae": ("a sample", row), "no patches": ("nothing", row),
         "mean of patches": ("nothing", block), "mean of normal patches": ("a sample", block),

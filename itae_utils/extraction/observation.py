@@ -172,7 +172,7 @@ def observe_attention(backbone: Backbone, dataset: Dataset, variants: Mapping[st
 
 def measured_batches(place: Place, indices: np.ndarray,
                      measure: Callable[[Tensor, tuple[int, ...]], Mapping[str, Tensor]],
-                     batch_size: int | Literal["auto"], num_workers: int | Literal["auto"] = 0
+                     batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0
                      ) -> dict[str, np.ndarray]:
     """Return what `measure` finds in each batch of images, with their numbers, joined by name."""
     backbone, dataset, batch_size = place.backbone, place.dataset, chosen_batch_size(batch_size, place)

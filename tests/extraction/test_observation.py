@@ -1,13 +1,17 @@
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from itae_utils.errors import ItaeError
-from itae_utils.extraction.observation import measure_batch, observe, observe_rows, sample_indices
+from itae_utils.extraction.neurons import find_register_neurons
+from itae_utils.extraction.observation import measure_batch, observe, observe_attention, observe_rows, sample_indices
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attention_map
 from itae_utils.method.one_pass import OnePass
+from itae_utils.method.register_setting import TestTimeRegisters
+from itae_utils.method.registers import apply_registers, has_registers
 from itae_utils.method.setting import ITAE
 from itae_utils.method.statistics import token_norms
 from tests import reference
@@ -119,6 +123,34 @@ def test_measuring_a_trainable_model_records_no_gradients():
     backbone, _, batch = setup()
     backbone.model.requires_grad_(True)
     assert not any(values.requires_grad for values in measure_batch(backbone, batch).values())
+
+
+# --- attention under variants -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("structure", ["registers", "swiglu", "dinov3"])
+def test_the_attention_under_each_variant_is_that_of_one_image_after_another(structure):
+    backbone, dataset, batch = setup(structure, count=7)
+    model, units = backbone.model, {1: (1, 4, 20)}
+    forms = {"start": TestTimeRegisters(units), "late": TestTimeRegisters(units, insert="late"),
+             "bias": find_register_neurons(backbone, dataset, TestTimeRegisters(units, form="bias")),
+             "zero": TestTimeRegisters(units, form="zero")}
+    parts = {"baseline": (None, None)} | {name: (form, None) for name, form in forms.items()}
+    for name, form in (("itae", None), ("start and itae", forms["start"])):
+        with apply_registers(model, form) if form else nullcontext():
+            parts[name] = form, ITAE("key", threshold_at(model, batch, "key", 0.3), "mask")
+    variants = {name: itae if form is None else dataclasses.replace(form, then=itae)
+                for name, (form, itae) in parts.items()}
+    maps = observe_attention(backbone, dataset, variants, np.array([1, 2, 4, 6]), batch_size=3)
+    assert not has_registers(model)
+    assert list(maps) == list(variants)
+    for name, (form, itae) in parts.items():
+        assert maps[name].shape == (4, 4, 4)
+        for found, index in zip(maps[name], (1, 2, 4, 6), strict=True):
+            with apply_registers(model, form) if form else nullcontext():
+                expected = attention_map(model, batch[index][None], itae=itae)[0]
+            assert np.abs(found - expected.numpy()).max() < 1e-5, name
+        others = [other for other in maps if other != name]
+        assert min(np.abs(maps[name] - maps[other]).max() for other in others) > 1e-4, name
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
