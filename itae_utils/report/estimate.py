@@ -14,6 +14,7 @@ from itae_utils.data.datasets import size
 from itae_utils.data.huggingface import PREFIX
 from itae_utils.data.published import DATASETS, unpacked_folder
 from itae_utils.extraction.fitting import SAMPLE
+from itae_utils.extraction.neurons import TOP_K
 from itae_utils.method.setting import ATTENUATIONS
 from itae_utils.models.backbones import stock_model
 from itae_utils.models.hub import cached_weights
@@ -42,7 +43,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of the model, on its device, and of k-means, on the CPU; seconds for intervals."""
+    """Floating-point operations of the model, on its device, and of k-means and k-NN; seconds for intervals."""
 
     model: float
     kmeans: float
@@ -91,15 +92,22 @@ def _downloads(steps: list[Step], count: Callable[..., tuple]) -> list[tuple[str
     found = {}
     for step in steps:
         backbone, dataset = step.setting("backbone"), step.setting("dataset")
-        entry = BACKBONES.get(backbone)
-        if backbone and not step.setting("checkpoint") and not (entry and entry.timm_name is None):
-            name = entry.timm_name if entry else backbone
-            found[f"weights {backbone}"] = (entry.size_mb if entry else 0, cached_weights(name) is not None)
+        names = [backbone] if backbone and not step.setting("checkpoint") else []
+        for name in names + _trained_registers(step.notebook.key, backbone):
+            entry = BACKBONES.get(name)
+            if not (entry and entry.timm_name is None):
+                present = cached_weights(entry.timm_name if entry else name) is not None
+                found[f"weights {name}"] = (entry.size_mb if entry else 0, present)
         if folder := unpacked_folder(dataset):
             found[f"images {dataset}"] = (DATASETS[dataset].megabytes, folder.is_dir())
         elif str(dataset).startswith(PREFIX) and count(dataset, step.setting("limit"), **step.chosen)[0] is None:
             found[f"images {dataset}"] = (0, False)
     return [(name, *about) for name, about in found.items()]
+
+
+def _trained_registers(key: str, backbone: str | None) -> list[str]:
+    """Return the checkpoint that notebook 05 compares a backbone with, if there is one."""
+    return [name for name in [f"{backbone}_reg"] if key == "05" and name in BACKBONES]
 
 
 def _disk(steps: tuple[Step, ...], downloads: list[tuple[str, int, bool]]) -> str:
@@ -159,7 +167,7 @@ def work(
     def number(name: str, default: int) -> int:
         return int(parameters.get(name) or default)
 
-    fit, k, seeds, comparisons = min(images, SAMPLE), number("clusters", classes), number("seeds", 1), 0
+    fit, k, seeds, comparisons, pairs = min(images, SAMPLE), number("clusters", classes), number("seeds", 1), 0, 0
     if key == "00":
         passes, clusterings = fit + images, 2
     elif key == "01":
@@ -169,11 +177,16 @@ def work(
         clusterings = len(parameters.get("sources", ())) * columns * (len(parameters.get("attenuations", ())) + 1)
         clusterings, comparisons = clusterings + len(ATTENUATIONS), HARM_STEPS
         passes = fit + 1.6 * images
+    elif key == "05":  # plain, start, bias, half of the blocks for late and for zeroed, patches, and other weights
+        others = len(_trained_registers(key, parameters.get("backbone")))
+        clusterings, comparisons = 12 + others, 10 + others  # one row has twice the width
+        passes = (5 + len(TOP_K) // 2) * fit + (5 + others) * images + 9 * min(images, number("sample", 512))
+        pairs = images**2  # k-NN compares them all
     else:  # the model, and the same with random weights; raw pixels and the variants are clustered
         passes, clusterings, comparisons = fit + 2 * (images + fitted), 6, 5
-    kmeans = clusterings * kmeans_operations(fitted or images, size.dim, k, seeds * number("n_init", 1))
+    one = kmeans_operations(fitted or images, size.dim, k, seeds * number("n_init", 1)) + 2.0 * size.dim * pairs
     intervals = comparisons * DRAWS * 2 * seeds * (TABLE * images + MATCH * k**3)
-    return Operations(2.0 * size.parameters * size.tokens * passes, kmeans, intervals)
+    return Operations(2.0 * size.parameters * size.tokens * passes, clusterings * one, intervals)
 
 
 def kmeans_operations(n: int, dim: int, k: int, starts: int) -> float:

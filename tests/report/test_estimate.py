@@ -1,11 +1,16 @@
 import pytest
 from PIL import Image
 
+from itae_utils.analysis.remedies import remedy_facts
 from itae_utils.analysis.scoring import HARMS
+from itae_utils.extraction.fitting import SAMPLE
+from itae_utils.extraction.neurons import TOP_K
+from itae_utils.method.register_setting import TestTimeRegisters
 from itae_utils.method.setting import ATTENUATIONS
 from itae_utils.models.registry import BACKBONES
 from itae_utils.report import estimate, report
 from itae_utils.report.estimate import Size, backbone_size, dry_run, kmeans_operations, matmul_rate, work
+from tests.conftest import as_backbone, tiny_vit
 from tests.report.test_plan import write_weights
 
 
@@ -22,8 +27,8 @@ def text_of(**asked) -> str:
 
 def test_the_paper_profile_is_described_completely(tmp_path):
     text = text_of(profile="paper")
-    assert "profile paper: 33 runs" in text
-    assert text.count("00_explore, 01_artifact_discovery, 02_itae_ablation, 03_clustering") == 8
+    assert "profile paper: 41 runs" in text
+    assert text.count("00_explore, 01_artifact_discovery, 02_itae_ablation, 03_clustering, 05_remedies") == 8
     for name in ("weights dinov2_vitb14 ", "weights dinov2_vitb14_reg", "images cifar10 ", "images stl10"):
         assert name in text
     assert text.count(" MB  missing") == 6
@@ -37,7 +42,7 @@ def test_the_demo_and_a_local_checkpoint_download_nothing(tmp_path):
     for asked in ({}, local):
         text = text_of(**asked)
         assert "nothing to download" in text
-        assert "disk: about 20 MB " in text
+        assert "disk: about 25 MB " in text
 
 
 def test_present_files_are_not_counted(tmp_path):
@@ -55,8 +60,17 @@ def test_a_download_of_unknown_size_is_named(asked, named):
     assert named in text
     assert "size unknown  missing" in text
     assert "0 MB and 1 of unknown size" in text
-    assert "disk: at least 20 MB" in text
+    assert "disk: at least 25 MB" in text
     assert ("number of images is unknown" in text) == ("dataset" in asked)
+
+
+@pytest.mark.parametrize(("asked", "weights"), [
+    ({}, ["dinov2_vits14", "dinov2_vits14_reg"]), ({"only": ["03"]}, ["dinov2_vits14"]),
+    ({"only": ["05"], "backbone": "dinov2_vits14_reg"}, ["dinov2_vits14_reg"])])
+def test_the_checkpoint_with_trained_registers_is_downloaded_too(asked, weights):
+    text = text_of(**{"backbone": "dinov2_vits14"} | asked)
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("  weights ")] == weights
+    assert text.count("missing\n") == len(weights)
 
 
 def test_a_folder_of_images_has_an_estimate(tmp_path):
@@ -98,6 +112,27 @@ def test_the_ablation_clusters_its_grid_and_every_edit_and_compares_the_steps_be
     assert work("02", base, size, 10_000, 10).kmeans == pytest.approx((len(grid) + len(ATTENUATIONS)) * one)
     steps, differences = (work(key, base, size, 10_000, 10).interval_seconds for key in ("02", "03"))
     assert steps / len(HARMS) == pytest.approx(differences / 5)
+
+
+@pytest.mark.parametrize(("backbone", "others"), [("dinov2_vits14", 1), ("demo", 0)])
+def test_the_remedies_run_cluster_and_compare_what_the_notebook_lists(backbone, others):
+    size, base = Size(100, 8, 10), {"seeds": 2, "n_init": 3, "sample": 300, "backbone": backbone}
+    of_images = [("plain", 1), ("start", 1), ("bias", 1), ("late", 0.5), ("zeroed", 0.5), ("patches", 1)]
+    of_images += [("trained", 1)] * others
+    of_the_first_sample = ["θ", "activations", "means of bias", "θ on top"]
+    of_the_second = ["outliers before"] + [f"the {number} best" for number in TOP_K[:len(TOP_K) // 2]]
+    of_the_maps = ["observed", "baseline", "itae", "no patches", "start", "late", "bias", "zeroed", "on top"]
+    passes = (10_000 * sum(cost for _, cost in of_images) + SAMPLE * len(of_the_first_sample + of_the_second)
+              + 300 * len(of_the_maps))
+    found = work("05", base, size, 10_000, 10)
+    assert found.model == pytest.approx(2 * size.parameters * size.tokens * passes)
+    rows = [8] * (10 + others) + [16]  # widths; `[CLS]` and mean are side by side
+    names = remedy_facts(as_backbone(tiny_vit()), TestTimeRegisters({}), {"baseline": 0.0})
+    assert len(rows) == len(names) - (not others)
+    expected = sum(kmeans_operations(10_000, dim, 10, 2 * 3) + 2 * dim * 10_000**2 for dim in rows)
+    assert found.kmeans == pytest.approx(expected, rel=0.1)
+    one_difference = work("03", base, size, 10_000, 10).interval_seconds / 5
+    assert found.interval_seconds == pytest.approx((len(rows) - 1) * one_difference)
 
 
 def test_a_split_to_fit_on_is_counted():
