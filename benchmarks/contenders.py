@@ -16,6 +16,8 @@ from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.attention import attenuate
 from itae_utils.method.direction import singular_directions
 from itae_utils.method.one_pass import OnePass
+from itae_utils.method.register_setting import TestTimeRegisters, Variant
+from itae_utils.method.registers import normed_registers
 from itae_utils.method.setting import ATTENUATIONS, ITAE, SOURCES
 from itae_utils.method.statistics import patch_statistic, qkv_norms
 from itae_utils.models.backbones import reset_layer_scale
@@ -32,6 +34,9 @@ PREFIX = "prefix alone"
 TRANSFORMERS = "transformers Dinov2Model, SDPA"
 CONTROLS = "ours, 48 variants, 16 of them random controls"
 ALL_SOURCES = "ours, 48 variants of all sources and edits"
+START, LATE, BIAS = REGISTERS = ("ours, registers from the start", "ours, registers from half of the depth",
+                                 "ours, registers as a bias")  # each beside the baseline
+UNITS = 8  # register neurons
 EAGER = "eager attention with a hook, 1 variant"
 
 
@@ -160,9 +165,19 @@ def make_all_sources(work: Workload, count: int, conditions: Conditions) -> dict
     return chosen
 
 
+def make_registers(work: Workload, conditions: Conditions) -> dict[str, TestTimeRegisters]:
+    """Make test-time registers by contender, of the first neurons of the block at half of the depth."""
+    start = TestTimeRegisters({len(work.model.blocks) // 2: range(UNITS)})
+    with conditions.running():
+        means = normed_registers(work.model, work.images, start).double().mean(dim=0).tolist()
+    return {START: start, LATE: replace(start, insert="late"),
+            BIAS: replace(start, form="bias", means=tuple(map(tuple, means)))}
+
+
 def contender_names(size: str) -> list[str]:
     """Return the names of the contenders at that size, in the order of `make_contenders`."""
-    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), CONTROLS, ALL_SOURCES, EAGER, loop(SIZES[size].looped)]
+    return [PLAIN, PREFIX, TRANSFORMERS, *map(ours, COUNTS), CONTROLS, ALL_SOURCES, *REGISTERS, EAGER,
+            loop(SIZES[size].looped)]
 
 
 def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contender]:
@@ -174,7 +189,7 @@ def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contend
     def first(count: int) -> dict[str, ITAE]:
         return dict(itertools.islice(variants.items(), count))
 
-    def one_pass(chosen: dict[str, ITAE]) -> Contender:
+    def one_pass(chosen: dict[str, Variant]) -> Contender:
         extraction = OnePass(model, {"baseline": None, **chosen})
         return lambda images: {name: features for name, (features, _) in extraction(images, 0).items()}
 
@@ -188,6 +203,7 @@ def make_contenders(work: Workload, conditions: Conditions) -> dict[str, Contend
         **{ours(count): one_pass(first(count)) for count in COUNTS},
         CONTROLS: one_pass(controls),
         ALL_SOURCES: one_pass(make_all_sources(work, max(COUNTS), conditions)),
+        **{name: one_pass({name: registers}) for name, registers in make_registers(work, conditions).items()},
         EAGER: lambda images: {paper: hooked_once(model, images, itae)},
         loop(len(looped)): lambda images: {name: looped_once(model, images, each) for name, each in looped.items()},
     }

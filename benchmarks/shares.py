@@ -25,9 +25,11 @@ from itae_utils.extraction.fitting import SAMPLE
 from itae_utils.report import estimate, kernel, report
 
 REPORT = {"profile": "demo", "parameters": {}}
-KINDS = {"imports": r"^(import|from) ", "θ": r"fit_thresholds\(", "features": r"extract_features\(|observe\(|pixel_",
-         "k-means": r"remembered\.clusters|score_variants\(|score_labels\(", "intervals": r"difference_table\(",
-         "t-SNE": r"tsne\(", "figures": r"run\.show\("}  # the first that a statement holds
+KINDS = {"imports": r"^(import|from) ", "θ": r"fit_thresholds\(|register_settings\(",
+         "features": r"extract_features\(|pooled_features\(|observe(_attention)?\(|pixel_",
+         "k-means": r"remembered\.clusters|score_variants\(|score_labels\(|remedy_scores\(",
+         "intervals": r"difference_table\(", "t-SNE": r"tsne\(",
+         "figures": r"run\.show\("}  # the first that a statement holds
 CELL, MODEL = Clustering(n_init=10), "B"
 VARIANTS, COMPARISONS, PASSES = 6, 5, 2  # of notebook 03; one pass is that of the model without training
 UNITS = {"s": 1, "min": 60, "h": 3600}

@@ -17,17 +17,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench, memory, passes, pipeline, shares, study
 from benchmarks.contenders import (
     ALL_SOURCES,
+    BIAS,
     CONTROLS,
     EAGER,
     EDITS,
+    LATE,
     PLAIN,
+    REGISTERS,
     SHARES,
     SIZES,
     SOURCE_ORDER,
+    START,
+    UNITS,
     contender_names,
     loop,
     make_all_sources,
     make_contenders,
+    make_registers,
     make_variants,
     make_workload,
     ours,
@@ -37,6 +43,7 @@ from benchmarks.study import ELKAN, FAISS, LLOYD, OURS, Clustering
 from benchmarks.summary import HEADINGS, summarize, table
 from benchmarks.timing import Conditions, interleaved
 from itae_utils.method.one_pass import OnePass
+from itae_utils.method.registers import apply_registers
 from itae_utils.method.setting import ATTENUATIONS, SOURCES
 from itae_utils.method.statistics import qkv_norms
 
@@ -141,6 +148,22 @@ def test_contenders_leave_the_model_unchanged(work, outputs):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in work.model.modules())
 
 
+def test_registers_are_a_handful_of_neurons_at_half_of_the_depth(work, outputs):
+    settings = make_registers(work, CPU)
+    assert list(settings) == list(REGISTERS)
+    depth = len(work.model.blocks)
+    assert {setting.neurons for setting in settings.values()} == {((depth // 2, tuple(range(UNITS))),)}
+    assert [(each.form, each.first_block) for each in settings.values()] == [
+        ("token", 0), ("token", depth // 2), ("bias", 0)]
+    for name, setting in settings.items():
+        assert list(outputs[name]) == ["baseline", name]
+        assert torch.equal(outputs[name]["baseline"], outputs[ours(0)]["baseline"])
+        with CPU.running(), apply_registers(work.model, setting):
+            expected = work.model.forward_features(work.images)[:, 0]
+        torch.testing.assert_close(outputs[name][name], expected, atol=1e-4, rtol=0)
+        assert (outputs[name][name] - outputs[name]["baseline"]).abs().max() > 1e-3, name
+
+
 def test_variants_differ_and_the_first_few_cover_the_settings():
     work = make_workload("tiny", Conditions(batch=16))
     variants = make_variants(work, 60, CPU)
@@ -196,6 +219,23 @@ class TestSummary:
         assert (row["ratio"], row["low"], row["high"]) == tuple(map(pytest.approx, (0.9, 0.9, 0.91)))
         assert (row["target"], row["verdict"]) == ("≤ 0.92", "met")
         assert rows["rate", "S", PLAIN]["ratio"] == pytest.approx(2 * 3e9 / 12e9)
+
+    def test_registers_are_measured_beyond_the_baseline_alone(self):
+        times = {START: [2.0, 6.0, 2.2], LATE: [1.5, 4.5, 1.6], PLAIN: [1.0, 3.0, 1.0], ours(0): [0.9, 2.7, 0.9]}
+        rows = summary(passes={size: made_passes(size, **times) for size in "SB"})
+        start, late, bias = (rows["registers", "S", name] for name in (START, LATE, BIAS))
+        assert [row["ratio"] for row in (start, late)] == pytest.approx([1.1, 0.6])
+        assert (start["low"], start["high"]) == (pytest.approx(1.1), pytest.approx(1.3))
+        assert [row["target"] for row in (start, late, bias)] == ["≤ 1.15", "≤ 0.65", None]
+        assert start["verdict"] == late["verdict"] == "met"
+        assert rows["registers", "B", START]["target"] is None
+        assert rows["passes", "S", START]["ratio"] == pytest.approx(2)
+
+    def test_runs_from_before_registers_were_measured_have_a_summary(self):
+        found = made_passes("S")
+        for name in REGISTERS:
+            del found["seconds"][name]
+        assert not [key for key in summary(passes={"S": found}) if key[0] == "registers"]
 
     def test_a_target_is_met_or_missed_by_a_difference(self):
         rows = summary(passes={"S": made_passes("S", **{loop(48): [44.0] * 3, ALL_SOURCES: [1.04] * 3}),
@@ -260,7 +300,8 @@ class TestCommand:
         assert all(name in result.stdout for name in (OURS, LLOYD, ELKAN))
         assert run["files"]["tiny"]["images"] == SIZES["tiny"].batches["cpu"]
         assert {row["heading"] for row in run["summary"]} == set(HEADINGS) - {"memory", "shares", "estimate"}
-        assert all(np.isfinite(row["ratio"]) and row["ratio"] > 0 for row in run["summary"])
+        assert all(np.isfinite(row["ratio"]) and (row["ratio"] > 0 or row["heading"] == "registers")  # a difference
+                   for row in run["summary"])
         assert (tmp_path / "figures" / "bench.png").stat().st_size > 10_000
         assert HEADINGS["passes"] in result.stdout
         assert "repeats=2" in result.stderr

@@ -95,8 +95,9 @@ class Site:
 def site(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
-    weights = {("timm/vit_small_patch14_dinov2.lvd142m", "model.safetensors"): save(model.state_dict())}
+        names = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2")
+        models = {name: timm.create_model(name, num_classes=0) for name in names}
+    weights = {(f"timm/{name}.lvd142m", "model.safetensors"): save(models[name].state_dict()) for name in names}
     for name in ("server", "site"):
         (tmp_path / name).mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
@@ -108,7 +109,7 @@ def site(tmp_path):
 def test_the_comparison_is_filled_and_labels_what_is_not_the_papers(site):
     given = [word for name, value in SMALL.items() for word in ("-p", name, str(value))]
     out = site.report("--profile", "paper", "--backbone", "dinov2_vits14", *given)
-    assert [method for method, _ in site.hub.asked].count("GET") == 1
+    assert [method for method, _ in site.hub.asked].count("GET") == 2  # the checkpoint, and that with registers
     assert sorted(path for path, _ in site.server.asked) == sorted(
         f"/{name}" for name in [real.CIFAR10.filename, real.CIFAR100.filename, real.STL10.filename,
                                 "tiny-imagenet-200.zip"])

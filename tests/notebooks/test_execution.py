@@ -1,5 +1,6 @@
 """Every notebook runs to its end and shows what was found: with artifacts or none, with labels or none."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tests.browser import open_chromium
 pytestmark = pytest.mark.slow
 
 SMALL = {"limit": 200, "seeds": 2, "n_init": 1, "examples": 3, "percents": [1.0, 10.0]}
-EXPLORER, *NAMES = ["00_explore", "01_artifact_discovery", "02_itae_ablation", "03_clustering"]
+EXPLORER, *NAMES = ["00_explore", "01_artifact_discovery", "02_itae_ablation", "03_clustering", "05_remedies"]
 
 
 @dataclass
@@ -62,9 +63,9 @@ def pictures(tmp_path_factory):
 def case(request, tmp_path_factory, pictures):
     case = Case(*request.param, folder=tmp_path_factory.mktemp("report"))
     dataset = case.images if case.labelled else f"imagefolder:{pictures / case.images}"
-    report = run_report(backbone=case.backbone, dataset=dataset, only=["00", "01", "02", "03"], parameters=SMALL,
+    report = run_report(backbone=case.backbone, dataset=dataset, only=["00", "01", "02", "03", "05"], parameters=SMALL,
                         output=case.folder, say=lambda line: None)
-    assert [run.error for run in report.runs] == [None] * 4
+    assert [run.error for run in report.runs] == [None] * 5
     for name in (EXPLORER, *NAMES):
         notebook = nbformat.read(case.folder / name / f"{name}.ipynb", as_version=4)
         case.outputs[name] = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -177,3 +178,25 @@ def test_clustering_shows_the_figures_and_expected_results_of_the_case(case):
     if case.planted:
         figures.append("class_gains" if case.labelled else "clusters_itae")
     assert case.results[NAMES[2]]["figures"] == figures
+
+
+def test_remedies_are_all_compared_and_ranked_only_if_artifacts_are_natural(case):
+    text, results = case.text(NAMES[3]), case.results[NAMES[3]]
+    variants = {metric: {row["variant"] for row in results["rows"] if row["metric"] == metric}
+                for metric in ("attention_on_artifacts", "acc", "probe_difference_low")}
+    attended = {"baseline", "itae", "registers", "late registers", "register bias", "neurons zeroed",
+                "registers and itae", "no patches"}
+    scored = attended | {"mean of patches", "mean of normal patches", "[CLS] and mean"} if case.labelled else set()
+    assert list(variants.values()) == [attended, scored, scored - {"baseline"}]
+    assert ("does not rank" in text) == (case.planted and case.labelled)
+    assert not (case.planted and "★" in text)
+    ranked = case.labelled and not case.planted
+    assert results["figures"] == ["score_against_cost"] * ranked + ["remedy_maps"]
+
+
+def test_remedies_do_no_harm_to_a_model_without_artifacts(case):
+    harm = dict(re.findall(r"<th>([^<]+)</th>\s*<td>(yes|no)</td>", case.text(NAMES[3])))
+    assert bool(harm) == case.planted
+    if case.planted:
+        assert [name for name, equal in harm.items() if equal == "no"] == ["no patches"]
+        assert len(harm) == 8
