@@ -79,15 +79,15 @@ def _policy(html: str) -> str:
 
 def explorer_page(path: Path, view: str, about: str, *, backbone: str, dataset: str) -> None:
     """Write a page that holds the explorer's view alone, from `explorer_html`, and Markdown about it."""
-    _write(path, "explorer.html.j2", view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0],
+    write_page(path, "explorer.html.j2", view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0],
            policy=_policy(view))
 
 
-def _write(path: Path, template: str, **content: object) -> None:
+def write_page(path: Path, template: str, **content: object) -> None:
     """Render one of our templates to a page in one step."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
+    environment.filters |= {"markdown": markdown2html, "value": shown_value, "duration": _duration}
     page = environment.get_template(template).render(css=_style(), **content)
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
@@ -135,7 +135,7 @@ def index_page(report: Report) -> Path:
     measured = {run.label: run.results for run in report.runs if run.results}
     own = {label: results for label, results in measured.items() if not is_collection(results)}
     scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
-    _write(
+    write_page(
         report.index,
         "index.html.j2",
         report=report,
@@ -204,7 +204,7 @@ def _thresholds(measured: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for label, results in measured.items():
         for name, value in results["thresholds"].items():
-            found[name, "none found" if value is None else _shown(value)].append(label)
+            found[name, "none found" if value is None else shown_value(value)].append(label)
     return [(name, value, ", ".join(labels)) for (name, value), labels in found.items()]
 
 
@@ -294,15 +294,16 @@ def _parameter_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         tables[run.notebook.key].append({**parameters, **parameters.get("options", {})})
     names = dict.fromkeys(name for ran in tables.values() for table in ran for name in table
                           if name not in ("output_dir", "options"))
-    return [(name, [" | ".join(dict.fromkeys(_shown(table[name]) for table in ran if name in table)) or "–"
+    return [(name, [" | ".join(dict.fromkeys(shown_value(table[name]) for table in ran if name in table)) or "–"
                     for ran in tables.values()]) for name in names]
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """Return a parameter or a number as text for a page."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(shown_value, value))
     return "none" if value is None else str(value).replace(" %", "\u00a0%")  # a line must not break before the sign
 
 

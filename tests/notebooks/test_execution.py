@@ -18,7 +18,7 @@ from tests.browser import open_chromium
 pytestmark = pytest.mark.slow
 
 SMALL = {"limit": 200, "seeds": 2, "n_init": 1, "examples": 3, "percents": [1.0, 10.0]}
-EXPLORER, *NAMES = ["00_explore", "01_artifact_discovery", "02_itae_ablation", "03_clustering"]
+EXPLORER, *NAMES = ["00_explore", "01_artifact_discovery", "02_itae_ablation", "03_clustering", "05_remedies"]
 
 
 @dataclass
@@ -62,9 +62,9 @@ def pictures(tmp_path_factory):
 def case(request, tmp_path_factory, pictures):
     case = Case(*request.param, folder=tmp_path_factory.mktemp("report"))
     dataset = case.images if case.labelled else f"imagefolder:{pictures / case.images}"
-    report = run_report(backbone=case.backbone, dataset=dataset, only=["00", "01", "02", "03"], parameters=SMALL,
-                        output=case.folder, say=lambda line: None)
-    assert [run.error for run in report.runs] == [None] * 4
+    report = run_report(backbone=case.backbone, dataset=dataset, only=["00", "01", "02", "03", "05"],
+                        parameters=SMALL, output=case.folder, say=lambda line: None)
+    assert [run.error for run in report.runs] == [None] * 5
     for name in (EXPLORER, *NAMES):
         notebook = nbformat.read(case.folder / name / f"{name}.ipynb", as_version=4)
         case.outputs[name] = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -177,3 +177,20 @@ def test_clustering_shows_the_figures_and_expected_results_of_the_case(case):
     if case.planted:
         figures.append("class_gains" if case.labelled else "clusters_itae")
     assert case.results[NAMES[2]]["figures"] == figures
+
+
+def test_remedies_are_compared_and_those_that_find_nothing_change_nothing(case):
+    rows, text = case.results[NAMES[3]]["rows"], case.text(NAMES[3])
+    acc = {row["variant"]: row["value"] for row in rows if row["metric"] == "acc"}
+    shares = {row["variant"]: row["value"] for row in rows if row["metric"] == "attention_on_artifacts"}
+    rivals = {"itae", "registers", "late registers", "register bias", "neurons zeroed", "registers and itae"}
+    assert rivals | {"baseline", "no patches"} == set(shares)
+    assert bool(acc) == case.labelled
+    if case.labelled:
+        assert set(acc) == set(shares) | {"mean of patches", "mean of normal patches", "[CLS] and mean"}
+        assert all((acc[name] == acc["baseline"]) == (not case.planted) for name in rivals - {"registers and itae"})
+    if case.planted:
+        assert shares["baseline"] > 0.5 > 10 * max(shares[name] for name in rivals)
+        assert "4 of 4" in text, "planted neurons"
+    assert ("does not rank" in text) == (case.planted and case.labelled)
+    assert ("equal to the bit" in text) == (case.backbone == "demo")
