@@ -6,6 +6,7 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -38,8 +39,11 @@ class Written:
         path = self.folder / run / CLUSTERS
         if not path.is_file():
             return None
-        with np.load(path) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, BadZipFile) as error:
+            raise ItaeError(f"{path} can't be read ({type(error).__name__}): run its notebook again") from error
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def _settings(results: Mapping | None) -> dict[str, object]:
     settings |= {"Python": about["python"], "system": about["platform"], "commit": (about["git"] or {}).get("commit")}
     if not is_collection(results):
         settings |= {"weights": about["backbone"]["weights_sha256"][:12], "device": about["device"],
-                     "precision": about["precision"], "images": (about["dataset"]["fingerprint"] or "unknown")[:12],
+                     "precision": about["precision"], "images": (about["dataset"].get("fingerprint") or "unknown")[:12],
                      "number of images": about["dataset"]["size"]}
     return settings | {f"θ of {name}": value for name, value in results["thresholds"].items()}
 
