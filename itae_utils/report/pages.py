@@ -22,6 +22,7 @@ from traitlets.config import Config
 
 from itae_utils.figures.explorer.page import script_hash, script_hashes
 from itae_utils.files import PACKAGE, replacing
+from itae_utils.report.methods import citations, methods_paragraph
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.rules import recorded
 from itae_utils.report.runs import Report, Run
@@ -148,6 +149,8 @@ def index_page(report: Report) -> Path:
         facts=_facts(measured, named=bool(report.grid)),
         versions=_distinct(measured, _versions),
         headline=_headline(measured, named=bool(report.grid)),
+        methods=[methods_paragraph(each) for each in scores if "options" in each["parameters"]],
+        citations=citations(measured) if measured else None,
         scores=mean_scores(scores[0]["rows"]) if len(scores) == 1 else None,
         images=_images(own.values()),
         thresholds=_thresholds(measured),
