@@ -238,6 +238,22 @@ def compare(before: Path, after: Path, output: Path) -> None:
     click.echo("\n".join(_compare(before, after, output)[0]))
 
 
+@main.command()
+@click.argument("folder", type=PathType(), default="reports")
+def reports(folder: Path) -> None:
+    """Write FOLDER/index.html, a list of the reports in FOLDER; each is compared with the one before of its kind."""
+    from itae_utils.report.overview import list_reports, overview_page, previous_of
+
+    entries, left_out = list_reports(folder)
+    compared = {}
+    for entry in entries:
+        before = previous_of(entry, entries)
+        if before and entry.report.name not in compared:
+            _compare(before.report.folder, entry.report.folder, entry.report.folder / "comparison.html")
+            compared[entry.report.name] = f"{entry.report.name}/comparison.html"
+    click.echo(overview_page(folder, entries, left_out, compared))
+
+
 def _compare(before: Path, after: Path, output: Path) -> tuple[list[str], list[str]]:
     """Write the page, and return lines about it, and the runs in which ACC fell."""
     from itae_utils.analysis.two_runs import compare_clusters, runs_that_fell
