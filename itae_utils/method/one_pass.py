@@ -62,15 +62,20 @@ class OnePass:
         image_numbers = range(first_image, first_image + len(images))
         with capture_truth(self.truth, self.model) as captured:
             inputs = block_inputs(self.model, images, self.captured)
-        last_block = _LastBlock(self.model, inputs[self.last], image_numbers, captured.mask, self.directions)
+        return self.after(inputs, image_numbers, captured.mask)
+
+    def after(self, inputs: Mapping[int, BlockInput], image_numbers: range, truth: Tensor | None = None
+              ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what a call does, from what enters the blocks `captured` of the unmodified model, by block."""
+        last_block = _LastBlock(self.model, inputs[self.last], image_numbers, truth, self.directions)
         baseline, *outputs = last_block.run([self.settings[name] for name in self.shallow])
         results = dict(zip(self.shallow, outputs, strict=True))
         results |= {name: baseline for name, itae in self.settings.items() if itae is None}
         for name in self.deep:
-            results[name] = self._run_deep(name, inputs, image_numbers, captured.mask)
+            results[name] = self._run_deep(name, inputs, image_numbers, truth)
         return {name: (results[name].or_baseline(baseline), results[name].artifacts) for name in self.settings}
 
-    def _run_deep(self, name: str, inputs: dict[int, BlockInput], image_numbers: range,
+    def _run_deep(self, name: str, inputs: Mapping[int, BlockInput], image_numbers: range,
                   truth: Tensor | None) -> _Output:
         """Run a variant of several blocks from the first of them on."""
         itae, first = self.settings[name], self._first_block(name)

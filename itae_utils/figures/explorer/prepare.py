@@ -15,9 +15,15 @@ from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.fitting import fit_setting, fit_thresholds
 from itae_utils.figures.explorer.data import explorer_data
 from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.thresholds import ThresholdFit
+from itae_utils.method.thresholds import ThresholdFit, Thresholds
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.store import Store
+
+
+def fits_of_block(fits: Thresholds, setting: ITAE, block: int = -1) -> dict[str, ThresholdFit]:
+    """Return the fits of one block by source, that of the setting's source on the setting's side."""
+    return {source: fits[block, source, setting.side] if source == setting.source else fits[block, source]
+            for source in SOURCES if (block, source) in fits}
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,7 @@ def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
     itae = ITAE() if itae is None else itae
     fits = fit_thresholds(backbone, dataset, seed=seed, rank=itae.rank, **reading)
     setting = fit_setting(backbone, dataset, itae, thresholds=fits, **reading)
-    last_fits = {source: fits[-1, source] for source in SOURCES if (-1, source) in fits}
-    last_fits[setting.source] = fits.of(setting)[-1]
+    last_fits = fits_of_block(fits, setting)
     features = extract_features(backbone, dataset, {"baseline": None, "itae": setting}, **reading)
     k = number_of_clusters(clusters, scorable(targets_of(dataset)), len(dataset))
     found = feature_map(features, k, sample=sample, seed=seed, kmeans_seed=seed, store=store)

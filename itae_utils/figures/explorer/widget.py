@@ -1,0 +1,143 @@
+"""The explorer in JupyterLab: the same view with a kernel behind it, which computes what a page can't hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from IPython import get_ipython
+from IPython.display import HTML
+from torch.utils.data import Dataset
+from traitlets import Dict, HasTraits
+
+from itae_utils.analysis.clustering import number_of_clusters, scorable
+from itae_utils.analysis.feature_map import feature_map
+from itae_utils.data.images import EncodedImage, open_image
+from itae_utils.data.items import targets_of
+from itae_utils.errors import ItaeError
+from itae_utils.extraction.fitting import fit_setting, fit_thresholds
+from itae_utils.extraction.observation import Rows, observe_rows, sample_indices
+from itae_utils.figures.explorer import data as view
+from itae_utils.figures.explorer.page import MODULE, STYLES, explorer_html
+from itae_utils.figures.explorer.prepare import fits_of_block, prepare
+from itae_utils.files import in_one_line
+from itae_utils.method.anatomy import adapt, block_index
+from itae_utils.method.one_pass import OnePass
+from itae_utils.method.setting import ITAE
+from itae_utils.models.backbones import Backbone
+
+try:
+    from anywidget import AnyWidget
+except ModuleNotFoundError:  # `explore` names the extra
+    AnyWidget = None
+
+MOST_IMAGES = 512
+MOST_BYTES = 512 * 2**20  # of the tokens that the kernel keeps
+
+
+def explore(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, clusters: int | None = None,
+            seed: int = 0, **reading: object) -> Explorer | HTML:
+    """Show the explorer in JupyterLab with this kernel behind it, so that features follow θ when it has come to rest.
+
+    It holds a sample of at most 512 images, and fewer if the tokens that enter their last block exceed 512 MiB. Where a
+    program runs the notebook, such as papermill, it returns the view of `prepare`, which needs no kernel.
+
+    Args:
+        backbone: from `load_backbone`.
+        dataset: from `load_dataset`.
+        itae: the setting to start with, of one block; by default the keys, θ by "auto", and "min".
+        clusters: as for `prepare`.
+        seed: of all samples and of k-means.
+        reading: batch_size, num_workers and store, as for `prepare`.
+
+    Raises:
+        ItaeError: anywidget is not installed, or the setting is a control or edits several blocks.
+    """
+    if AnyWidget is None:
+        raise ItaeError("explore needs anywidget, which is not installed: pip install 'itae-utils[lab]'")
+    itae = ITAE() if itae is None else itae
+    if (itae.blocks, itae.select) != (1, "threshold"):
+        raise ItaeError(f"blocks={itae.blocks}, select={itae.select!r}: explore needs blocks=1 and select='threshold'")
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel and not kernel.get_parent()["content"].get("allow_stdin", True):  # there is nobody to be asked
+        data = prepare(backbone, dataset, itae, clusters=clusters, seed=seed, **reading).data
+        return HTML(explorer_html(view.as_json(data)))
+    return Explorer(backbone, dataset, itae, clusters, seed, reading)
+
+
+class Explorer(AnyWidget or HasTraits):
+    """The view as a widget. It answers the view's messages, and survives those that are wrong."""
+
+    _esm, _css = MODULE, STYLES
+    data, answer = Dict().tag(sync=True), Dict().tag(sync=True)
+
+    def __init__(self, backbone: Backbone, dataset: Dataset, itae: ITAE, clusters: int | None, seed: int,
+                 reading: Mapping[str, object]) -> None:
+        self.given, self.inputs = {"backbone": backbone, "dataset": dataset, **reading}, []
+        self.fits = fit_thresholds(**self.given, seed=seed, rank=itae.rank)
+        self.itae = fit_setting(**self.given, itae=itae, thresholds=self.fits)
+        self.rule = itae.threshold if itae.needs_threshold else self.itae.thresholds[-1]
+        size = 4 * backbone.dim * (adapt(backbone.model).num_prefix_tokens + math.prod(backbone.patch_grid))
+        numbers = sample_indices(len(dataset), max(1, min(MOST_IMAGES, MOST_BYTES // size)), seed)
+        rows = observe_rows(**self.given, indices=numbers, rank=itae.rank, kept=self.inputs)
+        self.last, self.rows, targets = backbone.num_blocks - 1, {backbone.num_blocks - 1: rows}, targets_of(dataset)
+        k = number_of_clusters(clusters, scorable(None if targets is None else targets[numbers]), len(numbers))
+        self.sample = {"k": k, "sample": len(numbers), "seed": seed, "kmeans_seed": seed}
+        self.found = feature_map(self.features(self.itae), **self.sample, store=reading.get("store", "auto"))
+        shown = (backbone, dataset, self.itae, fits_of_block(self.fits, self.itae),
+                 replace(self.found, indices=numbers), rows)
+        self.page = explorer_html(view.as_json(view.explorer_data(*shown, seed=seed)))
+        about = (f"{len(numbers):,} of {len(dataset):,} images, drawn at random. The most are {MOST_IMAGES}, and those "
+                 f"whose tokens fit into {MOST_BYTES / 2**20:,.0f} MiB.")
+        super().__init__(data={**view.explorer_data(*shown, whole=True),
+                               "live": {"blocks": backbone.num_blocks, "about": about}})
+        self.on_msg(self._receive)
+
+    def _repr_mimebundle_(self, **options: object) -> tuple[dict, dict]:
+        data, metadata = super()._repr_mimebundle_(**options)
+        return {**data, "text/html": self.page}, metadata  # for pages that are made of the notebook
+
+    def _receive(self, _widget: Explorer, content: Mapping[str, object], buffers: Sequence[bytes]) -> None:
+        try:
+            found = self._compared(**content["setting"]) if "setting" in content else self._block(
+                content["block"], *buffers)
+        except Exception as error:  # of any kind: the reader sees it, and goes on
+            kind = "" if isinstance(error, ItaeError) else f"{type(error).__name__}: "
+            found = {"problem": kind + in_one_line(error)}
+        self.answer = {**found, "request": content["request"]}
+
+    def features(self, setting: ITAE) -> dict[str, np.ndarray]:
+        """Return the sample's features (m, dim) of the unmodified model and of a setting with a number for θ."""
+        one_pass, batches = OnePass(self.given["backbone"].model, {"baseline": None, "itae": setting}), []
+        with torch.inference_mode(), self.given["backbone"].autocast():
+            for inputs in self.inputs:
+                done = one_pass.after({self.last: inputs}, range(len(inputs.tokens)))
+                batches.append({name: output.float().cpu().numpy() for name, (output, _) in done.items()})
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _compared(self, source: str, theta: float | None, edit: str, alpha: float) -> dict[str, object]:
+        tail = self.itae.tail if source == self.itae.source else None
+        setting = replace(self.itae, source=source, threshold=(theta,), attenuation=edit, alpha=alpha, tail=tail,
+                          substitutes=None)
+        setting = fit_setting(**self.given, itae=setting, thresholds=self.fits)
+        return view.comparison_data(feature_map(self.features(setting), **self.sample, points=self.found.points,
+                                                store=None))
+
+    def _block(self, block: int, upload: bytes | None = None) -> dict[str, object]:
+        """Return what the view shows of a block; the image of an uploaded file is the last, with the number −1."""
+        backbone, index = self.given["backbone"], block_index(self.given["backbone"].model, block)
+        how, numbers = {"block": index, "rank": self.itae.rank}, self.rows[self.last].indices
+        rows = self.rows[index] = self.rows.get(index) or observe_rows(**self.given, indices=numbers, **how)
+        pictures = []
+        if upload is not None:
+            picture = open_image(EncodedImage(upload))
+            own = observe_rows(backbone, [picture], np.zeros(1, int), **how, batch_size=1, store=None)
+            statistics = {name: np.r_[values, own.statistics[name]] for name, values in rows.statistics.items()}
+            rows = Rows(np.r_[rows.indices, -1], rows.patch_grid, statistics, np.r_[rows.logits, own.logits])
+            pictures = [view.jpeg(backbone.picture(picture), view.LARGEST)]
+        sources = [view.source_data(source, fit, replace(self.itae, threshold=(fit.apply(self.rule),)))
+                   for source, fit in fits_of_block(self.fits, self.itae, index).items()]
+        return {"block": index, "sources": sources, "panel": view.panel_data(rows, pictures)}
