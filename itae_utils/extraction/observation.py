@@ -119,8 +119,7 @@ class Rows:
 
 
 def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, block: int = -1, rank: int = 1,
-                 kept: list[BlockInput] | None = None, batch_size: int | Literal["auto"] = "auto",
-                 num_workers: int | Literal["auto"] = 0, store: str | Path | Store | None = "auto") -> Rows:
+                 kept: list[BlockInput] | None = None, **reading: object) -> Rows:
     """Run the unmodified model once over some images, and return statistics and logits of one block.
 
     Args:
@@ -130,11 +129,10 @@ def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, b
         block: counted from the front, or if negative from the end.
         rank: number of singular directions, for the source "direction", which the first block lacks.
         kept: a list that receives what enters the block, batch by batch.
-        batch_size: as in `observe`.
-        num_workers: as in `observe`.
-        store: as in `observe`.
+        reading: batch_size, num_workers and store, as in `observe`.
     """
-    dataset, index = checked_inputs(backbone, dataset, num_workers), block_index(backbone.model, block)
+    dataset = checked_inputs(backbone, dataset, reading.get("num_workers", 0))
+    index = block_index(backbone.model, block)
     vit, directions = adapt(backbone.model), directions_entering(backbone, rank, index)
 
     def measure(images: Tensor, _image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
@@ -144,16 +142,15 @@ def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, b
         qkv = vit.blocks[index].qkv(inputs)
         return {"logits": qkv.cls_logits[:, :, 0], **patch_statistics(qkv, vit.num_prefix_tokens, directions)}
 
-    measured = _measured(backbone, dataset, indices, measure, batch_size=batch_size, num_workers=num_workers,
-                         store=store)
+    measured = _measured(backbone, dataset, indices, measure, **reading)
     logits = measured.pop("logits")
     return Rows(indices, backbone.patch_grid, measured, logits)
 
 
 def _measured(backbone: Backbone, dataset: Dataset, indices: np.ndarray,
               measure: Callable[[Tensor, tuple[int, ...]], Mapping[str, Tensor]], *,
-              batch_size: int | Literal["auto"], num_workers: int | Literal["auto"],
-              store: str | Path | Store | None) -> dict[str, np.ndarray]:
+              batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0,
+              store: str | Path | Store | None = "auto") -> dict[str, np.ndarray]:
     """Return what `measure` finds in each batch of images, with their numbers, joined by name."""
     batch_size = chosen_batch_size(batch_size, Place(open_store(store), backbone, dataset))
     batches: dict[str, list[np.ndarray]] = {}

@@ -20,6 +20,7 @@ from itae_utils.analysis.words import statistic_name, symbol
 from itae_utils.data.images import shown
 from itae_utils.data.items import read_item, targets_of
 from itae_utils.extraction.observation import Rows, observe_rows, sample_indices
+from itae_utils.method.anatomy import adapt
 from itae_utils.method.setting import ITAE
 from itae_utils.method.thresholds import ThresholdFit
 from itae_utils.models.backbones import Backbone
@@ -49,8 +50,8 @@ def panel_size(jpeg_bytes: float, tokens: int, heads: int, patches: int, statist
 
 
 def explorer_data(backbone: Backbone, dataset: Dataset, setting: ITAE, fits: Mapping[str, ThresholdFit],
-                  found: FeatureMap, rows: Rows | None = None, *, seed: int = 0, whole: bool = False,
-                  **reading: object) -> dict[str, object]:
+                  found: FeatureMap, *, rows: Rows | None = None, seed: int = 0, **reading: object
+                  ) -> dict[str, object]:
     """Return the view's data: the map, and as many of its images with their logits as fit into a page.
 
     Args:
@@ -59,15 +60,13 @@ def explorer_data(backbone: Backbone, dataset: Dataset, setting: ITAE, fits: Map
         setting: the run's, with a number for θ or None.
         fits: by source, in the last block; the values of a fit are the sample behind the histogram.
         found: from `feature_map`.
-        rows: of images on the map, from which those of the panel are drawn; by default some are observed.
-        seed: for drawing the images of the panel.
-        whole: whether all of `rows` are in the panel.
+        rows: of the images of the panel, which are on the map; by default as many are drawn and observed as fit.
+        seed: for drawing the images of the panel out of those of the map.
         reading: keyword arguments of `observe_rows`.
     """
-    if rows is None:
-        drawn = found.indices[sample_indices(len(found.indices), MOST_IN_PANEL, seed)]
-        rows = observe_rows(backbone, dataset, drawn, rank=setting.rank, **reading)
-    drawn, thumbs, panels = set(rows.indices.tolist()), [], {}
+    vit, patches = adapt(backbone.model), math.prod(backbone.patch_grid)
+    drawn = found.indices[sample_indices(len(found.indices), MOST_IN_PANEL, seed)] if rows is None else rows.indices
+    drawn, thumbs, panels = set(drawn.tolist()), [], {}
     for number in found.indices.tolist():
         image = backbone.picture(read_item(dataset, number)[0])
         thumbs.append(jpeg(image, SMALL))
@@ -75,26 +74,26 @@ def explorer_data(backbone: Backbone, dataset: Dataset, setting: ITAE, fits: Map
             panels[number] = jpeg(image, LARGEST)
     sources = [source_data(source, fit, setting) for source, fit in fits.items()]
     on_map = _map(dataset, found, thumbs)
-    count, heads, tokens = rows.logits.shape
-    fitting = count if whole else panel_size(sum(map(len, panels.values())) / count, tokens, heads,
-                                             math.prod(rows.patch_grid), len(fits), len(as_json([sources, on_map])))
-    chosen = sample_indices(count, fitting, seed)
+    if rows is None:
+        fitting = panel_size(sum(map(len, panels.values())) / len(panels), patches + vit.num_prefix_tokens,
+                             vit.blocks[-1].num_heads, patches, len(fits), used=len(as_json([sources, on_map])))
+        chosen = np.array(sorted(panels))[sample_indices(len(panels), fitting, seed)]
+        rows = observe_rows(backbone, dataset, chosen, rank=setting.rank, **reading)
     return {
         "grid": list(rows.patch_grid),
         "run": {"source": setting.source, "theta": setting.thresholds[-1], "edit": setting.attenuation,
                 "alpha": setting.alpha},
         "sources": sources,
-        "panel": panel_data(rows, [panels[number] for number in rows.indices[chosen].tolist()], chosen),
+        "panel": panel_data(rows, [panels[number] for number in rows.indices.tolist()]),
         "map": on_map,
     }
 
 
-def panel_data(rows: Rows, pictures: Sequence[str], chosen: np.ndarray | slice = slice(None)) -> dict[str, object]:
-    """Return what the panel shows of some of the images of `rows`, or all: numbers, pictures, logits and statistics."""
-    logits = rows.logits[chosen]
-    return {"numbers": rows.indices[chosen].tolist(), "pictures": pictures,
-            "logits": _array(logits - logits.max(axis=-1, keepdims=True), "float16"),
-            "statistics": {source: _array(values[chosen], "float32") for source, values in rows.statistics.items()}}
+def panel_data(rows: Rows, pictures: Sequence[str]) -> dict[str, object]:
+    """Return what the panel shows of images: their numbers, pictures, logits and statistics."""
+    return {"numbers": rows.indices.tolist(), "pictures": pictures,
+            "logits": _array(rows.logits - rows.logits.max(axis=-1, keepdims=True), "float16"),
+            "statistics": {source: _array(values, "float32") for source, values in rows.statistics.items()}}
 
 
 def comparison_data(found: FeatureMap) -> dict[str, object]:
@@ -112,7 +111,7 @@ def describe_size(data: Mapping[str, object]) -> str:
 
 def as_json(data: object) -> str:
     """Return data as JSON in ASCII that may stand in a script: no name in it can end the script or start another."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=_base64)
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=lambda raw: base64.b64encode(raw).decode())
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
@@ -147,14 +146,10 @@ def _array(values: np.ndarray, kind: str) -> dict[str, object]:
     return {"type": kind, "shape": list(little.shape), "data": little.tobytes()}
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
 def jpeg(picture: np.ndarray, side: int) -> str:
     """Return a picture (H, W, 3) in [0, 1] as a JPEG file in base64, at most `side` pixels wide and high."""
     image = Image.fromarray(np.round(255 * picture).astype(np.uint8))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "jpeg", quality=QUALITY, optimize=True)
-    return _base64(file.getvalue())
+    return base64.b64encode(file.getvalue()).decode()

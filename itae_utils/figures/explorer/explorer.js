@@ -29,6 +29,15 @@ function numbersOf({ type, data }) {
   return numbers;
 }
 
+/** Add an image of one's own, as it was sent, to a decoded panel; its number is -1. */
+function addImage(panel, { pictures, logits, statistics }) {
+  const joined = (first, second) => { const all = new Float32Array(first.length + second.length); all.set(first); all.set(second, first.length); return all; };
+  panel.numbers = [...panel.numbers, -1];
+  panel.pictures = [...panel.pictures, ...pictures];
+  panel.logits = joined(panel.logits, numbersOf(logits));
+  for (const name in panel.statistics) panel.statistics[name] = joined(panel.statistics[name], numbersOf(statistics[name]));
+}
+
 /** Return the data with its arrays decoded. */
 function decoded(data) {
   const [, heads, tokens] = data.panel.logits.shape, [rows, columns] = data.grid;
@@ -442,6 +451,11 @@ function thetaPanel(view) {
 
 const ORDERS = { attention: "attention on artifacts", count: "number of artifacts", change: "change of feature" };
 
+/** Return which images a kernel holds, in words. */
+function sampleOf({ panel, live: { images, most, bytes } }) {
+  return `${panel.numbers.filter((image) => image >= 0).length} of ${plural(images, "image")}, drawn at random: at most ${most}, and what fits into ${bytes / 2 ** 20} MiB.`;
+}
+
 function strip(view) {
   const { data, state } = view;
   const order = choice("Order", Object.entries(ORDERS), (value) => { view.set({ order: value }); view.settle(); });
@@ -500,7 +514,7 @@ function strip(view) {
     if (!isSeen) list.scrollLeft = offsetLeft - list.clientWidth / 2;
   }
 
-  const about = make("p", { class: "hint" }, view.kernel ? data.live.about : `${plural(items.length, "image")} drawn at random. The change of feature belongs to the run's θ.`);
+  const about = make("p", { class: "hint" }, view.kernel ? sampleOf(data) : `${plural(items.length, "image")} drawn at random. The change of feature belongs to the run's θ.`);
   const file = make("input", { type: "file", accept: "image/*", onchange: () => { if (file.files.length) view.kernel.upload(file.files[0]); } });
   const own = view.kernel ? make("label", { class: "field" }, make("span", {}, "An image of your own"), file) : null;
   const status = make("p", { class: "hint kernel", role: "status" });
@@ -813,6 +827,9 @@ function saveState(view) {
 const REST = 300; // milliseconds without a change, after which θ has come to rest
 const LARGEST_FILE = 8e6; // Jupyter's connection breaks at a message of 10 MiB
 
+/** Return an error in reading an image without the remedy that only data sets have. */
+const ofOneFile = (problem) => problem.replace("the image without a name", "this image").replace(/, or leave out unreadable files.*/, "");
+
 /** Asks a kernel for what the data lacks, one thing at a time: another block, an image of one's own, features. */
 class Kernel {
   constructor(model, data) {
@@ -865,7 +882,7 @@ class Kernel {
     const { wish, setting } = this.asked, isNew = wish && wish.file !== this.file;
     this.asked = null;
     if (wish === this.wish) this.wish = null;
-    if (answer.problem) this.problem = isNew ? `${wish.file.name}: ${answer.problem}` : answer.problem;
+    if (answer.problem) this.problem = isNew ? `${wish.file.name}: ${ofOneFile(answer.problem)}` : answer.problem;
     if (wish && !answer.problem) this.show(answer, wish, isNew);
     if (setting) this.tell(answer.problem ? {} : { ...answer, change: numbersOf(answer.change) }, setting);
     this.view.redraw();
@@ -880,14 +897,16 @@ class Kernel {
   }
 
   /** Show another block, or an image of one's own, in a new view with the state of this one. */
-  show({ block, sources, panel }, { file }, isNew) {
+  show({ block, sources, panel, own }, { file }, isNew) {
     const { state, data: { map }, root } = this.view, selects = () => [...root.querySelectorAll("select")];
-    const pictures = [...this.data.panel.pictures, ...panel.pictures], focus = selects().indexOf(document.activeElement);
+    const focus = selects().indexOf(document.activeElement);
     const { threshold, name: source } = sources.find(({ name }) => name === state.source) ?? sources[0];
     const kept = { ...state, ...(isNew ? { image: -1 } : {}), ...(block === this.block ? {} : { source, theta: threshold }) };
     Object.assign(this, { block, file });
     this.view.sizes.disconnect();
-    new View({ ...decoded({ ...this.data, sources, panel: { ...panel, pictures } }), map, upload: file?.name }, root, false, this, kept);
+    const fresh = decoded({ ...this.data, sources, panel: { ...panel, pictures: this.data.panel.pictures } });
+    if (own) addImage(fresh.panel, own);
+    new View({ ...fresh, map, upload: file?.name }, root, false, this, kept);
     selects()[focus]?.focus();
   }
 
@@ -987,7 +1006,7 @@ class View {
 function render({ model, el }) {
   const data = model.get("data"), kernel = data.live ? new Kernel(model, data) : null;
   el.classList.add("itae-explorer");
-  if (kernel) el.dataset.lmSuppressShortcuts = "true"; // JupyterLab's keys
+  if (kernel) { el.classList.add("live"); el.dataset.lmSuppressShortcuts = "true"; } // so that JupyterLab leaves the keys alone
   new View(decoded(data), el, Boolean(model.get("address")), kernel);
 }
 

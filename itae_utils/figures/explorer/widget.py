@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from IPython import get_ipython
-from IPython.display import HTML
+from IPython import display, get_ipython
 from torch.utils.data import Dataset
 from traitlets import Dict, HasTraits
 
@@ -19,7 +16,7 @@ from itae_utils.data.images import EncodedImage, open_image
 from itae_utils.data.items import targets_of
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.fitting import fit_setting, fit_thresholds
-from itae_utils.extraction.observation import Rows, observe_rows, sample_indices
+from itae_utils.extraction.observation import observe_rows, sample_indices
 from itae_utils.figures.explorer import data as view
 from itae_utils.figures.explorer.page import MODULE, STYLES, explorer_html
 from itae_utils.figures.explorer.prepare import fits_of_block, prepare
@@ -38,8 +35,8 @@ MOST_IMAGES = 512
 MOST_BYTES = 512 * 2**20  # of the tokens that the kernel keeps
 
 
-def explore(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, clusters: int | None = None,
-            seed: int = 0, **reading: object) -> Explorer | HTML:
+def explore(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, **options: object
+            ) -> Explorer | display.HTML:
     """Show the explorer in JupyterLab with this kernel behind it, so that features follow θ when it has come to rest.
 
     It holds a sample of at most 512 images, and fewer if the tokens that enter their last block exceed 512 MiB. Where a
@@ -49,9 +46,7 @@ def explore(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
         backbone: from `load_backbone`.
         dataset: from `load_dataset`.
         itae: the setting to start with, of one block; by default the keys, θ by "auto", and "min".
-        clusters: as for `prepare`.
-        seed: of all samples and of k-means.
-        reading: batch_size, num_workers and store, as for `prepare`.
+        options: clusters, seed, batch_size, num_workers and store, as for `prepare`.
 
     Raises:
         ItaeError: anywidget is not installed, or the setting is a control or edits several blocks.
@@ -63,9 +58,8 @@ def explore(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
         raise ItaeError(f"blocks={itae.blocks}, select={itae.select!r}: explore needs blocks=1 and select='threshold'")
     kernel = getattr(get_ipython(), "kernel", None)
     if kernel and not kernel.get_parent()["content"].get("allow_stdin", True):  # there is nobody to be asked
-        data = prepare(backbone, dataset, itae, clusters=clusters, seed=seed, **reading).data
-        return HTML(explorer_html(view.as_json(data)))
-    return Explorer(backbone, dataset, itae, clusters, seed, reading)
+        return display.HTML(explorer_html(view.as_json(prepare(backbone, dataset, itae, **options).data)))
+    return Explorer(backbone, dataset, itae, **options)
 
 
 class Explorer(AnyWidget or HasTraits):
@@ -74,39 +68,31 @@ class Explorer(AnyWidget or HasTraits):
     _esm, _css = MODULE, STYLES
     data, answer = Dict().tag(sync=True), Dict().tag(sync=True)
 
-    def __init__(self, backbone: Backbone, dataset: Dataset, itae: ITAE, clusters: int | None, seed: int,
-                 reading: Mapping[str, object]) -> None:
+    def __init__(self, backbone: Backbone, dataset: Dataset, itae: ITAE, *, clusters: int | None = None, seed: int = 0,
+                 **reading: object) -> None:
         self.given, self.inputs = {"backbone": backbone, "dataset": dataset, **reading}, []
         self.fits = fit_thresholds(**self.given, seed=seed, rank=itae.rank)
         self.itae = fit_setting(**self.given, itae=itae, thresholds=self.fits)
         self.rule = itae.threshold if itae.needs_threshold else self.itae.thresholds[-1]
-        size = 4 * backbone.dim * (adapt(backbone.model).num_prefix_tokens + math.prod(backbone.patch_grid))
+        size = 4 * backbone.dim * (adapt(backbone.model).num_prefix_tokens + int(np.prod(backbone.patch_grid)))
         numbers = sample_indices(len(dataset), max(1, min(MOST_IMAGES, MOST_BYTES // size)), seed)
         rows = observe_rows(**self.given, indices=numbers, rank=itae.rank, kept=self.inputs)
-        self.last, self.rows, targets = backbone.num_blocks - 1, {backbone.num_blocks - 1: rows}, targets_of(dataset)
-        k = number_of_clusters(clusters, scorable(None if targets is None else targets[numbers]), len(numbers))
+        self.last, self.rows = backbone.num_blocks - 1, {backbone.num_blocks - 1: rows}
+        k = number_of_clusters(clusters, scorable(targets_of(dataset)), len(numbers))
         self.sample = {"k": k, "sample": len(numbers), "seed": seed, "kmeans_seed": seed}
         self.found = feature_map(self.features(self.itae), **self.sample, store=reading.get("store", "auto"))
-        shown = (backbone, dataset, self.itae, fits_of_block(self.fits, self.itae),
-                 replace(self.found, indices=numbers), rows)
-        self.page = explorer_html(view.as_json(view.explorer_data(*shown, seed=seed)))
-        about = (f"{len(numbers):,} of {len(dataset):,} images, drawn at random. The most are {MOST_IMAGES}, and those "
-                 f"whose tokens fit into {MOST_BYTES / 2**20:,.0f} MiB.")
-        super().__init__(data={**view.explorer_data(*shown, whole=True),
-                               "live": {"blocks": backbone.num_blocks, "about": about}})
+        data = view.explorer_data(backbone, dataset, self.itae, fits_of_block(self.fits, self.itae),
+                                  replace(self.found, indices=numbers), rows=rows)
+        live = {"blocks": backbone.num_blocks, "images": len(dataset), "most": MOST_IMAGES, "bytes": MOST_BYTES}
+        super().__init__(data={**data, "live": live})
         self.on_msg(self._receive)
 
-    def _repr_mimebundle_(self, **options: object) -> tuple[dict, dict]:
-        data, metadata = super()._repr_mimebundle_(**options)
-        return {**data, "text/html": self.page}, metadata  # for pages that are made of the notebook
-
-    def _receive(self, _widget: Explorer, content: Mapping[str, object], buffers: Sequence[bytes]) -> None:
+    def _receive(self, _widget: Explorer, content: dict[str, object], buffers: list[bytes]) -> None:
         try:
             found = self._compared(**content["setting"]) if "setting" in content else self._block(
                 content["block"], *buffers)
         except Exception as error:  # of any kind: the reader sees it, and goes on
-            kind = "" if isinstance(error, ItaeError) else f"{type(error).__name__}: "
-            found = {"problem": kind + in_one_line(error)}
+            found = {"problem": in_one_line(error if isinstance(error, ItaeError) else repr(error))}
         self.answer = {**found, "request": content["request"]}
 
     def features(self, setting: ITAE) -> dict[str, np.ndarray]:
@@ -119,25 +105,21 @@ class Explorer(AnyWidget or HasTraits):
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
     def _compared(self, source: str, theta: float | None, edit: str, alpha: float) -> dict[str, object]:
-        tail = self.itae.tail if source == self.itae.source else None
-        setting = replace(self.itae, source=source, threshold=(theta,), attenuation=edit, alpha=alpha, tail=tail,
-                          substitutes=None)
-        setting = fit_setting(**self.given, itae=setting, thresholds=self.fits)
-        return view.comparison_data(feature_map(self.features(setting), **self.sample, points=self.found.points,
-                                                store=None))
+        setting = replace(self.itae, source=source, threshold=(theta,), attenuation=edit, alpha=alpha, substitutes=None,
+                          tail=self.itae.tail if source == self.itae.source else None)
+        setting = fit_setting(**self.given, itae=setting, thresholds=self.fits)  # for the vectors of "substitute"
+        features = self.features(setting)
+        return view.comparison_data(feature_map(features, **self.sample, points=self.found.points, store=None))
 
     def _block(self, block: int, upload: bytes | None = None) -> dict[str, object]:
-        """Return what the view shows of a block; the image of an uploaded file is the last, with the number −1."""
+        """Return what the view shows of a block, and of an uploaded file."""
         backbone, index = self.given["backbone"], block_index(self.given["backbone"].model, block)
-        how, numbers = {"block": index, "rank": self.itae.rank}, self.rows[self.last].indices
+        how, numbers, own = {"block": index, "rank": self.itae.rank}, self.rows[self.last].indices, None
         rows = self.rows[index] = self.rows.get(index) or observe_rows(**self.given, indices=numbers, **how)
-        pictures = []
         if upload is not None:
             picture = open_image(EncodedImage(upload))
-            own = observe_rows(backbone, [picture], np.zeros(1, int), **how, batch_size=1, store=None)
-            statistics = {name: np.r_[values, own.statistics[name]] for name, values in rows.statistics.items()}
-            rows = Rows(np.r_[rows.indices, -1], rows.patch_grid, statistics, np.r_[rows.logits, own.logits])
-            pictures = [view.jpeg(backbone.picture(picture), view.LARGEST)]
+            own = view.panel_data(observe_rows(backbone, [picture], np.zeros(1, int), **how, batch_size=1, store=None),
+                                  [view.jpeg(backbone.picture(picture), view.LARGEST)])
         sources = [view.source_data(source, fit, replace(self.itae, threshold=(fit.apply(self.rule),)))
                    for source, fit in fits_of_block(self.fits, self.itae, index).items()]
-        return {"block": index, "sources": sources, "panel": view.panel_data(rows, pictures)}
+        return {"block": index, "sources": sources, "panel": view.panel_data(rows, []), "own": own}
