@@ -159,6 +159,11 @@ class TestUpload:
         assert "\n" not in problem
         assert "problem" not in ask(shown, block=1)
 
+    @pytest.mark.parametrize("content", ["nonsense", None, 3, [], {"block": 0}])
+    def test_nonsense_does_no_harm(self, shown, content):
+        shown._handle_custom_msg(content, [])
+        assert "problem" not in ask(shown, block=1)
+
     def test_a_file_that_is_no_image_is_answered_in_one_line(self, shown):
         assert "Pillow does not know its format" in ask(shown, b"text", block=0)["problem"]
         assert "problem" not in ask(shown, png(), block=0)

@@ -57,7 +57,7 @@ def explore(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, **op
     if (itae.blocks, itae.select) != (1, "threshold"):
         raise ItaeError(f"blocks={itae.blocks}, select={itae.select!r}: explore needs blocks=1 and select='threshold'")
     kernel = getattr(get_ipython(), "kernel", None)
-    if kernel and not kernel.get_parent()["content"].get("allow_stdin", True):  # there is nobody to be asked
+    if kernel and not kernel.get_parent().get("content", {}).get("allow_stdin", True):  # there is nobody to be asked
         return display.HTML(explorer_html(view.as_json(prepare(backbone, dataset, itae, **options).data)))
     return Explorer(backbone, dataset, itae, **options)
 
