@@ -51,6 +51,12 @@ def test_equal_features_have_one_map_and_constant_ones_none():
         assert feature_map({"baseline": constant, "itae": constant}, 2, sample=30, **SETTINGS).points is None
 
 
+def test_given_points_stay():
+    points = (BEFORE[:30, :2], AFTER[:30, :2])
+    found = feature_map({"baseline": BEFORE, "itae": AFTER}, 3, sample=30, points=points, **SETTINGS)
+    assert found.points is points
+
+
 def test_the_maps_are_those_of_notebook_03_and_one_that_starts_from_it():
     found = feature_map({"baseline": BEFORE, "itae": AFTER}, 3, sample=60, **SETTINGS)
     first = tsne(BEFORE, perplexity=59 / 3, seed=0, store=None)

@@ -353,8 +353,8 @@ function thetaPanel(view) {
     if (theta.value === "") view.set({ theta: null });
     else if (Number.isFinite(theta.valueAsNumber)) view.set({ theta: theta.valueAsNumber });
   } });
-  const block = choice("Block", Array.from({ length: view.kernel ? data.live.blocks : 0 }, (_, i) => [i, `${i + 1} of ${data.live.blocks}`]),
-    (value) => view.kernel.want({ block: Number(value) }));
+  const blocks = view.kernel ? data.live.blocks : 0;
+  const block = choice(`Block of ${blocks}`, Array.from({ length: blocks }, (_, i) => [i, i + 1]), (value) => view.kernel.want({ block: Number(value) }));
   const share = make("output", { class: "share" }), caption = make("p", { class: "hint caption" }), verdict = make("p", { class: "hint" });
   const back = button("Back to the run's θ", () => view.set({ ...view.ofRun(), patch: state.patch }));
   const alphaField = make("label", { class: "field" }, make("span", {}, "α"), alpha);
@@ -453,7 +453,7 @@ const ORDERS = { attention: "attention on artifacts", count: "number of artifact
 
 /** Return which images a kernel holds, in words. */
 function sampleOf({ panel, live: { images, most, bytes } }) {
-  return `${panel.numbers.filter((image) => image >= 0).length} of ${plural(images, "image")}, drawn at random: at most ${most}, and what fits into ${bytes / 2 ** 20} MiB.`;
+  return `${panel.numbers.filter((image) => image >= 0).length} of ${plural(images, "image")}, drawn at random: at most ${most}, and as many as fit into ${bytes / 2 ** 20} MiB of tokens.`;
 }
 
 function strip(view) {
