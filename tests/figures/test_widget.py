@@ -254,7 +254,8 @@ def test_in_jupyterlab_features_follow_theta(tmp_path, monkeypatch):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{address}/try.ipynb")
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-        while page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text() == "[ ]:":  # what is run too early is lost
+        # What is run too early is lost.
+        while page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text() == "[ ]:":
             page.locator(".jp-CodeCell .cm-content").first.click()
             page.keyboard.press("Shift+Enter")
             page.wait_for_timeout(1000)
