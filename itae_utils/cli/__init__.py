@@ -49,6 +49,7 @@ def main() -> None:
 @dask_option
 @click.option("--from", "repeated", type=PathType(), metavar="REPORT",
               help="Run a report again, and compare weights and images; default output REPORT-repeated.")
+@click.option("--single-file", is_flag=True, help="Also write report.html, all pages in one, to be mailed.")
 @click.option("--against", type=PathType(), metavar="REPORT",
               help="Compare with an earlier report; exit status 3 if ACC with ITAE fell by more than its interval.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be run, reused and downloaded.")
@@ -56,7 +57,8 @@ def main() -> None:
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
     parameters: tuple[tuple[str, str], ...], output: Path | None, force: bool, store: str | None, dask: str | None,
-    repeated: Path | None, against: Path | None, dry_run: bool, **loading: object,
+    repeated: Path | None, single_file: bool, against: Path | None, dry_run: bool,
+    **loading: object,
 ) -> None:
     """Run the notebooks and write a report.
 
@@ -67,6 +69,7 @@ def report(
     from itae_utils.report.estimate import dry_run as describe
     from itae_utils.report.parameters import parse_value
     from itae_utils.report.report import output_folder, plan_report, repeat_report, run_report, unchanged_runs
+    from itae_utils.report.single import single_file as write_single
 
     places = _given(store=store, dask=dask)
     loading = _given(**loading)
@@ -99,6 +102,9 @@ def report(
         more = f" and {len(others)} more" if others else ""
         click.echo(f"{first.folder}{more}: {error}", err=True)
     click.echo(written.index)
+    if single_file:
+        whole = write_single(written)
+        click.echo(f"{whole}: {whole.stat().st_size / 1e6:.1f} MB")
     lines, fell = _compare(against, written.folder, written.folder / "comparison.html") if against else ([], [])
     for line in lines + [f"{run}: ACC with ITAE fell by more than its interval" for run in fell]:
         click.echo(line)

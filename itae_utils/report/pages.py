@@ -84,12 +84,21 @@ def explorer_page(path: Path, view: str, about: str, *, backbone: str, dataset: 
            policy=_policy(view))
 
 
+def write_single(path: Path, first: str, pages: Sequence[tuple[str, str, str]]) -> None:
+    """Write the report's pages as one: the first, and place, title and content of the others."""
+    html = first + "".join(page for _, _, page in pages)
+    script = SCRIPT.read_text(encoding="utf-8") if _has_sortable(html) else ""
+    title = re.sub(r"<[^>]+>", "", re.search(r"<h1[^>]*>(.*?)</h1>", first, re.DOTALL)[1])
+    write_page(path, "single.html.j2", first=first, pages=pages, title=title, script=script,
+               policy=_policy(html + script), css=_style() + _code_style())
+
+
 def write_page(path: Path, template: str, **content: object) -> None:
     """Render one of our templates to a page in one step."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": markdown2html, "value": shown_value, "duration": _duration}
-    page = environment.get_template(template).render(css=_style(), **content)
+    page = environment.get_template(template).render({"css": _style(), **content})
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
 
@@ -115,10 +124,14 @@ def _presentable(notebook: NotebookNode) -> NotebookNode:
 
 def _with_sorting(page: str) -> str:
     """Add the script that sorts long tables, if the page has any."""
-    if not re.search(r'<table[^>]* class="[^"]*\bsortable\b', page):
+    if not _has_sortable(page):
         return page
     start, end, rest = page.rpartition("</body>")
     return f"{start}<script>{SCRIPT.read_text(encoding='utf-8')}</script>\n{end}{rest}"
+
+
+def _has_sortable(page: str) -> bool:
+    return re.search(r'<table[^>]* class="[^"]*\bsortable\b', page) is not None
 
 
 def _with_contents(page: str) -> str:
