@@ -49,6 +49,7 @@ def main() -> None:
 @dask_option
 @click.option("--from", "repeated", type=PathType(), metavar="REPORT",
               help="Run a report again, and compare weights and images; default output REPORT-repeated.")
+@click.option("--format", metavar="WORD", callback=validated, help="Of figures: screen, or paper.  [default: screen]")
 @click.option("--single-file", is_flag=True, help="Also write report.html, all pages in one, to be mailed.")
 @click.option("--against", type=PathType(), metavar="REPORT",
               help="Compare with an earlier report; exit status 3 if ACC with ITAE fell by more than its interval.")
@@ -57,7 +58,7 @@ def main() -> None:
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
     parameters: tuple[tuple[str, str], ...], output: Path | None, force: bool, store: str | None, dask: str | None,
-    repeated: Path | None, single_file: bool, against: Path | None, dry_run: bool,
+    repeated: Path | None, format: str | None, single_file: bool, against: Path | None, dry_run: bool,
     **loading: object,
 ) -> None:
     """Run the notebooks and write a report.
@@ -71,7 +72,7 @@ def report(
     from itae_utils.report.report import output_folder, plan_report, repeat_report, run_report, unchanged_runs
     from itae_utils.report.single import single_file as write_single
 
-    places = _given(store=store, dask=dask)
+    places = _given(store=store, dask=dask, format=format)
     loading = _given(**loading)
     _refuse_twice([*_given(backbone=backbone, dataset=dataset), *places, *loading, *(name for name, _ in parameters)])
     if against:

@@ -129,7 +129,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
              f"an image has {counts.mean():.2g} of them ({counts.min()} to {counts.max()})")
     caption = ("Left: the share of images in which each place of the patch grid holds an artifact. Right: how many "
                "images have so many artifacts.")
-    figure = ReportFigure(title, caption, height=3.8)
+    figure = ReportFigure(title, caption, height=3.8, narrow=True)
     where, how_many = figure.subplots(1, 2)
     drawn = where.imshow(frequency.reshape(patch_grid), cmap=MAP, vmin=0)
     where.set(xlabel="patch column", ylabel="patch row")
@@ -156,7 +156,7 @@ def attention_shares(seen: Observation) -> Figure:
                "after ITAE. The dashed line is their share of the patches: attention that ignores artifacts lies "
                "there.")
     figure = ReportFigure(f"{subject} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
-                          f"after ITAE {after}", caption, height=3.4)
+                          f"after ITAE {after}", caption, height=3.4, narrow=True)
     axes = figure.subplots()
     for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
         axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")

@@ -87,7 +87,7 @@ def output_norms(seen: Observation, fit: ThresholdFit) -> Figure:
     caption = ("Distribution of the L2 norm of the patch tokens after the last block, before the final norm, on a log "
                "scale of counts. The lines are cuts used in the literature, with the share of the patches at or above "
                "each.")
-    figure = ReportFigure(f"{title}; mean + 3 sd finds {shares['mean + 3 sd']}", caption, height=3.6)
+    figure = ReportFigure(f"{title}; mean + 3 sd finds {shares['mean + 3 sd']}", caption, height=3.6, narrow=True)
     axes = figure.subplots()
     axes.hist(norms, np.histogram_bin_edges(norms.astype(np.float64), bins=120), color=NORMAL)
     for (name, cut), (color, line) in zip(cuts.items(), LINES, strict=True):
@@ -147,7 +147,7 @@ def value_norms(seen: Observation) -> Figure:
                  f"patches; shorter in {np.count_nonzero(known < 1)} of {len(ratios)} heads")
     caption = ("Mean length of the values of artifacts as a multiple of that of other patches, per head of the last "
                "block. The dashed line is equal length.")
-    figure = ReportFigure(title, caption, height=3)
+    figure = ReportFigure(title, caption, height=3, narrow=True)
     axes = figure.subplots()
     axes.bar(heads, ratios, color=ARTIFACT, width=min(0.6, 0.08 * len(heads)))
     axes.axhline(1, color="black", linestyle="--", linewidth=1)
