@@ -129,7 +129,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
              f"an image has {counts.mean():.2g} of them ({counts.min()} to {counts.max()})")
     caption = ("Left: the share of images in which each place of the patch grid holds an artifact. Right: how many "
                "images have so many artifacts.")
-    figure = ReportFigure(title, caption, height=3.8, narrow=True)
+    figure = ReportFigure(title, caption, height=3.8)
     where, how_many = figure.subplots(1, 2)
     drawn = where.imshow(frequency.reshape(patch_grid), cmap=MAP, vmin=0)
     where.set(xlabel="patch column", ylabel="patch row")

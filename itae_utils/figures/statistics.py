@@ -87,7 +87,7 @@ def output_norms(seen: Observation, fit: ThresholdFit) -> Figure:
     caption = ("Distribution of the L2 norm of the patch tokens after the last block, before the final norm, on a log "
                "scale of counts. The lines are cuts used in the literature, with the share of the patches at or above "
                "each.")
-    figure = ReportFigure(f"{title}; mean + 3 sd finds {shares['mean + 3 sd']}", caption, height=3.6, narrow=True)
+    figure = ReportFigure(f"{title}; mean + 3 sd finds {shares['mean + 3 sd']}", caption, height=3.6)
     axes = figure.subplots()
     axes.hist(norms, np.histogram_bin_edges(norms.astype(np.float64), bins=120), color=NORMAL)
     for (name, cut), (color, line) in zip(cuts.items(), LINES, strict=True):
