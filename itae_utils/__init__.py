@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "extraction.neurons": ["find_register_neurons"],
     "extraction.observation": ["observe"],
     "extraction.features": ["extract_features"],
+    "figures.explorer.widget": ["explore"],
     "analysis.kmeans": ["cluster", "cluster_parts"],
     "analysis.metrics": ["agreement", "evaluate_clustering", "paired_bootstrap"],
 })

@@ -1,8 +1,16 @@
-"""The system's Chromium for tests, without its own sandbox, which containers do not allow."""
+"""The system's Chromium for tests, without its own sandbox, which containers do not allow; and a JupyterLab for it."""
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +31,31 @@ def open_chromium() -> Iterator:
         browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextmanager
+def open_jupyterlab(folder: Path) -> Iterator[str]:
+    """Yield the address of a JupyterLab on 127.0.0.1 that serves `folder`, with settings of its own below it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    own = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+    environment = {**os.environ, **{name: str(folder / f".{name.lower()}") for name in own}}
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=",
+               f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly", "--LabApp.news_url=None",
+               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with (folder / ".log").open("w") as log:
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status").close()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        else:
+            pytest.fail((folder / ".log").read_text())
+        yield f"http://127.0.0.1:{port}/lab/tree"
+    finally:
+        server.terminate()
+        server.wait()

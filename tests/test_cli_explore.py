@@ -18,7 +18,6 @@ from itae_utils import cli
 from itae_utils.analysis.feature_map import feature_map, map_points
 from itae_utils.data.datasets import load_dataset
 from itae_utils.extraction.features import extract_features
-from itae_utils.figures.explorer.page import PLACE
 from itae_utils.method.attention import attention_map
 from itae_utils.method.setting import ITAE
 from itae_utils.method.statistics import qkv_norms
@@ -59,7 +58,7 @@ def photos(tmp_path_factory) -> list[Path]:
 def data_of(page: Path) -> dict:
     """Return the data in a page's script."""
     text = page.read_text(encoding="utf-8")
-    (found,) = re.findall(rf"^mount\('{PLACE}', (.*)\);$", text, re.MULTILINE)
+    (found,) = re.findall(r"^mount\((.*)\);$", text, re.MULTILINE)
     return json.loads(found)
 
 

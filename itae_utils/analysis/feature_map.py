@@ -55,6 +55,7 @@ class FeatureMap:
 
 def feature_map(features: Mapping[str, np.ndarray], k: int | None, *, sample: int, seed: int, kmeans_seed: int,
                 n_init: int = 10, normalize: bool = True, algorithm: str = "exact",
+                points: tuple[np.ndarray, np.ndarray] | None = None,
                 store: str | Path | Store | None = "auto") -> FeatureMap:
     """Return the map of a sample of images; k-means runs on all of them.
 
@@ -67,6 +68,7 @@ def feature_map(features: Mapping[str, np.ndarray], k: int | None, *, sample: in
         n_init: starts of k-means.
         normalize: whether rows are scaled to length 1 for k-means.
         algorithm: of k-means, as for `cluster_seeds`.
+        points: of a map of the same images, which stay; by default t-SNE places them.
         store: as for `extract_features`.
     """
     whole = [features[name] for name in PAIR]
@@ -76,7 +78,7 @@ def feature_map(features: Mapping[str, np.ndarray], k: int | None, *, sample: in
                       store=store)[0][0] for rows in whole]
     chosen = [rows[indices] for rows in whole]
     unit = [unit_rows(rows) for rows in chosen]
-    return FeatureMap(indices, map_points(*chosen, seed=seed, store=store),
+    return FeatureMap(indices, points or map_points(*chosen, seed=seed, store=store),
                       (found[0][indices], _renumbered(*found)[indices]), tuple(map(_nearest, chosen)),
                       np.maximum(0, 1 - (unit[0] * unit[1]).sum(axis=1)))
 

@@ -148,6 +148,26 @@ def bootstrap(difference: Callable[[np.ndarray], np.ndarray], total: int, metric
                         index=pd.Index(metrics, name="metric"))
 
 
+def unpaired_bootstrap(
+    before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray], *, draws: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Return the lead of one run over another on other images, as `paired_bootstrap` does.
+
+    Both are (targets, labels). Each draw resamples the images of each by themselves.
+    """
+    sides = [(_Tables(targets, np.atleast_2d(labels)), len(targets)) for targets, labels in (before, after)]
+    rng = np.random.default_rng(seed)
+
+    def difference(resample: bool) -> np.ndarray:
+        old, new = (tables.scores(np.bincount(rng.integers(n, size=n) if resample else np.arange(n), minlength=n))
+                    for tables, n in sides)
+        return new.mean(axis=0) - old.mean(axis=0)
+
+    low, high = np.quantile([difference(True) for _ in range(draws)], (0.025, 0.975), axis=0)
+    return pd.DataFrame({"difference": difference(False), "low": low, "high": high},
+                        index=pd.Index(METRICS, name="metric"))
+
+
 def describe_difference(row: Mapping[str, float] | pd.Series) -> str:
     """Return a row of `paired_bootstrap` as text such as "+0.054 [+0.031, +0.078]", and say if 0 is in the interval."""
     words = f"{row['difference']:+z.3f} [{row['low']:+z.3f}, {row['high']:+z.3f}]"

@@ -71,11 +71,16 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.groupby("variant", sort=False)[metrics].agg([mean, sd])
 
 
-def score_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return mean ± sd over seeds as text: one row per variant, in the order of `scores`, and one column per metric."""
+def score_table(scores: pd.DataFrame, *, mark: bool = False) -> pd.DataFrame:
+    """Return mean ± sd over seeds as text: one row per variant, in the order of `scores`, and one column per metric.
+
+    With `mark`, ★ follows the highest mean of each column.
+    """
     spread = over_seeds(scores)
     means, sds = (spread.map("{:.3f}".format).xs(part, axis=1, level=1) for part in ("mean", "sd"))
-    return (means + " ± " + sds if spread.notna().all(axis=None) else means).rename(columns=str.upper)
+    text = means + " ± " + sds if spread.notna().all(axis=None) else means
+    highest = spread.xs("mean", axis=1, level=1).eq(spread.xs("mean", axis=1, level=1).max()) & mark
+    return (text + np.where(highest, " ★", "")).rename(columns=str.upper)
 
 
 def difference_table(

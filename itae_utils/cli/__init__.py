@@ -49,25 +49,34 @@ def main() -> None:
 @dask_option
 @click.option("--from", "repeated", type=PathType(), metavar="REPORT",
               help="Run a report again, and compare weights and images; default output REPORT-repeated.")
+@click.option("--format", metavar="WORD", callback=validated, help="Of figures: screen, or paper.  [default: screen]")
+@click.option("--single-file", is_flag=True, help="Also write report.html, all pages in one, to be mailed.")
+@click.option("--against", type=PathType(), metavar="REPORT",
+              help="Compare with an earlier report; exit status 3 if ACC with ITAE fell by more than its interval.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be run, reused and downloaded.")
 @click.pass_context
 def report(
     context: click.Context, profile: str, backbone: str | None, dataset: str | None, only: str | None,
     parameters: tuple[tuple[str, str], ...], output: Path | None, force: bool, store: str | None, dask: str | None,
-    repeated: Path | None, dry_run: bool, **loading: object,
+    repeated: Path | None, format: str | None, single_file: bool, against: Path | None, dry_run: bool,
+    **loading: object,
 ) -> None:
     """Run the notebooks and write a report.
 
     Notebooks whose parameters, inputs and code have not changed since they last succeeded are reused. The exit status
     is 1 if a notebook failed; the report is written all the same and names it.
     """
+    from itae_utils.report.compare import read_report
     from itae_utils.report.estimate import dry_run as describe
     from itae_utils.report.parameters import parse_value
-    from itae_utils.report.report import plan_report, repeat_report, run_report, unchanged_runs
+    from itae_utils.report.report import output_folder, plan_report, repeat_report, run_report, unchanged_runs
+    from itae_utils.report.single import single_file as write_single
 
-    places = _given(store=store, dask=dask)
+    places = _given(store=store, dask=dask, format=format)
     loading = _given(**loading)
     _refuse_twice([*_given(backbone=backbone, dataset=dataset), *places, *loading, *(name for name, _ in parameters)])
+    if against:
+        read_report(against)  # an error now, not after hours
     if repeated:
         fixed = ("profile", "backbone", "dataset", "only", "parameters", "force", "dry_run", *LOADING)
         given = [name for name in fixed if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
@@ -87,12 +96,20 @@ def report(
             plan = plan_report(**asked)
             click.echo("\n".join(describe(plan, () if force else unchanged_runs(plan, output))))
             return
+        if against and output_folder(plan_report(**asked), output).resolve() == against.resolve():
+            raise ItaeError(f"--against {str(against)!r} is the folder that would be written: give another --output")
         written = run_report(**asked, output=output, force=force, say=click.echo)
     for error, (first, *others) in written.failures.items():
         more = f" and {len(others)} more" if others else ""
         click.echo(f"{first.folder}{more}: {error}", err=True)
     click.echo(written.index)
-    sys.exit(1 if written.failed else 0)
+    if single_file:
+        whole = write_single(written)
+        click.echo(f"{whole}: {whole.stat().st_size / 1e6:.1f} MB")
+    lines, fell = _compare(against, written.folder, written.folder / "comparison.html") if against else ([], [])
+    for line in lines + [f"{run}: ACC with ITAE fell by more than its interval" for run in fell]:
+        click.echo(line)
+    sys.exit(1 if written.failed else 3 if fell else 0)
 
 
 def _given(**values: object) -> dict[str, object]:
@@ -216,6 +233,47 @@ def inspect(images: tuple[Path, ...], backbone: str, output: Path, **options: ob
     figures.save_as(figures.inspection(found.images, found.source, found.block, found.threshold), output)
     numbered = figures.describe_numbered([image.name for image in found.images], shown)
     click.echo("\n".join([*found.lines, *filter(None, [numbered]), f"{output} written"]))
+
+
+@main.command()
+@click.argument("before", type=PathType(), metavar="REPORT")
+@click.argument("after", type=PathType(), metavar="REPORT")
+@click.option("--output", type=PathType(), metavar="FILE", default="comparison.html", show_default=True,
+              help="The page to write; it holds the figures of both.")
+def compare(before: Path, after: Path, output: Path) -> None:
+    """Write a page on all that differs between two reports: settings, scores with intervals, figures."""
+    click.echo("\n".join(_compare(before, after, output)[0]))
+
+
+@main.command()
+@click.argument("folder", type=PathType(), default="reports")
+def reports(folder: Path) -> None:
+    """Write FOLDER/index.html, a list of the reports in FOLDER; each is compared with the one before of its kind."""
+    from itae_utils.report.overview import list_reports, overview_page, previous_of
+
+    entries, left_out = list_reports(folder)
+    compared = {}
+    for entry in entries:
+        before = previous_of(entry, entries)
+        if before and entry.report.name not in compared:
+            _compare(before.report.folder, entry.report.folder, entry.report.folder / "comparison.html")
+            compared[entry.report.name] = f"{entry.report.name}/comparison.html"
+    click.echo(overview_page(folder, entries, left_out, compared))
+
+
+def _compare(before: Path, after: Path, output: Path) -> tuple[list[str], list[str]]:
+    """Write the page, and return lines about it, and the runs in which ACC fell."""
+    from itae_utils.analysis.two_runs import compare_clusters, runs_that_fell
+    from itae_utils.report.compare import compare_page, read_pair
+
+    if output.suffix != ".html":
+        raise ItaeError(f"--output {str(output)!r} must end in .html")
+    pair = read_pair(before, after)
+    scores, notes = compare_clusters(pair.clusters)
+    compare_page(pair, scores, notes, output)
+    lines = [f"{row['run']}, {row['variant']}: {row['score']} {row['before']:.3f} → {row['after']:.3f}, {row['words']}"
+             for row in scores if row["score"] == "ACC"]
+    return [*lines, *notes, f"{output} written"], runs_that_fell(scores)
 
 
 @main.group("store")

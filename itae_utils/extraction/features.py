@@ -150,8 +150,9 @@ def extract_features(
     start = time.perf_counter()
     edited = {name: itae for name, itae in variants.items() if isinstance(itae, ITAE)}
     fitted, _ = fitted_settings(place, edited, thresholds, batch_size=batch_size)
-    fitted |= {name: fitted_registers(place, registers, batch_size=batch_size) for name, registers in variants.items()
-               if isinstance(registers, TestTimeRegisters)}
+    remembering = place if place.store is not None else Place(Store(None), backbone, dataset)  # neurons are found once
+    fitted |= {name: fitted_registers(remembering, registers, batch_size=batch_size)
+               for name, registers in variants.items() if isinstance(registers, TestTimeRegisters)}
     settings, fit_seconds = {name: fitted.get(name) for name in variants}, time.perf_counter() - start
 
     start = time.perf_counter()

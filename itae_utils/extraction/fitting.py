@@ -24,8 +24,8 @@ from itae_utils.method.artifacts import capture_truth, select_artifacts
 from itae_utils.method.attention import check_setting
 from itae_utils.method.direction import all_directions, directions_of, has_directions
 from itae_utils.method.layers import QKV
-from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.statistics import patch_statistic
+from itae_utils.method.setting import ITAE
+from itae_utils.method.statistics import patch_statistic, patch_statistics
 from itae_utils.method.thresholds import Thresholds
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.store import Store, open_store
@@ -139,10 +139,9 @@ def sampled_statistics(backbone: Backbone, dataset: Dataset, *, sample: int, see
         directions = dict(enumerate(all_directions(backbone.model, rank), start=1))
 
     def receive(block: int, qkv: QKV, _numbers: range, _truth: Tensor | None) -> None:
-        for source in SOURCES:
-            if source != "direction" or block in directions:
-                each = patch_statistic(source, qkv, qkv.tokens.shape[1] - num_patches, directions.get(block))
-                values.setdefault((block, source), []).append(each.cpu().numpy())
+        prefix = qkv.tokens.shape[1] - num_patches
+        for source, each in patch_statistics(qkv, prefix, directions.get(block)).items():
+            values.setdefault((block, source), []).append(each.cpu().numpy())
 
     _visit(backbone, dataset, receive, sample=sample, seed=seed, batch_size=batch_size, num_workers=num_workers)
     return {key: np.concatenate(each) for key, each in values.items()}

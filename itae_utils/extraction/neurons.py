@@ -66,29 +66,27 @@ def fitted_registers(place: Place, setting: TestTimeRegisters, sample: int = SAM
 
 
 def _found(place: Place, setting: TestTimeRegisters, drawn: dict[str, int]) -> TestTimeRegisters:
-    """Return the setting with neurons and the numbers by which they were found."""
+    """Return the setting with neurons, and with the numbers by which they were found."""
+    asked = {name: getattr(setting, name) for name in ("threshold", "top_layer", "top_k")}
+    found = place.remembered("register_neurons", drawn | asked, lambda: _search(place, drawn, **asked))
+    setting = replace(setting, neurons=_by_block(found["neurons"]), reason=str(found["reason"]))
+    return replace(setting, threshold=float(found["threshold"]), top_layer=int(found["top_layer"]),
+                   top_k=len(found["neurons"])) if setting.neurons else setting
+
+
+def _search(place: Place, drawn: dict[str, int], threshold: float | Literal["auto"], top_layer: int | Literal["auto"],
+            top_k: int | Literal["auto"]) -> dict[str, object]:
+    """Return neurons as rows (block, unit), and the numbers by which they were found, in words, too."""
     fits = fitted_thresholds(place, **drawn)
     last, fit = fits.num_blocks - 2, fits[-1, "token"]  # the tokens that enter a block are the output of the one before
-    threshold, top_layer = fit.apply(setting.threshold), setting.top_layer
+    nothing, threshold = np.empty((0, 2), dtype=int), fit.apply(threshold)
     outliers = fit.values > (np.inf if threshold is None else threshold)
     if not outliers.any():
         why = fit.reason if threshold is None else f"no norm is above τ = {threshold:.4g}"
-        return replace(setting, neurons=(), reason=f"no outliers after block {last}: {why}")
+        return {"neurons": nothing, "reason": f"no outliers after block {last}: {why}"}
     if top_layer == "auto":
         shares = [(fits.measured(block + 1, "token") > threshold).mean() for block in range(last)]
         top_layer = next((block for block, share in enumerate(shares) if share >= SHARE_RANGE[0]), last)
-    key = {"threshold": threshold, "top_layer": top_layer, "top_k": setting.top_k}
-    found = place.remembered("register_neurons", drawn | key, lambda: _search(place, drawn, outliers, **key))
-    count, (before, left) = len(found["neurons"]), found["outliers"].tolist()
-    words = f"{count} neurons in blocks 0 to {top_layer} leave {left} of {before} patches above τ = {threshold:.4g}"
-    if setting.top_k == "auto" and not _are_gone(before, left):
-        return replace(setting, neurons=(), reason=f"no register neurons: even {words}, give top_k")
-    return replace(setting, **key | {"top_k": count}, neurons=_by_block(found["neurons"]), reason=words)
-
-
-def _search(place: Place, drawn: dict[str, int], outliers: np.ndarray, threshold: float, top_layer: int,
-            top_k: int | Literal["auto"]) -> dict[str, np.ndarray]:
-    """Return the neurons as rows (block, unit), and the number of outliers without and with them."""
     model, numbers = place.backbone.model, sample_indices(len(place.dataset), drawn["sample"], drawn["seed"])
 
     def activations(images: Tensor, chosen: tuple[int, ...]) -> Tensor:
@@ -96,8 +94,8 @@ def _search(place: Place, drawn: dict[str, int], outliers: np.ndarray, threshold
         return outlier_activations(model, images, mask, top_layer)
 
     def are_outliers(images: Tensor, _chosen: tuple[int, ...]) -> Tensor:
-        last = len(model.blocks) - 1
-        return patch_norms(tokens_entering(model, images, [last])[last], model.num_prefix_tokens) > threshold
+        tokens = tokens_entering(model, images, [last + 1])[last + 1]
+        return patch_norms(tokens, model.num_prefix_tokens) > threshold
 
     def left(neurons: np.ndarray) -> int:
         with apply_registers(model, TestTimeRegisters(_by_block(neurons))):
@@ -105,12 +103,17 @@ def _search(place: Place, drawn: dict[str, int], outliers: np.ndarray, threshold
 
     scores = _total(place, drawn, activations)  # dividing by the number of images would change no rank
     ranked = np.stack(np.unravel_index(np.argsort(-scores, axis=None, kind="stable"), scores.shape), axis=1)
-    before = left(ranked[:0])
+    before = left(nothing)
     for number in TOP_K if top_k == "auto" else (top_k,):
-        after = left(ranked[:number])
-        if _are_gone(before, after) or number >= len(ranked):
+        neurons, after = ranked[:number], left(ranked[:number])
+        are_gone = after < max(1, MOST_LEFT * before)
+        if are_gone or number >= len(ranked):
             break
-    return {"neurons": ranked[:number], "outliers": np.array([before, after])}
+    reason = (f"{len(neurons)} neurons in blocks 0 to {top_layer} leave {after} of {before} patches above τ = "
+              f"{threshold:.4g}")
+    if top_k == "auto" and not are_gone:
+        neurons, reason = nothing, f"no register neurons: even {reason}, give top_k"
+    return {"neurons": neurons, "threshold": threshold, "top_layer": top_layer, "reason": reason}
 
 
 def _total(place: Place, drawn: dict[str, int], measure: Callable[[Tensor, tuple[int, ...]], Tensor],
@@ -120,10 +123,6 @@ def _total(place: Place, drawn: dict[str, int], measure: Callable[[Tensor, tuple
     sums = measured_batches(place, indices, lambda *batch: {
         "sum": measure(*batch).float().sum(dim=0, keepdim=True)}, drawn["batch_size"])
     return sums["sum"].sum(axis=0, dtype=np.float64)
-
-
-def _are_gone(before: int, left: int) -> bool:
-    return left < max(1, MOST_LEFT * before)
 
 
 def _by_block(neurons: np.ndarray) -> dict[int, list[int]]:

@@ -16,14 +16,15 @@ from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError, whole_number
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size, memory_errors, model_batches
-from itae_utils.method.anatomy import adapt, block_inputs
+from itae_utils.method.anatomy import adapt, block_index, block_inputs
 from itae_utils.method.artifacts import capture_truth, select_artifacts
 from itae_utils.method.attention import attention_map, attenuated_logits, check_setting
 from itae_utils.method.direction import has_directions, singular_directions
+from itae_utils.method.layers import BlockInput
 from itae_utils.method.register_setting import Variant, parted
 from itae_utils.method.registers import apply_registers
 from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.statistics import cls_attention, patch_norms, patch_statistic
+from itae_utils.method.statistics import cls_attention, patch_norms, patch_statistics
 from itae_utils.models.backbones import Backbone
 from itae_utils.store.store import Store, open_store
 from itae_utils.store.variants import Place
@@ -95,7 +96,7 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
         check_setting(backbone.model, itae, backbone.truth)
         if itae.blocks > 1:
             raise ItaeError(f"blocks={itae.blocks}: only the last block is observed, pass a setting with blocks=1")
-    directions = last_directions(backbone, 1 if itae is None else itae.rank)
+    directions = directions_entering(backbone, 1 if itae is None else itae.rank)
     indices = sample_indices(len(dataset), len(dataset) if sample is None else sample, seed)
     measured = measured_batches(Place(open_store(store), backbone, dataset), indices,
                                 partial(_observe_batch, backbone, itae, directions), batch_size, num_workers)
@@ -108,7 +109,7 @@ def observe(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, s
 
 @dataclass(frozen=True)
 class Rows:
-    """The `[CLS]` rows of the last block of n images, from which every edit of attention weights can be computed.
+    """The `[CLS]` rows of one block of n images, from which every edit of attention weights can be computed.
 
     Attributes:
         indices: (n,), the images' numbers in the data set.
@@ -123,29 +124,34 @@ class Rows:
     logits: np.ndarray
 
 
-def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, rank: int = 1,
-                 batch_size: int | Literal["auto"] = "auto", num_workers: int | Literal["auto"] = 0,
-                 store: str | Path | Store | None = "auto") -> Rows:
-    """Run the unmodified model once over some images, and return statistics and logits of the last block.
+def observe_rows(backbone: Backbone, dataset: Dataset, indices: np.ndarray, *, block: int = -1, rank: int = 1,
+                 kept: list[BlockInput] | None = None, **reading: object) -> Rows:
+    """Run the unmodified model once over some images, and return statistics and logits of one block.
 
     Args:
         backbone: from `load_backbone`.
         dataset: from `load_dataset`.
         indices: (n,), the images' numbers in the data set.
-        rank: number of singular directions, for the source "direction".
-        batch_size: as in `observe`.
-        num_workers: as in `observe`.
-        store: as in `observe`.
+        block: counted from the front, or if negative from the end.
+        rank: number of singular directions, for the source "direction", which the first block lacks.
+        kept: a list that receives what enters the block, batch by batch.
+        reading: batch_size, num_workers and store, as in `observe`.
     """
-    dataset, directions = checked_inputs(backbone, dataset, num_workers), last_directions(backbone, rank)
+    dataset = checked_inputs(backbone, dataset, reading.get("num_workers", 0))
+    index = block_index(backbone.model, block)
+    vit, directions = adapt(backbone.model), directions_entering(backbone, rank, index)
 
     def measure(images: Tensor, _image_numbers: tuple[int, ...]) -> dict[str, Tensor]:
-        measured = measure_batch(backbone, images, directions)
-        return {name: measured[name] for name in ("logits", *SOURCES) if name in measured}
+        inputs = block_inputs(backbone.model, images, [index])[index]
+        if kept is not None:
+            kept.append(inputs)
+        qkv = vit.blocks[index].qkv(inputs)
+        return {"logits": qkv.cls_logits[:, :, 0], **patch_statistics(qkv, vit.num_prefix_tokens, directions)}
 
-    place = Place(open_store(store), backbone, dataset)
-    measured = measured_batches(place, indices, measure, batch_size, num_workers)
-    logits = measured.pop("logits")[:, :, 0]
+    place = Place(open_store(reading.get("store", "auto")), backbone, dataset)
+    measured = measured_batches(place, indices, measure, reading.get("batch_size", "auto"),
+                                reading.get("num_workers", 0))
+    logits = measured.pop("logits")
     return Rows(indices, backbone.patch_grid, measured, logits)
 
 
@@ -202,10 +208,10 @@ def _observe_batch(backbone: Backbone, itae: ITAE | None, directions: Tensor | N
     return measured | {"artifacts": artifacts, "value_norms": means}
 
 
-def last_directions(backbone: Backbone, rank: int = 1) -> Tensor | None:
-    """Return the singular directions of the tokens that enter the last block, (C, rank); None if there are none."""
-    model = backbone.model
-    return singular_directions(model, backbone.num_blocks - 1, rank) if has_directions(model, rank) else None
+def directions_entering(backbone: Backbone, rank: int = 1, block: int = -1) -> Tensor | None:
+    """Return the singular directions of the tokens that enter a block, (C, rank); None if there are none."""
+    model, index = backbone.model, block_index(backbone.model, block)
+    return singular_directions(model, index, rank) if index and has_directions(model, rank) else None
 
 
 @torch.no_grad()
@@ -215,7 +221,7 @@ def measure_batch(backbone: Backbone, images: Tensor, directions: Tensor | None 
     Args:
         backbone: from `load_backbone`.
         images: preprocessed.
-        directions: from `last_directions`; without them "direction" is not measured.
+        directions: from `directions_entering`; without them "direction" is not measured.
 
     Returns:
         "hidden": (B, blocks, N), L2 norm of the patch tokens after each block.
@@ -230,8 +236,7 @@ def measure_batch(backbone: Backbone, images: Tensor, directions: Tensor | None 
         inputs = block_inputs(model, images, blocks)
     outputs = [*(inputs[block].tokens for block in blocks[1:]), inputs[blocks[-1]].run(last.block)]
     qkv = last.qkv(inputs[blocks[-1]])
-    measured = {source: patch_statistic(source, qkv, prefix, directions) for source in SOURCES
-                if source != "direction" or directions is not None}
+    measured = patch_statistics(qkv, prefix, directions)
     measured["hidden"] = torch.stack([patch_norms(tokens, prefix) for tokens in outputs], dim=1)
     measured["logits"] = qkv.cls_logits
     measured["head_values"] = qkv.heads("value")[:, :, prefix:].float().norm(dim=-1)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.batches import checked_inputs, chosen_batch_size
-from itae_utils.extraction.observation import last_directions, measured_batches
+from itae_utils.extraction.observation import directions_entering, measured_batches
 from itae_utils.method.anatomy import adapt, block_inputs
 from itae_utils.method.artifacts import capture_truth, select_artifacts
 from itae_utils.method.attention import check_setting
@@ -38,7 +38,7 @@ def pooled_features(backbone: Backbone, dataset: Dataset, itae: ITAE, *, batch_s
     check_setting(backbone.model, itae, backbone.truth)
     if itae.blocks > 1:
         raise ItaeError(f"blocks={itae.blocks}: patches are pooled after the last block, pass a setting with blocks=1")
-    model, vit, directions = backbone.model, adapt(backbone.model), last_directions(backbone, itae.rank)
+    model, vit, directions = backbone.model, adapt(backbone.model), directions_entering(backbone, itae.rank)
     place, last, prefix = Place(open_store(store), backbone, dataset), backbone.num_blocks - 1, vit.num_prefix_tokens
     batch_size = chosen_batch_size(batch_size, place)
 

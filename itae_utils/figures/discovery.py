@@ -156,7 +156,7 @@ def attention_shares(seen: Observation) -> Figure:
                "after ITAE. The dashed line is their share of the patches: attention that ignores artifacts lies "
                "there.")
     figure = ReportFigure(f"{subject} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
-                          f"after ITAE {after}", caption, height=3.4)
+                          f"after ITAE {after}", caption, height=3.4, narrow=True)
     axes = figure.subplots()
     for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
         axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")

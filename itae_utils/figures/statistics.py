@@ -147,7 +147,7 @@ def value_norms(seen: Observation) -> Figure:
                  f"patches; shorter in {np.count_nonzero(known < 1)} of {len(ratios)} heads")
     caption = ("Mean length of the values of artifacts as a multiple of that of other patches, per head of the last "
                "block. The dashed line is equal length.")
-    figure = ReportFigure(title, caption, height=3)
+    figure = ReportFigure(title, caption, height=3, narrow=True)
     axes = figure.subplots()
     axes.bar(heads, ratios, color=ARTIFACT, width=min(0.6, 0.08 * len(heads)))
     axes.axhline(1, color="black", linestyle="--", linewidth=1)

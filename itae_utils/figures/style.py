@@ -37,19 +37,35 @@ STYLE = {
 }
 
 
+PAPER = STYLE | {"font.family": ["STIXGeneral", "DejaVu Serif"], "font.size": 8, "axes.titlesize": 8,
+                 "legend.fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "lines.linewidth": 1}
+PAPER_WIDTH, COLUMN_WIDTH = 6.9, 3.3  # inches, of a page with two columns, and of one of them
+_format = "screen"
+
+
+def use_format(name: str) -> None:
+    """Draw all figures from now on for a "screen", or for a "paper": serif, at column width, and without titles."""
+    global _format
+    _format = name
+
+
 class ReportFigure(Figure):
     """A matplotlib figure that notebooks display without pyplot, and the report with its caption.
 
     Args:
         title: the finding.
         caption: what is drawn, for a reader who sees nothing else of the page.
-        height: in inches.
+        height: in inches, at a width of `WIDTH`.
+        narrow: whether it fits into one column of a paper.
     """
 
-    def __init__(self, title: str, caption: str, *, height: float) -> None:
-        super().__init__(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    def __init__(self, title: str, caption: str, *, height: float, narrow: bool = False) -> None:
+        paper = _format == "paper"
+        width = (COLUMN_WIDTH if narrow else PAPER_WIDTH) if paper else WIDTH
+        super().__init__(figsize=(width, height * (PAPER_WIDTH / WIDTH if paper else 1)), dpi=DPI, layout="constrained")
         self.title, self.caption = title, caption
-        self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", parse_math=False)
+        if not paper:  # there the caption says it
+            self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", parse_math=False)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         """Return the picture, and its text for the page: IPython keeps it beside the picture."""
@@ -63,7 +79,7 @@ def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
 
     @functools.wraps(draw)
     def in_style(*args, **kwargs) -> ReportFigure:
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(PAPER if _format == "paper" else STYLE):
             return draw(*args, **kwargs)
 
     return in_style

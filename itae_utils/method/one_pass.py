@@ -68,29 +68,34 @@ class OnePass:
         image_numbers = range(first_image, first_image + len(images))
         with capture_truth(self.truth, self.model) as captured:
             inputs = block_inputs(self.model, images, range(min(self.kept), self.last + 1), self.kept)
+        return self.after(inputs, image_numbers, captured.mask)
+
+    def after(self, inputs: Mapping[int, BlockInput], image_numbers: range, truth: Tensor | None = None
+              ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what a call does, from what enters the blocks `kept` of the unmodified model, by block."""
         results = {}
         for registers, first in self.firsts.items():
             names = [name for name in self.shallow if self.registers[name] == registers]
             with apply_registers(self.model, registers) if registers else nullcontext():
-                last_block = _LastBlock(self.model, self._run_from(first, inputs), image_numbers, captured.mask,
+                last_block = _LastBlock(self.model, self._run_from(first, inputs), image_numbers, truth,
                                         self.directions)
                 baseline, *outputs = last_block.run([self.settings[name] for name in names])
             found = dict(zip(names, outputs, strict=True))
             found |= {name: baseline for name, itae in self.settings.items()
                       if itae is None and self.registers[name] == registers}
             if registers is None:
-                found |= {name: self._run_deep(name, inputs, image_numbers, captured.mask) for name in self.deep}
+                found |= {name: self._run_deep(name, inputs, image_numbers, truth) for name in self.deep}
             results |= {name: (output.or_baseline(baseline), output.artifacts) for name, output in found.items()}
         return {name: results[name] for name in self.settings}
 
-    def _run_from(self, first: int, inputs: dict[int, BlockInput]) -> BlockInput:
+    def _run_from(self, first: int, inputs: Mapping[int, BlockInput]) -> BlockInput:
         """Run the blocks from `first` up to the last on kept tokens, and return the input of the last."""
         tokens = inputs[first].tokens
         for index in range(first, self.last):
             tokens = replace(inputs[index], tokens=tokens).run(self.model.blocks[index])
         return replace(inputs[self.last], tokens=tokens)
 
-    def _run_deep(self, name: str, inputs: dict[int, BlockInput], image_numbers: range,
+    def _run_deep(self, name: str, inputs: Mapping[int, BlockInput], image_numbers: range,
                   truth: Tensor | None) -> _Output:
         """Run a variant of several blocks from the first of them on."""
         itae = self.settings[name]

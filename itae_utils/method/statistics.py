@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from itae_utils.method.anatomy import adapt, block_index, block_inputs, patch_grid
 from itae_utils.method.layers import QKV
-from itae_utils.method.setting import PROJECTIONS
+from itae_utils.method.setting import PROJECTIONS, SOURCES
 
 
 def patch_norms(x: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -86,3 +86,9 @@ def patch_statistic(source: str, qkv: QKV, num_prefix_tokens: int, directions: T
             logits = qkv.cls_logits if logits is None else logits
             return cls_attention(logits, logits.shape[-1] - num_prefix_tokens).mean(dim=1)
     return patch_norms(qkv[source], num_prefix_tokens)
+
+
+def patch_statistics(qkv: QKV, num_prefix_tokens: int, directions: Tensor | None = None) -> dict[str, Tensor]:
+    """Return every statistic of every patch in one block by name; no "direction" without directions."""
+    return {source: patch_statistic(source, qkv, num_prefix_tokens, directions) for source in SOURCES
+            if source != "direction" or directions is not None}

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
-from itae_utils.figures.style import save
+from itae_utils.figures.style import save, use_format
 from itae_utils.files import make_folder
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone, load_backbone
@@ -42,6 +42,7 @@ def start(name: str, namespace: Mapping[str, object]) -> NotebookRun:
     if file.is_file():
         check_assigned(namespace.get("In", ())[:-1], file, known)
     run = NotebookRun(name, parameters, known | options)
+    use_format(str(run.options.get("format", "screen")))
     make_folder(run.output_dir / "figures", mark=True)  # before the images are listed, which may be beside it
     return run
 

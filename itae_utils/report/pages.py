@@ -22,6 +22,7 @@ from traitlets.config import Config
 
 from itae_utils.figures.explorer.page import script_hash, script_hashes
 from itae_utils.files import PACKAGE, replacing
+from itae_utils.report.methods import citations, methods_paragraph
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.rules import recorded
 from itae_utils.report.runs import Report, Run
@@ -79,16 +80,25 @@ def _policy(html: str) -> str:
 
 def explorer_page(path: Path, view: str, about: str, *, backbone: str, dataset: str) -> None:
     """Write a page that holds the explorer's view alone, from `explorer_html`, and Markdown about it."""
-    _write(path, "explorer.html.j2", view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0],
+    write_page(path, "explorer.html.j2", view=view, about=about, backbone=backbone, dataset=_short_names([dataset])[0],
            policy=_policy(view))
 
 
-def _write(path: Path, template: str, **content: object) -> None:
+def write_single(path: Path, first: str, pages: Sequence[tuple[str, str, str]]) -> None:
+    """Write the report's pages as one: the first, and place, title and content of the others."""
+    html = first + "".join(page for _, _, page in pages)
+    script = SCRIPT.read_text(encoding="utf-8") if _has_sortable(html) else ""
+    title = re.sub(r"<[^>]+>", "", re.search(r"<h1[^>]*>(.*?)</h1>", first, re.DOTALL)[1])
+    write_page(path, "single.html.j2", first=first, pages=pages, title=title, script=script,
+               policy=_policy(html + script), css=_style() + _code_style())
+
+
+def write_page(path: Path, template: str, **content: object) -> None:
     """Render one of our templates to a page in one step."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"markdown": markdown2html, "value": _shown, "duration": _duration}
-    page = environment.get_template(template).render(css=_style(), **content)
+    environment.filters |= {"markdown": markdown2html, "value": shown_value, "duration": _duration}
+    page = environment.get_template(template).render({"css": _style(), **content})
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
 
@@ -114,10 +124,14 @@ def _presentable(notebook: NotebookNode) -> NotebookNode:
 
 def _with_sorting(page: str) -> str:
     """Add the script that sorts long tables, if the page has any."""
-    if not re.search(r'<table[^>]* class="[^"]*\bsortable\b', page):
+    if not _has_sortable(page):
         return page
     start, end, rest = page.rpartition("</body>")
     return f"{start}<script>{SCRIPT.read_text(encoding='utf-8')}</script>\n{end}{rest}"
+
+
+def _has_sortable(page: str) -> bool:
+    return re.search(r'<table[^>]* class="[^"]*\bsortable\b', page) is not None
 
 
 def _with_contents(page: str) -> str:
@@ -135,7 +149,7 @@ def index_page(report: Report) -> Path:
     measured = {run.label: run.results for run in report.runs if run.results}
     own = {label: results for label, results in measured.items() if not is_collection(results)}
     scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
-    _write(
+    write_page(
         report.index,
         "index.html.j2",
         report=report,
@@ -148,6 +162,8 @@ def index_page(report: Report) -> Path:
         facts=_facts(measured, named=bool(report.grid)),
         versions=_distinct(measured, _versions),
         headline=_headline(measured, named=bool(report.grid)),
+        methods=[methods_paragraph(each) for each in scores if "options" in each["parameters"]],
+        citations=citations(measured) if measured else None,
         scores=mean_scores(scores[0]["rows"]) if len(scores) == 1 else None,
         images=_images(own.values()),
         thresholds=_thresholds(measured),
@@ -204,7 +220,7 @@ def _thresholds(measured: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for label, results in measured.items():
         for name, value in results["thresholds"].items():
-            found[name, "none found" if value is None else _shown(value)].append(label)
+            found[name, "none found" if value is None else shown_value(value)].append(label)
     return [(name, value, ", ".join(labels)) for (name, value), labels in found.items()]
 
 
@@ -294,15 +310,16 @@ def _parameter_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         tables[run.notebook.key].append({**parameters, **parameters.get("options", {})})
     names = dict.fromkeys(name for ran in tables.values() for table in ran for name in table
                           if name not in ("output_dir", "options"))
-    return [(name, [" | ".join(dict.fromkeys(_shown(table[name]) for table in ran if name in table)) or "–"
+    return [(name, [" | ".join(dict.fromkeys(shown_value(table[name]) for table in ran if name in table)) or "–"
                     for ran in tables.values()]) for name in names]
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """Return a parameter or a number as text for a page."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(shown_value, value))
     return "none" if value is None else str(value).replace(" %", "\u00a0%")  # a line must not break before the sign
 
 

@@ -111,6 +111,7 @@ RULES: dict[str, Rule] = {
     "batch_size": _whole(1, "auto"),
     "num_workers": _whole(0, "auto"),
     "store": TEXT_OR_NULL,
+    "format": _one_of(("screen", "paper")),
     "dask": Rule(lambda value: value is None or (isinstance(value, str) and CLUSTER.fullmatch(value) is not None),
                  "a scheduler's address, local:2 or the like, auto, or null"),
     "subset_seed": SEED_OR_NULL,
@@ -138,6 +139,7 @@ OPTIONS: dict[str, object] = {
     "algorithm": "exact",     # of k-means, also "scikit-learn" or "mini-batch"
     "store": "auto",          # where features are stored: a folder, a URL, or "none"
     "dask": "auto",           # a scheduler's address, or "local:N" for N processes
+    "format": "screen",       # of figures; "paper" has serif letters, column width and no titles
     "subset_seed": None,      # seed of the subset that `limit` selects
     "threshold_seed": None,   # seed of the sample that θ is fitted on
     "control_seed": None,     # seed of the random control

@@ -68,6 +68,12 @@ def test_fewer_than_four_images_have_no_map(count):
     assert (drawn.points is None) == (count < 4)
 
 
+def test_given_points_stay():
+    points = (BEFORE[:30, :2], AFTER[:30, :2])
+    found = feature_map({"baseline": BEFORE, "itae": AFTER}, 3, sample=30, points=points, **SETTINGS)
+    assert found.points is points
+
+
 def test_the_maps_are_those_of_notebook_03_and_one_that_starts_from_it():
     found = feature_map({"baseline": BEFORE, "itae": AFTER}, 3, sample=60, **SETTINGS)
     first = tsne(BEFORE, perplexity=59 / 3, seed=0, store=None)

@@ -17,6 +17,7 @@ from itae_utils.analysis.metrics import (
     match_clusters,
     paired_bootstrap,
     summarize,
+    unpaired_bootstrap,
 )
 from itae_utils.errors import ItaeError
 
@@ -222,3 +223,23 @@ def test_an_interval_with_0_is_pointed_out(low):
     assert words.startswith("+0.010 [")
     assert "contains 0" in words
     assert "-0.000" not in describe_difference({"difference": -0.0001, "low": low, "high": 0.02})
+
+
+def test_an_unpaired_bootstrap_resamples_each_side_by_itself():
+    rng = np.random.default_rng(3)
+    sides = [(rng.integers(0, 3, n), rng.integers(0, 3, (2, n))) for n in (40, 60)]
+
+    def scores(targets, labels, images):
+        rows = [(accuracy(targets[images], run[images]), normalized_mutual_info_score(targets[images], run[images]),
+                 adjusted_rand_score(targets[images], run[images])) for run in labels]
+        return np.mean(rows, axis=0)
+
+    draws = np.random.default_rng(5)
+    leads = []
+    for _ in range(20):
+        old, new = (scores(*side, draws.integers(len(side[0]), size=len(side[0]))) for side in sides)
+        leads.append(new - old)
+    found = unpaired_bootstrap(*sides, draws=20, seed=5)
+    assert np.allclose(found[["low", "high"]].T, np.quantile(leads, (0.025, 0.975), axis=0))
+    old, new = (scores(*side, np.arange(len(side[0]))) for side in sides)
+    assert np.allclose(found.difference, new - old)

@@ -58,6 +58,15 @@ def test_score_table_keeps_the_order_and_shows_the_spread():
     assert scoring.score_table(scores[scores.seed == 0]).ACC["b"] == "0.500"
 
 
+def test_score_table_marks_the_highest_mean_of_each_column():
+    scores = pd.DataFrame({"variant": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1], "acc": [0.1, 0.9, 0.6, 0.6],
+                           "nmi": [0.5, 0.5, 0.4, 0.5]})
+    table = scoring.score_table(scores, mark=True)
+    assert table.map(lambda text: text.endswith(" ★")).to_dict("index") == {
+        "a": {"ACC": False, "NMI": True}, "b": {"ACC": True, "NMI": False}}
+    assert "★" not in scoring.score_table(scores).to_string()
+
+
 def test_difference_table_is_paired_bootstrap_against_the_baseline():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, 90)

@@ -50,6 +50,10 @@ def test_the_highest_scores_on_the_sample(structure):
     scores = np.array(reference.neuron_scores(model, batch[first], sets)[:2])
     pairs = sorted(np.ndindex(scores.shape), key=lambda pair: -scores[pair])[:4]
     assert found == dataclasses.replace(asked, neurons=by_block(pairs))
+    others = norms_after(model, batch[sample_indices(20, 7, 3, second=True)], 1)
+    with apply_registers(model, found):
+        left = norms_after(model, batch[sample_indices(20, 7, 3, second=True)], 1)
+    assert find_counts(found.reason) == ((left > threshold).sum(), (others > threshold).sum())
     assert find_register_neurons(backbone, dataset, dataclasses.replace(asked, top_layer=0), sample=7, seed=3,
                                  batch_size=3).neurons[0][0] == 0
 
@@ -238,6 +242,7 @@ def test_registers_share_one_pass_of_their_own_and_late_ones_the_blocks_before()
     OnePass(model, variants)(batch, 0)
     for handle in handles:
         handle.remove()
+    assert OnePass(model, {"late": kinds["late"]}).kept == {1, 2}  # no other tokens stay in memory
     assert sorted(ran) == [0] * 3 + [1] * 5  # the model's; start and bias; late and zero from block 1 on
 
 
@@ -247,11 +252,12 @@ def test_images_without_artifacts_get_the_registers_own_feature():
     with apply_registers(backbone.model, registers):
         largest = statistic(backbone.model, batch, "attention").amax(1)
     theta = float(largest.sort().values[2:4].mean())
-    features = extract_features(backbone, dataset, {
-        "ttr": registers, "then": dataclasses.replace(registers, then=ITAE("attention", theta))})
-    equal = (features["then"] == features["ttr"]).all(1)
-    assert equal.tolist() == (largest < theta).tolist()
-    assert (features.artifact_counts["then"] == 0).tolist() == equal.tolist()
+    edits = {name: dataclasses.replace(registers, then=setting("attention", theta, name)) for name in ATTENUATIONS}
+    features = extract_features(backbone, dataset, {"ttr": registers} | edits)
+    for name in edits:
+        equal = (features[name] == features["ttr"]).all(1)
+        assert equal.tolist() == (largest < theta).tolist(), name
+        assert (features.artifact_counts[name] == 0).tolist() == equal.tolist()
     assert features.artifact_counts["ttr"].tolist() == [0] * 6
 
 

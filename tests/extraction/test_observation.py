@@ -7,6 +7,7 @@ import pytest
 from itae_utils.errors import ItaeError
 from itae_utils.extraction.neurons import find_register_neurons
 from itae_utils.extraction.observation import measure_batch, observe, observe_attention, observe_rows, sample_indices
+from itae_utils.method.anatomy import tokens_entering
 from itae_utils.method.artifacts import FiringRule
 from itae_utils.method.attention import attention_map
 from itae_utils.method.one_pass import OnePass
@@ -40,17 +41,23 @@ def test_one_pass_measures_what_the_single_functions_measure(structure):
     assert seen.truth is None
 
 
-@pytest.mark.parametrize("structure", ["registers", "qk_norm", "one_block", "dinov3"])
-def test_the_rows_of_chosen_images(structure):
+@pytest.mark.parametrize(("structure", "block"), [
+    ("registers", -1), ("qk_norm", -1), ("one_block", -1), ("dinov3", -1), ("registers", 0), ("registers", 1),
+    ("dinov3", 1)])
+def test_the_rows_of_chosen_images(structure, block):
     backbone, dataset, batch = setup(structure, count=7)
-    rows = observe_rows(backbone, dataset, np.array([1, 4, 5]), batch_size=2)
+    kept = []
+    rows = observe_rows(backbone, dataset, np.array([1, 4, 5]), block=block, kept=kept, batch_size=2)
     assert rows.indices.tolist() == [1, 4, 5]
-    assert list(rows.statistics) == sources_of(backbone.model)
+    assert list(rows.statistics) == [name for name in sources_of(backbone.model) if (name, block) != ("direction", 0)]
     for source, values in rows.statistics.items():
-        assert np.allclose(values, statistic(backbone.model, batch, source)[[1, 4, 5]], atol=1e-4), source
+        assert np.allclose(values, statistic(backbone.model, batch, source, block)[[1, 4, 5]], atol=1e-4), source
     weights = np.exp(rows.logits) / np.exp(rows.logits).sum(axis=-1, keepdims=True)
-    expected = attention_map(backbone.model, batch, heads="each").flatten(2)[[1, 4, 5]]
+    expected = attention_map(backbone.model, batch, block, heads="each").flatten(2)[[1, 4, 5]]
     assert np.allclose(weights[:, :, -16:], expected, atol=1e-6)
+    index = range(backbone.num_blocks)[block]
+    entered = tokens_entering(backbone.model, batch[[1, 4, 5]], [index])[index]
+    assert np.allclose(np.concatenate([inputs.tokens for inputs in kept]), entered, atol=1e-5)
 
 
 @pytest.mark.parametrize(("source", "rank", "attenuation"), [

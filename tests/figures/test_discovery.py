@@ -168,6 +168,6 @@ def test_save_writes_png_and_pdf_without_dates(tmp_path, seen):
 def test_notebooks_get_a_picture_at_150_dots_an_inch(seen):
     figure = figures.hidden_norms(seen)
     png, texts = figure._repr_png_()
-    assert texts == {"alt": figure.get_suptitle(), "caption": figure.caption}
+    assert texts == {"alt": figure.title, "caption": figure.caption}
     assert png.startswith(b"\x89PNG")
     assert int.from_bytes(png[16:20], "big") == 1500

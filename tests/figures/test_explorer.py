@@ -288,7 +288,7 @@ def big_data(images: int, heads: int, side: int) -> dict:
     Image.fromarray(rng.integers(0, 255, (224, 224, 3), dtype=np.uint8)).save(picture, "jpeg")
     jpeg = base64.b64encode(picture.getvalue()).decode()
     found, array = made_map(images), explorer._array
-    sources = [explorer._source(source, fit, ITAE("key", 1.0)) for source, fit in fits_of(rows).items()]
+    sources = [explorer.source_data(source, fit, ITAE("key", 1.0)) for source, fit in fits_of(rows).items()]
     on_map = explorer._map(MadeDataset(images), found, [jpeg] * images)
     panel = {"numbers": list(range(images)), "pictures": [jpeg] * images,
              "logits": array(rows.logits - rows.logits.max(axis=-1, keepdims=True), "float16"),
@@ -531,7 +531,7 @@ class TestPage:
 class TestData:
     def test_arrays_and_pictures(self, case):
         panel, on_map = case.data["panel"], case.data["map"]
-        logits = np.frombuffer(base64.b64decode(panel["logits"]["data"]), "<f2").reshape(panel["logits"]["shape"])
+        logits = np.frombuffer(panel["logits"]["data"], "<f2").reshape(panel["logits"]["shape"])
         assert logits.shape == case.rows.logits.shape
         assert np.abs(logits.max(axis=-1)).max() == 0
         spread = case.rows.logits - case.rows.logits.max(axis=-1, keepdims=True)

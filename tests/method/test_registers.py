@@ -12,7 +12,7 @@ from itae_utils.method.registers import apply_registers, has_registers, normed_r
 from itae_utils.method.setting import ITAE
 from itae_utils.method.statistics import qkv_norms, token_norms
 from tests import reference
-from tests.conftest import STRUCTURES, images, statistic, tiny_vit
+from tests.conftest import STRUCTURES, images, threshold_at, tiny_vit
 
 NEURONS = {0: (3, 7), 1: (1, 4, 20)}
 WITH_BIAS = [name for name, options in STRUCTURES.items() if not options.get("qk_norm") and name != "one_block"]
@@ -127,8 +127,7 @@ def test_itae_acts_on_the_new_tokens_whichever_context_is_opened_first(structure
     before = state(model)
     setting, columns = fitted(model, setting)
     with apply_registers(model, setting):
-        values = statistic(model, batch, source)
-        theta = float(values.flatten().sort().values[values.numel() // 3:][:2].mean())
+        theta = threshold_at(model, batch, source, 0.3)
     itae = ITAE(source, theta, "mask")
     wanted = expected(model, batch, setting, columns, itae)
     assert (wanted - expected(model, batch, setting, columns))[:, 0].abs().max() > 1e-3
@@ -143,9 +142,10 @@ def test_itae_acts_on_the_new_tokens_whichever_context_is_opened_first(structure
     assert state(model) == before
 
 
-def test_itae_in_blocks_before_a_late_token():
+@pytest.mark.parametrize("source", ["key", "token"])
+def test_itae_in_blocks_before_a_late_token(source):
     model, batch = tiny_vit("dinov3"), images(2)
-    itae = ITAE("key", [float(statistic(model, batch, "key", block).median()) for block in range(3)], blocks=3)
+    itae = ITAE(source, [threshold_at(model, batch, source, 0.8, block) for block in range(3)], "mask", blocks=3)
     late, found = TestTimeRegisters({1: (2,)}, insert="late"), []
     for outer, inner in [(late, itae), (itae, late)]:
         with context(model, outer), context(model, inner):

@@ -1,6 +1,6 @@
 """The data of the explorer's view, as JSON: pictures, logits and statistics of images, and the map of their features.
 
-Arrays are {"type", "shape", "data"}, their bytes (little-endian) in base64; pictures are JPEG files in base64.
+Arrays are {"type", "shape", "data"} of little-endian bytes, which JSON has in base64; pictures are JPEG in base64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itae_utils.analysis.feature_map import MOST_IMAGES, FeatureMap
 from itae_utils.analysis.words import statistic_name, symbol
 from itae_utils.data.images import shown
 from itae_utils.data.items import read_item, targets_of
-from itae_utils.extraction.observation import observe_rows, sample_indices
+from itae_utils.extraction.observation import Rows, observe_rows, sample_indices
 from itae_utils.method.anatomy import adapt
 from itae_utils.method.setting import ITAE
 from itae_utils.method.thresholds import ThresholdFit
@@ -50,7 +50,8 @@ def panel_size(jpeg_bytes: float, tokens: int, heads: int, patches: int, statist
 
 
 def explorer_data(backbone: Backbone, dataset: Dataset, setting: ITAE, fits: Mapping[str, ThresholdFit],
-                  found: FeatureMap, *, seed: int = 0, **reading: object) -> dict[str, object]:
+                  found: FeatureMap, *, rows: Rows | None = None, seed: int = 0, **reading: object
+                  ) -> dict[str, object]:
     """Return the view's data: the map, and as many of its images with their logits as fit into a page.
 
     Args:
@@ -59,36 +60,46 @@ def explorer_data(backbone: Backbone, dataset: Dataset, setting: ITAE, fits: Map
         setting: the run's, with a number for θ or None.
         fits: by source, in the last block; the values of a fit are the sample behind the histogram.
         found: from `feature_map`.
+        rows: of the images of the panel, which are on the map; by default as many are drawn and observed as fit.
         seed: for drawing the images of the panel out of those of the map.
         reading: keyword arguments of `observe_rows`.
     """
     vit, patches = adapt(backbone.model), math.prod(backbone.patch_grid)
-    drawn = set(found.indices[sample_indices(len(found.indices), MOST_IN_PANEL, seed)].tolist())
-    thumbs, panels = [], {}
+    drawn = found.indices[sample_indices(len(found.indices), MOST_IN_PANEL, seed)] if rows is None else rows.indices
+    drawn, thumbs, panels = set(drawn.tolist()), [], {}
     for number in found.indices.tolist():
         image = backbone.picture(read_item(dataset, number)[0])
-        thumbs.append(_jpeg(image, SMALL))
+        thumbs.append(jpeg(image, SMALL))
         if number in drawn:
-            panels[number] = _jpeg(image, LARGEST)
-    sources = [_source(source, fit, setting) for source, fit in fits.items()]
+            panels[number] = jpeg(image, LARGEST)
+    sources = [source_data(source, fit, setting) for source, fit in fits.items()]
     on_map = _map(dataset, found, thumbs)
-    fitting = panel_size(sum(map(len, panels.values())) / len(panels), patches + vit.num_prefix_tokens,
-                         vit.blocks[-1].num_heads, patches, len(fits), used=len(as_json([sources, on_map])))
-    chosen = np.array(sorted(panels))[sample_indices(len(panels), fitting, seed)]
-    rows = observe_rows(backbone, dataset, chosen, rank=setting.rank, **reading)
+    if rows is None:
+        fitting = panel_size(sum(map(len, panels.values())) / len(panels), patches + vit.num_prefix_tokens,
+                             vit.blocks[-1].num_heads, patches, len(fits), used=len(as_json([sources, on_map])))
+        chosen = np.array(sorted(panels))[sample_indices(len(panels), fitting, seed)]
+        rows = observe_rows(backbone, dataset, chosen, rank=setting.rank, **reading)
     return {
         "grid": list(rows.patch_grid),
         "run": {"source": setting.source, "theta": setting.thresholds[-1], "edit": setting.attenuation,
                 "alpha": setting.alpha},
         "sources": sources,
-        "panel": {
-            "numbers": chosen.tolist(),
-            "pictures": [panels[number] for number in chosen.tolist()],
-            "logits": _array(rows.logits - rows.logits.max(axis=-1, keepdims=True), "float16"),
-            "statistics": {source: _array(values, "float32") for source, values in rows.statistics.items()},
-        },
+        "panel": panel_data(rows, [panels[number] for number in rows.indices.tolist()]),
         "map": on_map,
     }
+
+
+def panel_data(rows: Rows, pictures: Sequence[str]) -> dict[str, object]:
+    """Return what the panel shows of images: their numbers, pictures, logits and statistics."""
+    return {"numbers": rows.indices.tolist(), "pictures": pictures,
+            "logits": _array(rows.logits - rows.logits.max(axis=-1, keepdims=True), "float16"),
+            "statistics": {source: _array(values, "float32") for source, values in rows.statistics.items()}}
+
+
+def comparison_data(found: FeatureMap) -> dict[str, object]:
+    """Return what the view shows of features before and after, but for the map's points."""
+    return {"clusters": [each.tolist() for each in found.clusters],
+            "neighbours": [each.tolist() for each in found.neighbours], "change": _array(found.change, "float32")}
 
 
 def describe_size(data: Mapping[str, object]) -> str:
@@ -100,11 +111,11 @@ def describe_size(data: Mapping[str, object]) -> str:
 
 def as_json(data: object) -> str:
     """Return data as JSON in ASCII that may stand in a script: no name in it can end the script or start another."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=lambda raw: base64.b64encode(raw).decode())
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
-def _source(source: str, fit: ThresholdFit, setting: ITAE) -> dict[str, object]:
+def source_data(source: str, fit: ThresholdFit, setting: ITAE) -> dict[str, object]:
     """Return what the view tells about a statistic: its names, its verdict, and its distribution."""
     values = fit.values.ravel()
     counts, edges = np.histogram(values, bins=BINS)
@@ -126,18 +137,17 @@ def _map(dataset: Dataset, found: FeatureMap, thumbs: Sequence[str]) -> dict[str
         "classes": None if targets is None else np.asarray(targets)[found.indices].tolist(),
         "classNames": None if targets is None else [shown(name) for name in classes],
         "points": None if found.points is None else [_array(points, "float32") for points in found.points],
-        "clusters": [each.tolist() for each in found.clusters],
-        "neighbours": [each.tolist() for each in found.neighbours],
-        "change": _array(found.change, "float32"),
+        **comparison_data(found),
     }
 
 
 def _array(values: np.ndarray, kind: str) -> dict[str, object]:
     little = np.ascontiguousarray(values).astype(np.dtype(kind).newbyteorder("<"))
-    return {"type": kind, "shape": list(little.shape), "data": base64.b64encode(little.tobytes()).decode()}
+    return {"type": kind, "shape": list(little.shape), "data": little.tobytes()}
 
 
-def _jpeg(picture: np.ndarray, side: int) -> str:
+def jpeg(picture: np.ndarray, side: int) -> str:
+    """Return a picture (H, W, 3) in [0, 1] as a JPEG file in base64, at most `side` pixels wide and high."""
     image = Image.fromarray(np.round(255 * picture).astype(np.uint8))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()

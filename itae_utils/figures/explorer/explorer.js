@@ -2,7 +2,8 @@
 //
 // One ES module for a page without a kernel (`mount`) and for anywidget (`render`). It gets the data of
 // `itae_utils.figures.explorer.data`, loads nothing, and redoes the edits of attention weights exactly.
-// Sections: data, method, parts of the page, image panel, θ panel, strip, map panel, address and files, the view.
+// Sections: data, method, parts of the page, image panel, θ panel, strip, map panel, address and files, a kernel behind
+// the view, the view.
 
 // ---- Data ------------------------------------------------------------------------------------------------------
 
@@ -26,6 +27,15 @@ function numbersOf({ type, data }) {
     numbers[i] = width === 2 ? fromFloat16(view.getUint16(2 * i, true)) : view.getFloat32(4 * i, true);
   }
   return numbers;
+}
+
+/** Add an image of one's own, as it was sent, to a decoded panel; its number is -1. */
+function addImage(panel, { pictures, logits, statistics }) {
+  const joined = (first, second) => { const all = new Float32Array(first.length + second.length); all.set(first); all.set(second, first.length); return all; };
+  panel.numbers = [...panel.numbers, -1];
+  panel.pictures = [...panel.pictures, ...pictures];
+  panel.logits = joined(panel.logits, numbersOf(logits));
+  for (const name in panel.statistics) panel.statistics[name] = joined(panel.statistics[name], numbersOf(statistics[name]));
 }
 
 /** Return the data with its arrays decoded. */
@@ -177,6 +187,7 @@ function watchSizes(elements, redraw) {
     redraw();
   });
   for (const element of elements) observer.observe(element);
+  return observer;
 }
 
 function sizeOf(element) {
@@ -214,7 +225,7 @@ function imagePanel(view) {
   const names = ["Image", "Attention before", "Attention after"];
   const canvases = names.map((name, i) => make("canvas", {
     role: i ? "img" : "application", tabindex: i ? null : 0, "aria-label": name,
-    "aria-roledescription": i ? null : "image of patches", "aria-describedby": i ? null : "itae-patch-keys",
+    "aria-roledescription": i ? null : "image of patches", "aria-describedby": i ? null : `${view.id}-patch-keys`,
     onpointermove: (event) => { if (event.pointerType === "mouse") hover(event); },
     onpointerleave: () => { view.hovered = null; view.redraw(); },
     onclick: (event) => pin(patchAt(event)), onkeydown: i ? () => {} : key,
@@ -323,7 +334,7 @@ function imagePanel(view) {
     make("div", { class: "controls" }, head.field, scale.field, make("label", { class: "check" }, frames, "frame artifacts"),
       make("div", { class: "scale" }, least, bar, most)),
     make("div", { class: "pictures" }, ...figures), summary, readout,
-    make("p", { id: "itae-patch-keys", class: "unseen" }, "Arrow keys move from patch to patch, Enter pins one, Escape lets it go."));
+    make("p", { id: `${view.id}-patch-keys`, class: "unseen" }, "Arrow keys move from patch to patch, Enter pins one, Escape lets it go."));
   return { element, draw, canvases };
 }
 
@@ -342,6 +353,8 @@ function thetaPanel(view) {
     if (theta.value === "") view.set({ theta: null });
     else if (Number.isFinite(theta.valueAsNumber)) view.set({ theta: theta.valueAsNumber });
   } });
+  const blocks = view.kernel ? data.live.blocks : 0;
+  const block = choice(`Block of ${blocks}`, Array.from({ length: blocks }, (_, i) => [i, i + 1]), (value) => view.kernel.want({ block: Number(value) }));
   const share = make("output", { class: "share" }), caption = make("p", { class: "hint caption" }), verdict = make("p", { class: "hint" });
   const back = button("Back to the run's θ", () => view.set({ ...view.ofRun(), patch: state.patch }));
   const alphaField = make("label", { class: "field" }, make("span", {}, "α"), alpha);
@@ -422,12 +435,14 @@ function thetaPanel(view) {
       + `${now.symbol} ${now.side === "low" ? "≤" : "≥"} θ: they count as artifacts.`;
     verdict.textContent = `The fit of two modes${now.fitted === null ? " finds no θ" : ` puts θ at ${number(now.fitted)} (▲)`}: ${now.verdict}.`
       + (state.edit === "substitute" ? " This edit replaces the artifacts' values, so the attention stays as it is." : "");
-    back.hidden = view.isOfRun();
+    back.hidden = view.isOfRun() || (view.kernel && !view.kernel.isLast());
+    block.field.hidden = !view.kernel;
+    if (view.kernel) block.select.value = view.kernel.block;
   }
 
   const element = make("section", { class: "theta-panel", "aria-label": "Threshold θ" },
     make("h3", {}, "Where is θ?"),
-    make("div", { class: "controls" }, source.field, make("label", { class: "field" }, make("span", {}, "θ"), theta), edit.field, alphaField, back),
+    make("div", { class: "controls" }, source.field, make("label", { class: "field" }, make("span", {}, "θ"), theta), edit.field, alphaField, block.field, back),
     make("div", { class: "plot" }, svg), caption, make("p", {}, share), verdict);
   return { element, draw };
 }
@@ -435,6 +450,11 @@ function thetaPanel(view) {
 // ---- Strip of images -------------------------------------------------------------------------------------------------
 
 const ORDERS = { attention: "attention on artifacts", count: "number of artifacts", change: "change of feature" };
+
+/** Return which images a kernel holds, in words. */
+function sampleOf({ panel, live: { images, most, bytes } }) {
+  return `${panel.numbers.filter((image) => image >= 0).length} of ${plural(images, "image")}, drawn at random: at most ${most}, and as many as fit into ${bytes / 2 ** 20} MiB of tokens.`;
+}
 
 function strip(view) {
   const { data, state } = view;
@@ -452,13 +472,14 @@ function strip(view) {
     const mask = artifactsOf(data.panel.statistics[state.source].subarray(start, end), state.theta, side);
     item.count = shareOn(mask, mask);
     item.attention = shareOn(data.panel.statistics.attention.subarray(start, end), mask);
-    item.change = data.map.change[view.places.get(item.image)];
+    item.change = data.map.change[view.places.get(item.image)] ?? -1; // of an image of one's own
   }
 
   function draw() {
     for (const item of items) {
       measure(item);
-      const value = { attention: percent(item.attention), count: String(item.count), change: item.change.toFixed(3) }[state.order];
+      const change = item.change < 0 ? "unknown" : item.change.toFixed(3);
+      const value = { attention: percent(item.attention), count: String(item.count), change }[state.order];
       const label = `${view.nameOf(item.image)}: ${plural(item.count, "artifact")}, ${ORDERS[state.order]} ${value}`;
       if (item.label === label) continue;
       item.label = label;
@@ -472,6 +493,7 @@ function strip(view) {
       bringIntoView();
     }
     order.select.value = state.order;
+    status.textContent = view.kernel ? view.kernel.words() : "";
   }
 
   /** Sort the images; not while θ is being dragged, because a strip that jumps can't be read. */
@@ -492,8 +514,12 @@ function strip(view) {
     if (!isSeen) list.scrollLeft = offsetLeft - list.clientWidth / 2;
   }
 
-  const about = make("p", { class: "hint" }, `${plural(items.length, "image")}${items.length < data.map.numbers.length ? " drawn at random" : ""}. The change of feature belongs to the run's θ.`);
-  const element = make("section", { class: "strip-panel", "aria-label": "Choice of the image" }, make("div", { class: "controls" }, order.field, about), list);
+  const about = make("p", { class: "hint" }, view.kernel ? sampleOf(data)
+    : `${plural(items.length, "image")}${items.length < data.map.numbers.length ? " drawn at random" : ""}. The change of feature belongs to the run's θ.`);
+  const file = make("input", { type: "file", accept: "image/*", onchange: () => { if (file.files.length) view.kernel.upload(file.files[0]); } });
+  const own = view.kernel ? make("label", { class: "field" }, make("span", {}, "An image of your own"), file) : null;
+  const status = make("p", { class: "hint kernel", role: "status" });
+  const element = make("section", { class: "strip-panel", "aria-label": "Choice of the image" }, make("div", { class: "controls" }, order.field, own, about), list, status);
   return { element, draw, sort };
 }
 
@@ -512,7 +538,6 @@ function mapPanel(view) {
   const { data: { map, panel }, state } = view, count = map.numbers.length, inPanel = new Set(panel.numbers);
   const titled = (...parts) => make("section", { class: "map-panel", "aria-label": "Map of the features" }, make("h3", {}, "What moves?"), ...parts);
   if (!map.points) return { element: titled(make("p", {}, "There is no map: it needs at least 4 images whose features differ.")), draw() {} };
-  const moved = map.numbers.map((_, i) => i).filter((i) => map.clusters[0][i] !== map.clusters[1][i]);
   const names = ["Baseline", "ITAE"];
   const note = make("p", { class: "elsewhere", role: "status" });
   const sheet = make("div", { class: "sheet", role: "group", "aria-label": "Chosen images", onkeydown: moveFocus });
@@ -521,11 +546,11 @@ function mapPanel(view) {
   const tip = make("div", { class: "tip", "aria-hidden": "true", hidden: true });
   const sorts = [...(map.classes ? [["class", "class"]] : []), ["cluster", "cluster"]];
   const colour = choice("Colour", sorts, (value) => view.set({ colour: value }));
-  let chosen = [], hovered = null, lasso = null, places = [[], []], drawn = "", listed = "";
+  let chosen = [], hovered = null, lasso = null, places = [[], []], drawn = "", listed = "", moved = [], compared = null;
   const again = () => { drawn = ""; view.redraw(); }; // θ alone does not change the map, and must not wait for it
 
   const canvases = map.points.map((_, side) => make("canvas", {
-    role: "application", tabindex: 0, "aria-roledescription": "map of images", "aria-describedby": "itae-map-keys",
+    role: "application", tabindex: 0, "aria-roledescription": "map of images", "aria-describedby": `${view.id}-map-keys`,
     "aria-label": `${names[side]}: map of ${count} images`,
     onpointerdown: (event) => { lasso = { side, path: [at(event)] }; event.currentTarget.setPointerCapture(event.pointerId); },
     onpointermove: (event) => move(event, side), onpointerup: (event) => release(event, side),
@@ -684,15 +709,23 @@ function mapPanel(view) {
     }
   }
 
+  /** Take over what is told of the features, at first and when a kernel has computed others. */
+  function compare() {
+    moved = map.numbers.map((_, i) => i).filter((i) => map.clusters[0][i] !== map.clusters[1][i]);
+    list.textContent = moved.length ? `List the ${plural(moved.length, "image")} whose cluster changed` : "No image changed its cluster";
+    list.disabled = moved.length === 0;
+    compared = map.change; drawn = ""; listed = "";
+  }
+
   function draw() {
+    if (compared !== map.change) compare();
     const looks = `${state.colour} ${state.pick} ${canvases.map((canvas) => sizeOf(canvas).width)} ${window.devicePixelRatio}`;
     if (drawn !== looks) { drawn = looks; canvases.forEach(drawMap); }
     colour.select.value = state.colour;
-    note.hidden = view.isOfRun();
-    if (!note.hidden) {
-      const { source, theta, edit } = view.ofRun();
-      note.textContent = `Map, clusters and neighbours belong to the run's setting (${view.source(source).symbol}, θ = ${number(theta)}, ${edit}). The handle is elsewhere.`;
-    }
+    const { source, theta, edit } = view.ofRun(), run = `the run's setting (${view.source(source)?.symbol ?? source}, θ = ${number(theta)}, ${edit})`;
+    const text = view.kernel ? view.kernel.note(run) : view.isOfRun() ? "" : `Map, clusters and neighbours belong to ${run}. The handle is elsewhere.`;
+    note.hidden = text === "";
+    if (note.textContent !== text) note.textContent = text;
     if (listed !== `${state.colour} ${state.pick}`) { listed = `${state.colour} ${state.pick}`; fillLegend(); fillDetail(); }
   }
 
@@ -706,12 +739,11 @@ function mapPanel(view) {
   }
 
   fillSheet();
-  const list = button(moved.length ? `List the ${plural(moved.length, "image")} whose cluster changed` : "No image changed its cluster", () => choose(moved));
-  list.disabled = moved.length === 0;
+  const list = button("", () => choose(moved));
   const plots = make("div", { class: "maps" }, ...canvases.map((canvas, i) => make("figure", {}, make("figcaption", {}, names[i]), canvas)), tip);
   const element = titled(make("div", { class: "controls" }, colour.field, list, button("Clear", () => choose([]))),
     note, plots, legend, sheetTitle, sheet, detail,
-    make("p", { id: "itae-map-keys", class: "unseen" }, "Arrow keys move from point to point, Enter shows an image and its neighbours, Space adds it to the sheet, Escape clears."));
+    make("p", { id: `${view.id}-map-keys`, class: "unseen" }, "Arrow keys move from point to point, Enter shows an image and its neighbours, Space adds it to the sheet, Escape clears."));
   return { element, draw };
 }
 
@@ -791,12 +823,113 @@ function saveState(view) {
   save(new Blob([`${JSON.stringify(content, null, 1)}\n`], { type: "application/json" }), `itae-${state.image}.json`);
 }
 
+// ---- A kernel behind the view ------------------------------------------------------------------------------------------
+
+const REST = 300; // milliseconds without a change, after which θ has come to rest
+const LARGEST_FILE = 8e6; // Jupyter's connection breaks at a message of 10 MiB
+
+/** Return an error in reading an image without the remedy that only data sets have. */
+const ofOneFile = (problem) => problem.replace("the image without a name", "this image").replace(/, or leave out unreadable files.*/, "");
+
+/** Asks a kernel for what the data lacks, one thing at a time: another block, an image of one's own, features. */
+class Kernel {
+  constructor(model, data) {
+    Object.assign(this, { model, data, block: data.live.blocks - 1, file: null, asked: null, wish: null, problem: "" });
+    model.on("change:answer", () => this.receive(model.get("answer")));
+  }
+
+  attach(view) {
+    this.view = view;
+    this.ofRun ??= { ...view.data.map }; // what is told of the features of the run's setting
+    this.told ??= this.setting(); // the setting whose features are told of
+  }
+
+  isLast() { return this.block === this.data.live.blocks - 1; }
+
+  setting() { const { source, theta, edit, alpha } = this.view.state; return JSON.stringify({ source, theta, edit, alpha }); }
+
+  /** Wish for another block, or for an image of one's own. */
+  want(wish) {
+    this.wish = { block: this.block, file: this.file, ...wish };
+    this.view.redraw();
+  }
+
+  async upload(file) {
+    this.problem = file.size > LARGEST_FILE ? `${file.name} is larger than ${LARGEST_FILE / 1e6} MB: choose a smaller file` : "";
+    if (!this.problem) this.want({ file: { name: file.name, bytes: await file.arrayBuffer() } });
+    this.view.redraw();
+  }
+
+  /** Ask for what is lacking, unless an answer is awaited. */
+  follow() {
+    clearTimeout(this.rest);
+    const setting = this.setting(), isTold = !this.isLast() || this.told === setting;
+    if (this.asked) return;
+    if (this.wish) this.ask({ block: this.wish.block }, this.wish);
+    else if (!isTold && this.view.isOfRun()) this.tell(this.ofRun, setting);
+    else if (!isTold) this.rest = setTimeout(() => this.ask({ setting: JSON.parse(setting) }, null, setting), REST);
+  }
+
+  ask(content, wish, setting = null) {
+    const request = `${this.view.id} ${performance.now()}`;
+    this.asked = { request, wish, setting };
+    this.problem = "";
+    this.model.send({ request, ...content }, undefined, wish?.file ? [wish.file.bytes] : []);
+    this.view.redraw();
+  }
+
+  receive(answer) {
+    if (answer.request !== this.asked?.request) return; // it is for another view of the widget
+    const { wish, setting } = this.asked, isNew = wish && wish.file !== this.file;
+    this.asked = null;
+    if (wish === this.wish) this.wish = null;
+    if (answer.problem) this.problem = isNew ? `${wish.file.name}: ${ofOneFile(answer.problem)}` : answer.problem;
+    if (wish && !answer.problem) this.show(answer, wish, isNew);
+    if (setting) this.tell(answer.problem ? {} : { ...answer, change: numbersOf(answer.change) }, setting);
+    this.view.redraw();
+  }
+
+  /** Take over clusters, neighbours and change of other features. */
+  tell({ clusters, neighbours, change }, setting) {
+    if (change) Object.assign(this.view.data.map, { clusters, neighbours, change });
+    this.told = setting;
+    if (this.view.state.order === "change") this.view.settle();
+    this.view.redraw();
+  }
+
+  /** Show another block, or an image of one's own, in a new view with the state of this one. */
+  show({ block, sources, panel, own }, { file }, isNew) {
+    const { state, data: { map }, root } = this.view, selects = () => [...root.querySelectorAll("select")];
+    const focus = selects().indexOf(document.activeElement);
+    const { threshold, name: source } = sources.find(({ name }) => name === state.source) ?? sources[0];
+    const kept = { ...state, ...(isNew ? { image: -1 } : {}), ...(block === this.block ? {} : { source, theta: threshold }) };
+    Object.assign(this, { block, file });
+    this.view.sizes.disconnect();
+    const fresh = decoded({ ...this.data, sources, panel: { ...panel, pictures: this.data.panel.pictures } });
+    if (own) addImage(fresh.panel, own);
+    new View({ ...fresh, map, upload: file?.name }, root, false, this, kept);
+    selects()[focus]?.focus();
+  }
+
+  /** Return what is to be said of block and image. */
+  words() { return this.asked?.wish ? "The kernel is at work …" : this.problem && `${this.problem}.`; }
+
+  /** Return what is to be said of the features, given the run's setting in words; nothing if they are those of the run. */
+  note(run) {
+    if (!this.isLast()) return `Map, clusters and neighbours belong to the last block, and to ${run}. Block ${this.block + 1} is shown above.`;
+    if (this.told !== this.setting()) return "The kernel computes the features of this setting …";
+    if (this.problem) return `Clusters, neighbours and change are not those of this setting: ${this.problem}.`;
+    return this.view.isOfRun() ? "" : `Clusters, neighbours and change of feature are those of this setting. The places on the map belong to ${run}.`;
+  }
+}
+
 // ---- The view ------------------------------------------------------------------------------------------------------------
 
 class View {
-  constructor(data, root, address) {
+  constructor(data, root, address, kernel = null, kept = null) {
     const places = new Map(data.map.numbers.map((each, i) => [each, i])); // on the map, by number
-    Object.assign(this, { data, root, address, places, hovered: null, now: null, frame: null });
+    const id = `itae-${Math.random().toString(36).slice(2)}`; // a page may have several views
+    Object.assign(this, { data, root, address, kernel, places, id, hovered: null, now: null, frame: null });
     const { source, theta, edit, alpha } = data.run;
     this.first = { image: data.panel.numbers[0], source, theta, edit, alpha, head: null, patch: null, scale: "sqrt", frames: true,
       order: "attention", colour: data.map.classes ? "class" : "cluster", pick: null };
@@ -804,6 +937,8 @@ class View {
     this.thetas = {}; // of the statistics that are not chosen now
     this.images = imagePanel(this); this.theta = thetaPanel(this); this.strip = strip(this); this.map = mapPanel(this);
     this.first.image = this.state.image = this.strip.sort();
+    if (kept) { Object.assign(this.state, kept); this.settle(); }
+    if (kernel) kernel.attach(this);
     const buttons = make("div", { class: "buttons" }, button("Save as PNG", () => savePicture(this, this.images)),
       button("Save the state as JSON", () => saveState(this)));
     root.replaceChildren(this.strip.element, this.images.element, this.theta.element, buttons, this.map.element);
@@ -815,7 +950,7 @@ class View {
         this.set({ ...this.first, ...stateFrom(location.hash, data) });
       });
     }
-    watchSizes(root.querySelectorAll("canvas, .plot"), () => this.redraw());
+    this.sizes = watchSizes(root.querySelectorAll("canvas, .plot"), () => this.redraw());
     this.redraw();
   }
 
@@ -828,6 +963,7 @@ class View {
   /** Return an image's name: its file if it has one, its number and its class. */
   nameOf(image) {
     const { map } = this.data, i = this.places.get(image);
+    if (i === undefined) return this.data.upload;
     const name = map.names ? map.names[i] : `Image ${image}`;
     return map.classes ? `${name} (${map.classNames[map.classes[i]]})` : name;
   }
@@ -856,6 +992,7 @@ class View {
     const values = data.panel.statistics[state.source].subarray(start, start + data.patches);
     const artifacts = artifactsOf(values, state.theta, this.source().side);
     this.now = { place, artifacts, ...attention(data, place, state.head, artifacts, state.edit, state.alpha) };
+    if (this.kernel) this.kernel.follow();
     for (const part of [this.images, this.theta, this.strip, this.map]) part.draw();
     const address = addressOf(state, this.first);
     if (this.address && location.hash === this.seen && address !== (location.hash || "#")) {
@@ -868,19 +1005,21 @@ class View {
 
 /** Show the view in an element; the form that anywidget accepts. `model.get` gives "data", and "address" in a page. */
 function render({ model, el }) {
+  const data = model.get("data"), kernel = data.live ? new Kernel(model, data) : null;
   el.classList.add("itae-explorer");
-  new View(decoded(model.get("data")), el, Boolean(model.get("address")));
+  if (kernel) { el.classList.add("live"); el.dataset.lmSuppressShortcuts = "true"; } // so that JupyterLab leaves the keys alone
+  new View(decoded(data), el, Boolean(model.get("address")), kernel);
 }
 
 /** Show the view in a page without a kernel: the model is the data itself. */
-function mount(id, data) {
+function mount(data) {
   // The address is that of the report's page; in JupyterLab it belongs to others.
   const values = { data, address: document.body.classList.contains("notebook") }, listeners = [];
   const model = {
     get: (name) => values[name], on: (event, listener) => listeners.push([event, listener]), save_changes() {},
     set(name, value) { values[name] = value; for (const [event, listener] of listeners) if (event === `change:${name}`) listener(); },
   };
-  render({ model, el: document.getElementById(id) });
+  render({ model, el: document.querySelector(".itae-explorer > .missing").parentElement }); // the first that waits
 }
 
 export default { render };

@@ -9,7 +9,6 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 MODULE, STYLES = FOLDER / "explorer.js", FOLDER / "explorer.css"
-PLACE = "itae-explorer"
 SCRIPT = re.compile(r'<script type="module">(.*?)</script>', re.DOTALL)
 MISSING = ("This part of the page needs JavaScript, which is turned off here or too old: the images, their attention "
            "before and after, the handle for θ and the map can't be shown. Everything else on the page is complete.")
@@ -19,8 +18,8 @@ def explorer_html(data_json: str) -> str:
     """Return the view as HTML that loads nothing; `data_json` is from `as_json`."""
     module = MODULE.read_text(encoding="utf-8")
     return (f"<style>\n{STYLES.read_text(encoding='utf-8')}</style>\n"
-            f'<div id="{PLACE}" class="itae-explorer"><p class="missing">{MISSING}</p></div>\n'
-            f'<script type="module">{module}\nmount({PLACE!r}, {data_json});\n</script>')
+            f'<div class="itae-explorer"><p class="missing">{MISSING}</p></div>\n'
+            f'<script type="module">{module}\nmount({data_json});\n</script>')
 
 
 def script_hashes(page: str) -> list[str]:

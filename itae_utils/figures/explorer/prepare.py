@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from torch.utils.data import Dataset
 
@@ -15,9 +13,14 @@ from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.fitting import fit_setting, fit_thresholds
 from itae_utils.figures.explorer.data import explorer_data
 from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.thresholds import ThresholdFit
+from itae_utils.method.thresholds import ThresholdFit, Thresholds
 from itae_utils.models.backbones import Backbone
-from itae_utils.store.store import Store
+
+
+def fits_of_block(fits: Thresholds, setting: ITAE, block: int = -1) -> dict[str, ThresholdFit]:
+    """Return the fits of one block by source, that of the setting's source on the setting's side."""
+    return {source: fits[block, source, setting.side] if source == setting.source else fits[block, source]
+            for source in SOURCES if (block, source) in fits}
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,7 @@ class Exploration:
 
 
 def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, clusters: int | None = None,
-            sample: int = 800, seed: int = 0, batch_size: int | Literal["auto"] = "auto",
-            num_workers: int | Literal["auto"] = 0, store: str | Path | Store | None = "auto") -> Exploration:
+            sample: int = 800, seed: int = 0, **reading: object) -> Exploration:
     """Fit θ, extract features, map them, and return the explorer's data, as notebook `00_explore` does.
 
     Fewer than 4 images have no map.
@@ -44,19 +46,16 @@ def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
         clusters: k; by default the number of classes, or without labels 10, or half of the images.
         sample: number of images on the map, at most 2,000.
         seed: of all samples and of k-means.
-        batch_size: as for `extract_features`.
-        num_workers: as for `extract_features`.
-        store: as for `extract_features`.
+        reading: batch_size, num_workers (0 by default) and store, as for `extract_features`.
     """
-    reading = {"batch_size": batch_size, "num_workers": num_workers, "store": store}
+    reading.setdefault("num_workers", 0)
     itae = ITAE() if itae is None else itae
     fits = fit_thresholds(backbone, dataset, seed=seed, rank=itae.rank, **reading)
     setting = fit_setting(backbone, dataset, itae, thresholds=fits, **reading)
-    last_fits = {source: fits[-1, source] for source in SOURCES if (-1, source) in fits}
-    last_fits[setting.source] = fits.of(setting)[-1]
+    last_fits = fits_of_block(fits, setting)
     features = extract_features(backbone, dataset, {"baseline": None, "itae": setting}, **reading)
     n, targets = len(dataset), scorable(targets_of(dataset))
     k = None if n < FEWEST else number_of_clusters(clusters, targets, n)
-    found = feature_map(features, k, sample=sample, seed=seed, kmeans_seed=seed, store=store)
+    found = feature_map(features, k, sample=sample, seed=seed, kmeans_seed=seed, store=reading.get("store", "auto"))
     data = explorer_data(backbone, dataset, setting, last_fits, found, seed=seed, **reading)
     return Exploration(setting, last_fits, found, data)
