@@ -69,7 +69,7 @@ class TestReport:
         write_notebook(tmp_path / "nb", "01_first", parameters=PARAMETERS + "options = {'alpha': 0.5}\n")
         (tmp_path / "w.pth").touch()
         given = {"checkpoint": "~/w.pth", "image_size": "112", "device": "cpu", "on_error": "skip", "split": "all",
-                 "preprocess": "meta-eval", "store": "~/s"}
+                 "preprocess": "meta-eval", "format": "paper", "store": "~/s"}
         options = [each for name, value in given.items()
                    for each in (("--" + name.replace("_", "-"),) if as_options else ("-p", name)) + (value,)]
         result = run("report", "--only", "01", "--backbone", "dinov2_vits14", *options, "--output", "~/o")

@@ -3,7 +3,7 @@
 from itae_utils.lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
-    "style": ["ReportFigure", "check_figure_path", "save", "save_as", "styled"],
+    "style": ["ReportFigure", "check_figure_path", "save", "save_as", "styled", "use_format"],
     "names": ["describe_numbered", "label_names"],
     "discovery": ["artifact_positions", "attention_examples", "attention_shares", "hidden_norms", "inspection"],
     "statistics": ["agreement", "output_norms", "statistic_distributions", "value_norms"],

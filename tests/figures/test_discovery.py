@@ -171,3 +171,19 @@ def test_notebooks_get_a_picture_at_150_dots_an_inch(seen):
     assert texts == {"alt": figure.title, "caption": figure.caption}
     assert png.startswith(b"\x89PNG")
     assert int.from_bytes(png[16:20], "big") == 1500
+
+
+def test_figures_for_a_paper_have_column_width_serif_letters_and_no_title(seen):
+    figures.use_format("paper")
+    try:
+        wide, narrow = figures.hidden_norms(seen), figures.value_norms(seen)
+        assert [figure.get_figwidth() for figure in (wide, narrow)] == [6.9, 3.3]
+        assert wide.get_suptitle() == ""
+        assert wide.title
+        wide.draw_without_rendering()
+        labels = wide.axes[0].xaxis.label
+        assert (labels.get_fontsize(), labels.get_fontfamily()[0]) == (8, "STIXGeneral")
+    finally:
+        figures.use_format("screen")
+    again = figures.hidden_norms(seen)
+    assert (again.get_figwidth(), again.get_suptitle()) == (10, again.title)
