@@ -26,8 +26,10 @@ LAYOUT = [{"selector": "th, td", "props": "font-size: .8rem; padding-right: .7re
           {"selector": "tbody th", "props": "white-space: normal; min-width: 6em"}]
 TRAINED = 4  # registers of the checkpoints that have some
 METRICS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "knn": "k-NN", "probe": "linear probe"}
-NOT_RANKED = ("**This table does not rank the remedies.** The artifacts of this backbone were planted, and they harm "
-              "in the way that ITAE undoes. So no score is marked best, and none is drawn against its cost.")
+NOT_RANKED = (
+    "**This table does not rank the remedies.** The artifacts of this backbone were planted, and they harm in the way "
+    "that ITAE undoes. So no score is marked best, and none is drawn against its cost. In published models the order "
+    "is another: silencing the register neurons harms there, and a register does not.")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def describe_attention(remedies: Mapping[str, Remedy]) -> str:
     """Return Markdown that says how much attention the remedies that act on it leave on artifacts."""
     changed = {name: each.attention for name, each in remedies.items() if len(each.attention) == 2}
     before, left = next(iter(changed.values()))[0], {name: after for name, (_, after) in changed.items()}
+    if not before:
+        return "No artifacts were found, so the remedies that look for them have nothing to do here."
     most = max(left, key=left.get)
     return (f"Artifacts hold {percent(before)} of the [CLS] attention without a remedy, and at most "
             f"{percent(left[most])} ({most}) under one that acts on the attention.")
@@ -134,11 +138,11 @@ def remedy_table(scores: pd.DataFrame | None, remedies: Mapping[str, Remedy], *,
     facts = pd.DataFrame({name: {
         "attention on artifacts": " → ".join(percent(share).replace(" ", NBSP) for share in each.attention) or "–",
         "passes more": "< 0.01" if 0 < each.passes < 0.01 else f"{each.passes:.2f}",
-        "needs": each.needs} for name, each in remedies.items()}).T
+        "needs": each.needs} for name, each in remedies.items()}).T.rename_axis("remedy")
     if scores is None:
         return facts
     best = (scores.value == scores.value.groupby("metric").transform("max")) & (scores.low > 0) & ranked
-    leads = [f" {row.difference:+z.3f} [{row.low:+z.3f},{NBSP}{row.high:+z.3f}]" for row in scores.itertuples()]
+    leads = [f"; {row.difference:+z.3f} [{row.low:+z.3f},{NBSP}{row.high:+z.3f}]" for row in scores.itertuples()]
     text = scores.value.map("{:.3f}".format) + np.where(scores.low.isna(), "", leads) + np.where(best, " ★", "")
     return text.unstack().rename(columns=METRICS)[list(METRICS.values())].join(facts, how="right").fillna("–")
 
@@ -160,7 +164,9 @@ def harm_table(features: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarr
     `features` hold "baseline"; `pooled` are from `pooled_features`.
     """
     pairs = {name: (features["baseline"], features[name]) for name in features if name != "baseline"}
-    pairs["mean of normal patches, beside the mean"] = pooled["mean"], pooled["mean_normal"]
+    pairs["mean of patches"] = features["baseline"], pooled["mean"]
+    pairs["mean of normal patches (beside the mean of all)"] = pooled["mean"], pooled["mean_normal"]
     return pd.DataFrame({name: {
         "equal to the bit": "yes" if np.array_equal(*pair) else "no",
-        "mean cosine distance": f"{cosine_distance(*pair[::-1]):.3g}"} for name, pair in pairs.items()}).T
+        "mean cosine distance": f"{cosine_distance(*pair[::-1]):.3g}"} for name, pair in pairs.items()}
+    ).T.rename_axis("remedy")

@@ -83,7 +83,7 @@ def _search(place: Place, drawn: dict[str, int], threshold: float | Literal["aut
     outliers = fit.values > (np.inf if threshold is None else threshold)
     if not outliers.any():
         why = fit.reason if threshold is None else f"no norm is above τ = {threshold:.4g}"
-        return {"neurons": nothing, "reason": f"no outliers after block {last}: {why}"}
+        return {"neurons": nothing, "reason": f"no outliers before the last block: {why}"}
     if top_layer == "auto":
         shares = [(fits.measured(block + 1, "token") > threshold).mean() for block in range(last)]
         top_layer = next((block for block, share in enumerate(shares) if share >= SHARE_RANGE[0]), last)
@@ -109,8 +109,9 @@ def _search(place: Place, drawn: dict[str, int], threshold: float | Literal["aut
         are_gone = after < max(1, MOST_LEFT * before)
         if are_gone or number >= len(ranked):
             break
-    reason = (f"{len(neurons)} neurons in blocks 0 to {top_layer} leave {after} of {before} patches above τ = "
-              f"{threshold:.4g}")
+    blocks = ", ".join(map(str, np.unique(neurons[:, 0])))
+    reason = (f"{len(neurons)} neurons (of block {blocks}, counted from 0) leave {after} of {before} patches of a "
+              f"second sample above τ = {threshold:.4g}")
     if top_k == "auto" and not are_gone:
         neurons, reason = nothing, f"no register neurons: even {reason}, give top_k"
     return {"neurons": neurons, "threshold": threshold, "top_layer": top_layer, "reason": reason}

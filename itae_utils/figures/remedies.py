@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from textwrap import wrap
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from itae_utils.analysis.remedies import Remedy
 from itae_utils.analysis.words import percent
-from itae_utils.figures.style import MAP, ReportFigure, outline, styled
+from itae_utils.figures.style import MAP, PALETTE, ReportFigure, outline, styled
 
 
 @styled
@@ -24,16 +24,17 @@ def score_against_cost(scores: pd.DataFrame, remedies: Mapping[str, Remedy]) -> 
     `scores` are from `remedy_scores`. Don't draw it where artifacts were planted, see `NOT_RANKED`.
     """
     rows = scores.xs("acc", level="metric").drop(index="baseline")
+    rows = rows[(rows.low != 0) | (rows.high != 0)]  # the others changed nothing
     clear = rows.difference[rows.low > 0]
     best = f"{clear.idxmax()}, {clear.max():+.3f}" if len(clear) else "none"
     caption = ("Lead of each remedy over the baseline in ACC, with its 95 % paired bootstrap interval over the "
                "images, against its cost: the share of a pass of the model that it adds, counted from blocks and "
-               "tokens.")
+               "tokens. Remedies that change nothing are left out.")
     figure = ReportFigure(f"Largest clear lead over the baseline in ACC: {best}", caption, height=4.2)
     axes = figure.subplots()
-    for (name, row), color in zip(rows.iterrows(), sns.color_palette("husl", len(rows)), strict=True):
+    for (name, row), color, sign in zip(rows.iterrows(), cycle(PALETTE), cycle("osD^vP*X"), strict=False):
         ends = row[["low", "difference", "high"]]
-        axes.plot([remedies[name].passes] * 3, ends, "o-", markevery=[1], color=color, label=name)
+        axes.plot([remedies[name].passes] * 3, ends, f"{sign}-", markevery=[1], color=color, label=name)
     axes.axhline(0, color="black", linestyle="--", linewidth=1, label="baseline")
     axes.set(xlabel="cost in passes of the model, beside the baseline's", ylabel="lead in ACC, with its 95 % interval")
     figure.legend(loc="outside right upper")

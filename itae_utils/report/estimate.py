@@ -93,7 +93,7 @@ def _downloads(steps: list[Step], count: Callable[..., tuple]) -> list[tuple[str
     for step in steps:
         backbone, dataset = step.setting("backbone"), step.setting("dataset")
         names = [backbone] if backbone and not step.setting("checkpoint") else []
-        for name in names + _trained_registers(step.notebook.key, backbone):
+        for name in names + _trained_registers(step.notebook.key, step.settings):
             entry = BACKBONES.get(name)
             if not (entry and entry.timm_name is None):
                 present = cached_weights(entry.timm_name if entry else name) is not None
@@ -105,9 +105,10 @@ def _downloads(steps: list[Step], count: Callable[..., tuple]) -> list[tuple[str
     return [(name, *about) for name, about in found.items()]
 
 
-def _trained_registers(key: str, backbone: str | None) -> list[str]:
-    """Return the checkpoint that notebook 05 compares a backbone with, if there is one."""
-    return [name for name in [f"{backbone}_reg"] if key == "05" and name in BACKBONES]
+def _trained_registers(key: str, settings: Mapping[str, object]) -> list[str]:
+    """Return the checkpoint that notebook 05 compares a backbone's own weights with, if there is one."""
+    name = f"{settings.get('backbone')}_reg"
+    return [name] if key == "05" and name in BACKBONES and not settings.get("checkpoint") else []
 
 
 def _disk(steps: tuple[Step, ...], downloads: list[tuple[str, int, bool]]) -> str:
@@ -178,7 +179,7 @@ def work(
         clusterings, comparisons = clusterings + len(ATTENUATIONS), HARM_STEPS
         passes = fit + 1.6 * images
     elif key == "05":  # plain, start, bias, half of the blocks for late and for zeroed, patches, and other weights
-        others = len(_trained_registers(key, parameters.get("backbone")))
+        others = len(_trained_registers(key, parameters))
         clusterings, comparisons = 12 + others, 10 + others  # one row has twice the width
         passes = (5 + len(TOP_K) // 2) * fit + (5 + others) * images + 9 * min(images, number("sample", 512))
         pairs = images**2  # k-NN compares them all

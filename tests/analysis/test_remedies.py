@@ -89,7 +89,7 @@ def test_the_table_has_a_row_for_each_remedy_and_a_column_for_each_score(scored)
     assert list(table.index) == list(FACTS)
     assert list(table.columns) == [*remedies.METRICS.values(), "attention on artifacts", "passes more", "needs"]
     row = scores.loc["noise", "acc"]
-    assert table.ACC["noise"] == f"{row.value:.3f} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+    assert table.ACC["noise"] == f"{row.value:.3f}; {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
     assert table.ACC["baseline"] == f"{scores.value['baseline', 'acc']:.3f}"
     assert table.ACC["unscored"] == "–"
     assert table["attention on artifacts"].to_dict() == {"noise": "80 % → 0 %", "baseline": "80 %", "wide": "–",
@@ -224,9 +224,10 @@ def test_harm_is_any_bit_that_differs():
     nearly[3, 2] = np.nextafter(nearly[3, 2], np.float32(9))
     table = harm_table({"baseline": baseline, "same": baseline.copy(), "nearly": nearly, "other": -baseline},
                        {"mean": mean, "mean_normal": mean.copy()})
-    assert table["equal to the bit"].tolist() == ["yes", "no", "no", "yes"]
+    assert table["equal to the bit"].tolist() == ["yes", "no", "no", "no", "yes"]
     assert list(table.index[:3]) == ["same", "nearly", "other"]
-    assert [float(text) for text in table["mean cosine distance"]] == pytest.approx([0, 0, 2, 0], abs=1e-3)
+    distances = [0, 0, 2, cosine_distance(mean, baseline), 0]
+    assert [float(text) for text in table["mean cosine distance"]] == pytest.approx(distances, abs=1e-3)
     moved = rng.normal(size=(9, 4)).astype(np.float32)
     last = harm_table({"baseline": baseline}, {"mean": mean, "mean_normal": moved}).iloc[-1]
     assert float(last["mean cosine distance"]) == pytest.approx(cosine_distance(moved, mean), rel=1e-2)

@@ -37,9 +37,10 @@ def test_a_lead_whose_interval_holds_zero_is_not_claimed():
     assert title(figures.score_against_cost(scores(0.04, -0.2), REMEDIES)).endswith("in ACC: none")
 
 
-def test_many_remedies_have_colours_of_their_own():
+def test_many_remedies_have_signs_of_their_own():
     figure = figures.score_against_cost(scores(*[0.1] * len(NAMES)), REMEDIES)
-    assert len({to_hex(line.get_color()) for line in figure.axes[0].lines}) == len(NAMES) + 1
+    lines = figure.axes[0].lines
+    assert len({(to_hex(line.get_color()), line.get_marker()) for line in lines}) == len(NAMES) + 1
     assert_nothing_is_clipped(figure)
 
 

@@ -25,7 +25,7 @@ def test_a_table_is_followed_by_its_csv_and_latex(page):
     shown = measured_tables(f"<p>before</p>{page}<p>after</p>")
     csv, latex = copies(shown)
     assert pd.read_csv(io.StringIO(csv), dtype=str).set_index("variant").equals(SCORES)
-    for line in (r"variant & ACC & $\theta$ \& <b> \\", r"base, line & 0.66 $\pm$ 0.02 & $-$1 \\",
+    for line in (r"variant & ACC & $\theta$ \& $<$b$>$ \\", r"base, line & 0.66 $\pm$ 0.02 & $-$1 \\",
                  r"itae\_2 & 0.92 & 2 \\"):
         assert line in latex
     assert shown.startswith("<p>before</p>")

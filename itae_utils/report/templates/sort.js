@@ -2,7 +2,7 @@
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
   const first = [...body.rows];
-  const numberOf = (text) => parseFloat(text.replace("−", "-").replace(/[,<]/g, ""));
+  const numberOf = (text) => parseFloat(text.split("→").pop().replace("−", "-").replace(/[,<]/g, ""));
   heads.forEach((head, column) => {
     if (!head.textContent.trim()) return;
     const button = document.createElement("button");
