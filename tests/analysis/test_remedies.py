@@ -227,7 +227,7 @@ def test_harm_is_any_bit_that_differs():
     assert table["equal to the bit"].tolist() == ["yes", "no", "no", "no", "yes"]
     assert list(table.index[:3]) == ["same", "nearly", "other"]
     distances = [0, 0, 2, cosine_distance(mean, baseline), 0]
-    assert [float(text) for text in table["mean cosine distance"]] == pytest.approx(distances, abs=1e-3)
+    assert [float(text) for text in table["mean cosine distance"]] == pytest.approx(distances, abs=1e-2)
     moved = rng.normal(size=(9, 4)).astype(np.float32)
     last = harm_table({"baseline": baseline}, {"mean": mean, "mean_normal": moved}).iloc[-1]
     assert float(last["mean cosine distance"]) == pytest.approx(cosine_distance(moved, mean), rel=1e-2)

@@ -249,6 +249,27 @@ class TestTheta:
         assert not note.is_visible()
         assert state_of(page)["theta"] == case.theta
 
+    def test_numbers_that_are_not_valid_do_not_stay(self, case, open_page):
+        page = open_page(case.path, "#edit=scale&alpha=0.3&theta=-1")
+        assert state_of(page)["theta"] == case.theta
+        for name, wrong, kept in (("θ", "-3", repr(case.theta)), ("α", "1", "0.3")):
+            field = page.get_by_role("spinbutton", name=name)
+            field.fill(wrong)
+            field.press("Tab")
+            assert field.input_value() == kept
+        assert state_of(page)["alpha"] == 0.3
+
+    def test_a_link_to_a_section_keeps_the_view(self, case, open_page):
+        page = open_page(case.path, "#image=3&theta=1.5")
+        page.get_by_role("navigation", name="Contents").get_by_role("link").click()
+        page.wait_for_url("**#section-1")
+        state = state_of(page)
+        assert (state["image"], state["theta"]) == (3, 1.5)
+        page.evaluate("location.hash = '#image=4'")
+        page.wait_for_function("location.hash === '#image=4'")
+        state = state_of(page)
+        assert (state["image"], state["theta"]) == (4, case.theta)
+
     def test_each_statistic_keeps_its_own_theta(self, case, open_page):
         page = open_page(case.path)
         set_theta(page, 1.25)

@@ -105,8 +105,8 @@ def comparison_data(found: FeatureMap) -> dict[str, object]:
 def describe_size(data: Mapping[str, object]) -> str:
     """Return a sentence on how many images the view shows."""
     panel, on_map = (len(data[part]["numbers"]) for part in ("panel", "map"))
-    return (f"{panel:,} images have their attention in this page, and {on_map:,} are on the map. The most are "
-            f"{MOST_IN_PANEL} and {MOST_IMAGES:,}, and what fits into {PAGE_BYTES // 10**6} MB.")
+    return (f"{panel:,} images have their attention in this page, and {on_map:,} are on the map: at most "
+            f"{MOST_IN_PANEL} and {MOST_IMAGES:,}, so that the page stays below {PAGE_BYTES // 10**6} MB.")
 
 
 def as_json(data: object) -> str:

@@ -348,11 +348,11 @@ function thetaPanel(view) {
   const alpha = make("input", { type: "number", min: 0.001, max: 0.999, step: 0.05, oninput: () => {
     const value = alpha.valueAsNumber;
     if (value > 0 && value < 1) view.set({ alpha: value });
-  } });
+  }, onchange: () => { alpha.value = state.alpha; } }); // what is not valid does not stay
   const theta = make("input", { type: "number", step: "any", min: 0, inputmode: "decimal", oninput: () => {
     if (theta.value === "") view.set({ theta: null });
-    else if (Number.isFinite(theta.valueAsNumber)) view.set({ theta: theta.valueAsNumber });
-  } });
+    else if (theta.valueAsNumber >= 0) view.set({ theta: theta.valueAsNumber });
+  }, onchange: () => { theta.value = state.theta ?? ""; } });
   const blocks = view.kernel ? data.live.blocks : 0;
   const block = choice(`Block of ${blocks}`, Array.from({ length: blocks }, (_, i) => [i, i + 1]), (value) => view.kernel.want({ block: Number(value) }));
   const share = make("output", { class: "share" }), caption = make("p", { class: "hint caption" }), verdict = make("p", { class: "hint" });
@@ -769,7 +769,7 @@ function readersOf(data) {
   const oneOf = (numbers) => (text) => (numbers.includes(whole(text)) ? whole(text) : undefined);
   return {
     image: oneOf(data.panel.numbers), pick: oneOf(data.map.numbers), patch: below(data.patches), head: below(data.heads),
-    source: isIn(...data.sources.map(({ name }) => name)), theta: (text) => (text === "none" ? null : real(text)),
+    source: isIn(...data.sources.map(({ name }) => name)), theta: (text) => (text === "none" ? null : real(text) >= 0 ? real(text) : undefined),
     edit: isIn(...Object.keys(EDITS)), alpha: (text) => (real(text) > 0 && real(text) < 1 ? real(text) : undefined),
     scale: isIn("sqrt", "linear"), order: isIn(...Object.keys(ORDERS)), frames: (text) => ({ 0: false, 1: true })[text],
     colour: isIn(...(data.map.classes ? ["class"] : []), "cluster"),
@@ -946,8 +946,9 @@ class View {
       this.seen = location.hash; // an address that is not this one was given by the reader, and its event will come
       this.set(stateFrom(location.hash, data)); this.settle();
       window.addEventListener("hashchange", () => {
+        const given = stateFrom(location.hash, data);
         this.seen = location.hash;
-        this.set({ ...this.first, ...stateFrom(location.hash, data) });
+        if (Object.keys(given).length || location.hash.length < 2) this.set({ ...this.first, ...given }); // else a section
       });
     }
     this.sizes = watchSizes(root.querySelectorAll("canvas, .plot"), () => this.redraw());
