@@ -67,11 +67,15 @@ class ReportFigure(Figure):
         if not paper:  # there the caption says it
             self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", parse_math=False)
 
+    @property
+    def page_texts(self) -> dict[str, str]:
+        """Its texts for a page, which IPython keeps beside the picture."""
+        return {"alt": self.title, "caption": self.caption}
+
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
-        """Return the picture, and its text for the page: IPython keeps it beside the picture."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
-        return buffer.getvalue(), {"alt": self.title, "caption": self.caption}
+        return buffer.getvalue(), self.page_texts
 
 
 def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
@@ -99,10 +103,12 @@ def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
     Raises:
         ItaeError: the folder can't be created.
     """
-    folder = make_folder(Path(output_dir) / "figures")
+    folder, engine = make_folder(Path(output_dir) / "figures"), figure.get_layout_engine()
     for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None}), ("svg", {"Date": None})]:
         with replacing(folder / f"{name}.{suffix}") as part, matplotlib.rc_context({"svg.hashsalt": name}):
             figure.savefig(part, format=suffix, metadata=metadata)
+        figure.set_layout_engine("none")  # the places are found once
+    figure.set_layout_engine(engine)
     return figure
 
 

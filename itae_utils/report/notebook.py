@@ -6,13 +6,12 @@ import ast
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from IPython.display import Markdown, display
-from matplotlib.figure import Figure
+from IPython.display import Image, Markdown, display
 from torch.utils.data import Dataset
 
 from itae_utils.data.datasets import load_dataset
 from itae_utils.errors import ItaeError
-from itae_utils.figures.style import save, use_format
+from itae_utils.figures.style import ReportFigure, save, use_format
 from itae_utils.files import make_folder
 from itae_utils.method.setting import ITAE
 from itae_utils.models.backbones import Backbone, load_backbone
@@ -152,9 +151,11 @@ class NotebookRun:
         """The feature store, for results that are computed from features."""
         return self.options["store"]
 
-    def show(self, figure: Figure, name: str) -> None:
+    def show(self, figure: ReportFigure, name: str) -> None:
         """Display a figure and save it as `figures/name` in three formats."""
-        display(save(figure, self.output_dir, name))
+        save(figure, self.output_dir, name)
+        picture = (self.output_dir / "figures" / f"{name}.png").read_bytes()  # it need not be drawn again
+        display(Image(picture, format="png", metadata=figure.page_texts))
         self._figures.append(name)
 
     def write(
