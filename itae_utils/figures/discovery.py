@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, ScalarFormatter
@@ -86,8 +86,8 @@ def attention_examples(
     shares = [percent((weights * artifacts).sum(axis=(1, 2)).mean()) for weights in maps.values()]
     title = (f"In these images artifacts draw {shares[0]} of the [CLS] attention, and {shares[1]} after ITAE"
              if artifacts.any() else "No patch of these images is an artifact: ITAE does not change their attention")
-    caption = ("Attention of [CLS] in the last block, mean over the heads, on one scale for all maps. Artifacts are "
-               "framed. Over an image each map has a scale of its own: yellow is its largest weight.")
+    caption = ("Attention of [CLS] in the last block, mean over the heads, on one scale of square roots for all maps. "
+               "Artifacts are framed. Over an image each map has a scale of its own: yellow is its largest weight.")
     figure = ReportFigure(title, caption,
                           height=1.1 + (1 + 2 * len(maps)) * min(1.3, 0.96 * WIDTH / len(pictures)))
     grid = figure.subplots(1 + 2 * len(maps), len(pictures), squeeze=False)
@@ -95,7 +95,7 @@ def attention_examples(
     for column, picture, mask, *weights in zip(grid.T, pictures, artifacts, *maps.values(), strict=True):
         _on_grid(column[0], picture, mask.shape)
         for axes, weight in zip(column[1:], weights, strict=False):
-            drawn = _on_grid(axes, weight, mask.shape, cmap=MAP, vmin=0, vmax=brightest)
+            drawn = _on_grid(axes, weight, mask.shape, cmap=MAP, norm=PowerNorm(0.5, 0, brightest))
         for axes, weight in zip(column[1 + len(maps):], weights, strict=True):
             _lay_over(axes, picture, weight)
         for axes in column:
@@ -186,7 +186,8 @@ def inspection(images: Sequence[InspectedImage], source: str, block: int, title:
     *_, over = columns  # the attention in the last column is laid over the image, too
     heights = [min(max(image.hidden.shape[0] / image.hidden.shape[1], SHORTEST_ROW), TALLEST_ROW) for image in images]
     column_width = (WIDTH - 0.5) / (2 + len(columns))
-    caption = "Norms, statistic and [CLS] attention of each image on its patches. Artifacts are framed."
+    caption = ("Norms, statistic and [CLS] attention, the latter on a scale of square roots, of each image on its "
+               "patches. Artifacts are framed.")
     figure = ReportFigure(title, caption, height=1.2 + column_width * sum(heights))
     *grid, scales = figure.subplots(len(images) + 1, 2 + len(columns), height_ratios=[*heights, 0.06])
     for scale in scales[[0, -1]]:
@@ -198,9 +199,9 @@ def inspection(images: Sequence[InspectedImage], source: str, block: int, title:
         _lay_over(row[-1], image.picture, weights)
     grid[0][-1].set_title("this over the image", fontsize=9)
     for column, scale, (name, maps) in zip(np.transpose(grid)[1:-1], scales[1:-1], columns.items(), strict=True):
-        high = brightest if name in attention else max(values.max() for values in maps)
+        high, power = (brightest, 0.5) if name in attention else (max(values.max() for values in maps), 1)
         for axes, values in zip(column, maps, strict=True):
-            drawn = _on_grid(axes, values, values.shape, cmap=MAP, vmin=0, vmax=high)
+            drawn = _on_grid(axes, values, values.shape, cmap=MAP, norm=PowerNorm(power, 0, high))
         column[0].set_title(name, fontsize=9)
         figure.colorbar(drawn, cax=scale, orientation="horizontal")
     for row, image in zip(grid, images, strict=True):

@@ -173,6 +173,15 @@ def test_notebooks_get_a_picture_at_150_dots_an_inch(seen):
     assert int.from_bytes(png[16:20], "big") == 1500
 
 
+def test_maps_of_attention_show_small_weights(seen):
+    """A tenth of the largest weight has a third of the scale, before and after."""
+    images = [image for axes in examples(seen).axes for image in axes.get_images()
+              if image.get_cmap().name == "cividis"]
+    assert len(images) > 2
+    for image in images:
+        assert float(image.norm(0.1 * image.norm.vmax)) == pytest.approx(0.1**0.5)
+
+
 def test_figures_for_a_paper_have_column_width_serif_letters_and_no_title(seen):
     figures.use_format("paper")
     try:
