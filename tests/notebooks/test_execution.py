@@ -204,5 +204,5 @@ def test_remedies_do_no_harm_to_a_model_without_artifacts(case):
     harm = dict(re.findall(r"<th>([^<]+)</th>\s*<td>(yes|no)</td>", case.text(NAMES[3])))
     assert bool(harm) == case.planted
     if case.planted:
-        assert [name for name, equal in harm.items() if equal == "no"] == ["no patches"]
-        assert len(harm) == 8
+        assert [name for name, equal in harm.items() if equal == "no"] == ["no patches", "mean of patches"]
+        assert len(harm) == 9
