@@ -72,6 +72,7 @@ def demo():
     return load_backbone("demo"), load_dataset("digits", limit=300)
 
 
+@pytest.mark.slow
 def test_the_planted_neurons_are_found_and_leave_no_outliers(demo):
     backbone, dataset = demo
     model, batch = backbone.model, dataset_tensor(backbone, dataset)
@@ -103,6 +104,7 @@ def test_the_planted_neurons_are_found_and_leave_no_outliers(demo):
     assert (held[outliers.any(1)] > found.threshold).all()
 
 
+@pytest.mark.slow
 def test_fewer_neurons_leave_more_outliers(demo):
     backbone, dataset = demo
     found = find_register_neurons(backbone, dataset)
@@ -117,6 +119,7 @@ def find_counts(reason: str) -> tuple[int, int]:
     return tuple(map(int, re.search(r"leave (\d+) of (\d+)", reason).groups()))
 
 
+@pytest.mark.slow
 def test_nothing_is_found_in_the_clean_model(demo):
     _, dataset = demo
     clean = load_backbone("demo-clean")
@@ -201,6 +204,7 @@ def every_kind_of_variant(backbone, dataset) -> dict:
     return kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["plain", "dinov2", "swiglu", "norm_pre", "eva02_fused", "dinov3_qkvb"])
 def test_extraction_gives_what_the_contexts_give(structure):
     backbone, dataset, batch = setup(structure, count=7)

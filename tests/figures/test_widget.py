@@ -175,6 +175,7 @@ class TestExplore:
         with pytest.raises(ItaeError, match="blocks=1 and select='threshold'"):
             explore(setting=setting)
 
+    @pytest.mark.slow
     def test_without_anywidget_one_line_names_the_extra(self):
         code = ("import sys; sys.modules['anywidget'] = None\nimport itae_utils as itae\n"
                 "try: itae.explore(None, None)\nexcept itae.ItaeError as error: print(error)")
