@@ -108,6 +108,13 @@ def _schema() -> Draft202012Validator:
     return Draft202012Validator(json.loads((PACKAGE / "results.schema.json").read_text(encoding="utf-8")))
 
 
+def values_of(results: Mapping, variant: str, metric: str) -> list[float]:
+    """Return the values of a variant of the results' own backbone, one per seed."""
+    own = results["provenance"]["backbone"]["name"]
+    return [row["value"] for row in results["rows"]
+            if (row["variant"], row["metric"], row["backbone"]) == (variant, metric, own)]
+
+
 def is_collection(results: Mapping[str, object]) -> bool:
     """Return whether these are the results of a notebook that measures nothing itself but collects other results."""
     about = results.get("provenance")

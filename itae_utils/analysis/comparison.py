@@ -19,6 +19,7 @@ from itae_utils.analysis.metrics import METRICS, describe_difference
 from itae_utils.analysis.words import SETTING_COLUMNS, describe_kmeans, escape
 from itae_utils.files import make_folder, replacing
 from itae_utils.latex import as_latex
+from itae_utils.results import values_of
 
 NOT_RUN, NOT_RECORDED = "not run", "not in these results"
 ABLATION = "02"  # the notebook that measures the grid of settings
@@ -46,8 +47,7 @@ def difference_rows(differences: pd.DataFrame, *, backbone: str, dataset: str, n
 
 def score_values(pairing: Pairing, variant: str, metric: str) -> list[float]:
     """Return the values of a variant of the pairing's own backbone, one per seed."""
-    return [row["value"] for row in pairing.scores["rows"]
-            if (row["variant"], row["metric"], row["backbone"]) == (variant, metric, pairing.backbone)]
+    return values_of(pairing.scores, variant, metric)
 
 
 def has_scores(pairing: Pairing) -> bool:

@@ -28,8 +28,8 @@ TRAINED = 4  # registers of the checkpoints that have some
 METRICS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "knn": "k-NN", "probe": "linear probe"}
 NOT_RANKED = (
     "**This table does not rank the remedies.** The artifacts of this backbone were planted, and they harm in the way "
-    "that ITAE undoes. So no score is marked best, and none is drawn against its cost. In published models the order "
-    "is another: silencing the register neurons harms there, and a register does not.")
+    "that ITAE undoes. So no score is marked best, and none is drawn against its cost. For OpenCLIP ViT-B/16 the paper "
+    "of the registers reports the reverse: silencing its neurons harms (zero-shot), and a register does not.")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def remedy_rows(scores: pd.DataFrame, **about: object) -> list[dict[str, object]
     return result_rows(flat.rename_axis("variant").reset_index(), list(flat), **about)
 
 
-def harm_table(features: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def change_table(features: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Return whether remedies leave a model without artifacts as it is, and else how far they move its features.
 
     `features` hold "baseline"; `pooled` are from `pooled_features`.

@@ -35,6 +35,11 @@ class PathType(click.ParamType):
         return Path(os.path.expanduser(value))
 
 
+def given(**values: object) -> dict[str, object]:
+    """Return the values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def validated(_context: click.Context, option: click.Parameter, text: str | None) -> object:
     """Read an option's value and validate it by the rules of the notebooks' parameter of that name."""
     if text is None:

@@ -140,6 +140,11 @@ class Thresholds(Mapping[tuple, ThresholdFit]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def of_block(self, itae: ITAE, block: int = -1) -> dict[str, ThresholdFit]:
+        """Return the fits of one block by source, that of the setting's source on the setting's side."""
+        return {source: self[block, source, itae.side] if source == itae.source else self[block, source]
+                for source in SOURCES if (block, source) in self}
+
     def measured(self, block: int, source: str) -> np.ndarray:
         """Return the values of a statistic in one block, counted from the front, without a fit."""
         return self._values[block, source]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -60,7 +61,7 @@ class Pair:
     after: Written
     runs: list[str]
 
-    @property
+    @cached_property
     def clusters(self) -> dict[str, tuple[Clusters, Clusters]]:
         """The cluster labels of the runs of which both reports have some."""
         found = {run: (self.before.clusters(run), self.after.clusters(run)) for run in self.runs}
@@ -95,6 +96,11 @@ def read_pair(one: str | Path, other: str | Path) -> Pair:
         raise ItaeError(f"{str(one)!r} and {str(other)!r} have no notebook in common: they hold "
                         f"{', '.join(before.results) or 'none'} and {', '.join(after.results) or 'none'}")
     return Pair(before, after, common)
+
+
+def page_beside(before: Path, after: Path) -> Path:
+    """Return the page, in a report's folder, that compares it with an earlier report."""
+    return after / f"beside-{before.resolve().name}.html"
 
 
 def compare_page(pair: Pair, scores: Sequence[Mapping[str, object]], notes: Sequence[str], path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import mean
 
 from itae_utils.method.setting import SIDES, WHERE
+from itae_utils.results import values_of
 
 CITATIONS = """\
 @inproceedings{{nakamura2024itae,
@@ -55,7 +56,7 @@ def methods_paragraph(results: Mapping) -> str:
         f"{dataset['name']}, {dataset['split']}, at {backbone['image_size']} px ({backbone['preprocess']}; "
         f"{rows} × {columns} patches), in {about['precision']} on {about['device']}.",
         _setting(results), _clustering(parameters, options, about)]
-    if scores := _scores(results["rows"]):
+    if scores := _scores(results):
         sentences.append(scores)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return " ".join([*sentences, f"Versions: Python {about['python']}, {versions}."])
@@ -84,16 +85,12 @@ def _clustering(parameters: Mapping, options: Mapping, about: Mapping) -> str:
             + f"; {parameters['seeds']} seeds, best of {options['n_init']} starts each{where}).")
 
 
-def _scores(rows: Sequence[Mapping]) -> str | None:
+def _scores(results: Mapping) -> str | None:
     """Return ACC before and after with the interval of its difference, or None without labels."""
-    def values(variant: str, metric: str) -> list[float]:
-        return [row["value"] for row in rows if (row["variant"], row["metric"]) == (variant, metric)
-                and row["backbone"] != "demo-clean"]
-
-    difference = [values("itae", f"acc_difference{end}") for end in ("", "_low", "_high")]
+    difference = [values_of(results, "itae", f"acc_difference{end}") for end in ("", "_low", "_high")]
     if not all(difference):
         return None
     lead, low, high = (each[0] for each in difference)
-    before, after = (mean(values(variant, "acc")) for variant in ("baseline", "itae"))
+    before, after = (mean(values_of(results, variant, "acc")) for variant in ("baseline", "itae"))
     return (f"ACC is {before:.3f} without and {after:.3f} with ITAE; the difference is {lead:+.3f} with a 95 % paired "
             f"bootstrap interval over the images of [{low:+.3f}, {high:+.3f}].")

@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import mean
 
 from itae_utils.errors import ItaeError
-from itae_utils.report.compare import Written, read_report
+from itae_utils.report.compare import Written, page_beside, read_report
 from itae_utils.report.pages import POLICY, write_page
-from itae_utils.results import is_collection
-
-VARIANTS = ("baseline", "itae")
+from itae_utils.results import is_collection, values_of
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,18 @@ def previous_of(entry: Entry, entries: list[Entry]) -> Entry | None:
     return max(earlier, key=lambda other: other.date, default=None)
 
 
-def overview_page(folder: Path, entries: list[Entry], left_out: list[str], compared: dict[str, str]) -> Path:
-    """Write `folder/index.html`; `compared` are links to comparisons by the name of the later report."""
+def is_newer(page: Path, *reports: Path) -> bool:
+    """Return whether a page was written after the last run of some reports."""
+    return page.is_file() and all(
+        page.stat().st_mtime_ns > (report / "report.json").stat().st_mtime_ns for report in reports)
+
+
+def overview_page(folder: Path, entries: list[Entry], left_out: list[str]) -> Path:
+    """Write `folder/index.html`, with links to the comparisons by `page_beside`."""
+    rows = [(entry, page_beside(before.report.folder, entry.report.folder).relative_to(folder).as_posix()
+             if (before := previous_of(entry, entries)) else None) for entry in entries]
     path = folder / "index.html"
-    write_page(path, "overview.html.j2", entries=entries, left_out=left_out, compared=compared, policy=POLICY)
+    write_page(path, "overview.html.j2", rows=rows, left_out=left_out, policy=POLICY)
     return path
 
 
@@ -67,9 +73,7 @@ def _entries(report: Written) -> list[Entry]:
             continue
         about = results["provenance"]
         key = about["backbone"]["name"], about["dataset"]["name"]
-        values = [[row["value"] for row in results["rows"]
-                   if (row["variant"], row["metric"], row["backbone"]) == (variant, "acc", key[0])]
-                  for variant in VARIANTS]
+        values = [values_of(results, variant, "acc") for variant in ("baseline", "itae")]
         acc = tuple(map(mean, values)) if all(values) else None
         if key not in found or (acc and results["notebook"].startswith("03")):
             found[key] = Entry(report, about["date"], *key, acc)

@@ -26,7 +26,7 @@ from itae_utils.report.methods import citations, methods_paragraph
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.rules import recorded
 from itae_utils.report.runs import Report, Run
-from itae_utils.report.tables import SCRIPT, measured_tables, plain_tables
+from itae_utils.report.tables import SORTING, measured_tables, plain_tables
 from itae_utils.results import is_collection
 
 TEMPLATES = PACKAGE / "report/templates"
@@ -73,8 +73,7 @@ def notebook_page(run: Run, selected: Sequence[Notebook], output: Path) -> Path:
 
 def _policy(html: str) -> str:
     """Return the policy of a page that holds some HTML: it lets the explorer's and the tables' own scripts run."""
-    sorting = SCRIPT.read_text(encoding="utf-8")
-    hashes = script_hashes(html) + [script_hash(sorting)] * (sorting in html)
+    hashes = script_hashes(html) + [script_hash(SORTING)] * (SORTING in html)
     return POLICY.replace("script-src 'none'", f"script-src {' '.join(hashes)}") if hashes else POLICY
 
 
@@ -87,7 +86,7 @@ def explorer_page(path: Path, view: str, about: str, *, backbone: str, dataset: 
 def write_single(path: Path, first: str, pages: Sequence[tuple[str, str, str]]) -> None:
     """Write the report's pages as one: the first, and place, title and content of the others."""
     html = first + "".join(page for _, _, page in pages)
-    script = SCRIPT.read_text(encoding="utf-8") if _has_sortable(html) else ""
+    script = SORTING if _has_sortable(html) else ""
     title = re.sub(r"<[^>]+>", "", re.search(r"<h1[^>]*>(.*?)</h1>", first, re.DOTALL)[1])
     write_page(path, "single.html.j2", first=first, pages=pages, title=title, script=script,
                policy=_policy(html + script), css=_style() + _code_style())
@@ -127,7 +126,7 @@ def _with_sorting(page: str) -> str:
     if not _has_sortable(page):
         return page
     start, end, rest = page.rpartition("</body>")
-    return f"{start}<script>{SCRIPT.read_text(encoding='utf-8')}</script>\n{end}{rest}"
+    return f"{start}<script>{SORTING}</script>\n{end}{rest}"
 
 
 def _has_sortable(page: str) -> bool:

@@ -22,6 +22,7 @@ from itae_utils.files import make_folder, write_json
 from itae_utils.models.device import resolve_device
 from itae_utils.models.hub import published_weights
 from itae_utils.models.registry import timm_name_of
+from itae_utils.report.compare import read_report
 from itae_utils.report.freshness import MARK, current_state, find_unchanged, leave_mark
 from itae_utils.report.kernel import Kernels, execute
 from itae_utils.report.pages import index_page, notebook_page
@@ -43,6 +44,7 @@ def run_report(
     parameters: Mapping[str, object] | None = None,
     output: str | Path | None = None,
     force: bool = False,
+    against: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Run the notebooks with papermill and write `output/index.html`.
@@ -63,6 +65,7 @@ def run_report(
             grid `reports/<profile>` followed by the values that replace its lists. If there is a report of another
             folder with the same last name, a hash of the path follows.
         force: also run notebooks that have not changed.
+        against: an earlier report that is to be compared with this one; it must be readable and is not overwritten.
         say: receives a line when a notebook starts and ends, or is reused.
 
     Raises:
@@ -70,7 +73,7 @@ def run_report(
             written or that another report is being written to.
     """
     plan = plan_report(profile=profile, backbone=backbone, dataset=dataset, only=only, parameters=parameters)
-    return _write_report(plan, output_folder(plan, output), force, say)
+    return _write_report(plan, output_folder(plan, output), force, against, say)
 
 
 def plan_report(
@@ -94,7 +97,7 @@ def unchanged_runs(plan: Plan, output: str | Path | None = None) -> set[str]:
 
 def repeat_report(
     folder: str | Path, *, output: str | Path | None = None, parameters: Mapping[str, object] | None = None,
-    say: Callable[[str], None] = print,
+    against: Path | None = None, say: Callable[[str], None] = print,
 ) -> Report:
     """Run a report again from its record, and report weights or images that have changed since.
 
@@ -102,6 +105,7 @@ def repeat_report(
         folder: of a report.
         output: folder to write; default `<folder>-repeated`.
         parameters: parameters and options by name that replace the record's.
+        against: as for `run_report`.
         say: receives a line when a notebook starts and ends, and a line for each difference.
 
     Raises:
@@ -110,7 +114,7 @@ def repeat_report(
     folder = Path(folder).expanduser().resolve()
     record = read_record(folder)
     plan = plan_again(record, notebooks_folder(), parameters or {})
-    report = _write_report(plan, output_folder(plan, output or f"{folder}-repeated"), True, say)
+    report = _write_report(plan, output_folder(plan, output or f"{folder}-repeated"), True, against, say)
     for line in differences(record, make_record(report)):
         say(line)
     return report
@@ -140,8 +144,12 @@ def _datasets_of(folder: Path) -> set[str]:
     return names
 
 
-def _write_report(plan: Plan, output: Path, force: bool, say: Callable[[str], None]) -> Report:
+def _write_report(plan: Plan, output: Path, force: bool, against: Path | None, say: Callable[[str], None]) -> Report:
     check_encoding("output", str(output))
+    if against is not None:  # an error now, not after hours
+        read_report(against)
+        if against.resolve() == output:
+            raise ItaeError(f"--against {str(against)!r} is the folder that would be written: give another --output")
     if any(step.given.get("results_dir") == str(output) for step in plan.steps):
         raise ItaeError(f"output={str(output)!r} is the report whose results are collected: name another --output")
     folders = [folder.resolve() for name in plan.datasets if (folder := image_folder(name))]

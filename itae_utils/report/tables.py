@@ -13,7 +13,7 @@ from bs4.element import Tag
 from itae_utils.latex import as_latex
 
 SORTED_FROM = 8  # rows; shorter tables are read at a glance
-SCRIPT = Path(__file__).parent / "templates/sort.js"
+SORTING = (Path(__file__).parent / "templates/sort.js").read_text(encoding="utf-8")  # a script
 
 
 def measured_tables(page: str) -> str:

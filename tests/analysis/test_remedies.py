@@ -11,9 +11,9 @@ from itae_utils.analysis import remedies
 from itae_utils.analysis.probes import paired_gain, probe_hits
 from itae_utils.analysis.remedies import (
     Remedy,
+    change_table,
     describe_attention,
     describe_remedies,
-    harm_table,
     passes,
     register_settings,
     remedy_facts,
@@ -217,19 +217,19 @@ def test_rows_hold_the_numbers_of_the_scores(scored):
     assert {(row["backbone"], row["dataset"], row["n"], row["seed"]) for row in rows} == {("demo", "digits", 90, None)}
 
 
-def test_harm_is_any_bit_that_differs():
+def test_a_change_is_any_bit_that_differs():
     rng = np.random.default_rng(0)
     baseline, mean = rng.normal(size=(9, 4)).astype(np.float32), rng.normal(size=(9, 4)).astype(np.float32)
     nearly = baseline.copy()
     nearly[3, 2] = np.nextafter(nearly[3, 2], np.float32(9))
-    table = harm_table({"baseline": baseline, "same": baseline.copy(), "nearly": nearly, "other": -baseline},
+    table = change_table({"baseline": baseline, "same": baseline.copy(), "nearly": nearly, "other": -baseline},
                        {"mean": mean, "mean_normal": mean.copy()})
     assert table["equal to the bit"].tolist() == ["yes", "no", "no", "no", "yes"]
     assert list(table.index[:3]) == ["same", "nearly", "other"]
     distances = [0, 0, 2, cosine_distance(mean, baseline), 0]
     assert [float(text) for text in table["mean cosine distance"]] == pytest.approx(distances, abs=1e-2)
     moved = rng.normal(size=(9, 4)).astype(np.float32)
-    last = harm_table({"baseline": baseline}, {"mean": mean, "mean_normal": moved}).iloc[-1]
+    last = change_table({"baseline": baseline}, {"mean": mean, "mean_normal": moved}).iloc[-1]
     assert float(last["mean cosine distance"]) == pytest.approx(cosine_distance(moved, mean), rel=1e-2)
 
 

@@ -12,7 +12,7 @@ from itae_utils.analysis.two_runs import compare_clusters, runs_that_fell, save_
 from itae_utils.cli import main
 from itae_utils.errors import ItaeError
 from itae_utils.files import write_json
-from itae_utils.report import report as cli_report
+from itae_utils.report import report as reports
 from itae_utils.report.compare import compare_page, read_pair
 from itae_utils.report.runs import RECORD_SCHEMA
 from tests.conftest import array_dataset
@@ -22,6 +22,7 @@ from tests.tiny_notebooks import DELETED, RESULTS, changed
 RNG = np.random.default_rng(0)
 TARGETS = np.repeat(np.arange(4), 30)
 RIGHT = np.stack([TARGETS, TARGETS])
+RUNS = ("01_first", "03_scores")
 WRONG = np.stack([RNG.permutation(TARGETS), RNG.permutation(TARGETS)])
 
 
@@ -72,14 +73,13 @@ def test_reports_that_are_the_same_have_no_changes(tmp_path):
 
 
 def test_what_differs_in_some_runs_names_them(tmp_path):
-    both = ("01_first", "03_scores")
-    one, other = (write_report(tmp_path / name, runs=both) for name in "ab")
+    one, other = (write_report(tmp_path / name, runs=RUNS) for name in "ab")
     write_json(other / "01_first" / "results.json", changed(RESULTS, "parameters.k", 7))
     assert rows_of(page_of(one, other, tmp_path / "c.html")) == [("parameter k (01_first)", "none", "7")]
 
 
 def test_a_run_of_one_report_alone_is_named(tmp_path):
-    one, other = write_report(tmp_path / "a"), write_report(tmp_path / "b", runs=("01_first", "03_scores"))
+    one, other = write_report(tmp_path / "a"), write_report(tmp_path / "b", runs=RUNS)
     assert rows_of(page_of(one, other, tmp_path / "c.html")) == [("notebook 01_first", "not run", "run")]
 
 
@@ -154,28 +154,38 @@ def test_damaged_clusters_are_named(tmp_path):
         _ = read_pair(one, other).clusters
 
 
-@pytest.mark.parametrize(("labels", "status"), [(WRONG, 3), (RIGHT, 0)])
-def test_a_report_against_an_earlier_one_fails_if_acc_fell(tmp_path, monkeypatch, labels, status):
+@pytest.mark.parametrize(("labels", "failed", "status"), [(WRONG, (), 3), (RIGHT, (), 0), (WRONG, ("a run",), 1)])
+def test_a_report_against_an_earlier_one_fails_if_acc_fell(tmp_path, monkeypatch, labels, failed, status):
     earlier, new = write_report(tmp_path / "a"), tmp_path / "new"
-    monkeypatch.setattr(cli_report, "output_folder", lambda plan, output: output)
-    monkeypatch.setattr(cli_report, "plan_report", lambda **_: None)
 
-    def run_report(**_: object) -> SimpleNamespace:
+    def run_report(*, against: Path, **_: object) -> SimpleNamespace:
+        assert against == earlier
         write_report(new, itae=labels)
-        return SimpleNamespace(folder=new, index=new / "index.html", failures={}, failed=())
+        return SimpleNamespace(folder=new, index=new / "index.html", failures={}, failed=failed)
 
-    monkeypatch.setattr(cli_report, "run_report", run_report)
-    arguments = ["report", "--output", str(new), "--against"]
-    result = CliRunner().invoke(main, [*arguments, str(earlier)])
+    monkeypatch.setattr(reports, "run_report", run_report)
+    result = CliRunner().invoke(main, ["report", "--output", str(new), "--against", str(earlier)])
     assert result.exit_code == status, result.output
-    assert ("03_scores: ACC with ITAE fell" in result.output) == (status == 3)
-    assert (new / "comparison.html").is_file()
+    assert ("interval: 03_scores" in result.output) == (status == 3)
+    assert (new / "beside-a.html").is_file() == (status != 1)
 
 
-def test_a_report_against_itself_or_against_none_is_refused_before_it_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_report, "run_report", lambda **_: pytest.fail("ran"))
-    earlier = write_report(tmp_path / "a")
+@pytest.mark.parametrize("arguments", [["--output", "{report}"], ["--from", "{report}", "--output", "{report}"]])
+def test_a_report_against_itself_or_against_none_is_refused_before_it_runs(tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr(reports, "execute", lambda *_: pytest.fail("ran"))
+    earlier = write_report(tmp_path / "a", runs=("01_artifact_discovery",))
+    before = sorted(path for path in earlier.rglob("*"))
+    arguments = [each.format(report=earlier) for each in arguments]
     for folder, words in ((earlier, "would be written"), (tmp_path / "none", "holds no report.json")):
-        result = CliRunner().invoke(main, ["report", "--output", str(earlier), "--against", str(folder)])
+        result = CliRunner().invoke(main, ["report", *arguments, "--against", str(folder)])
         assert result.exit_code == 2
         assert words in result.output
+    assert sorted(path for path in earlier.rglob("*")) == before
+
+
+def test_clusters_are_read_once(tmp_path, monkeypatch):
+    calls, load = [], np.load
+    pair = read_pair(write_report(tmp_path / "a", runs=RUNS), write_report(tmp_path / "b", runs=RUNS))
+    monkeypatch.setattr(np, "load", lambda path: calls.append(path) or load(path))
+    compare_page(pair, *compare_clusters(pair.clusters, draws=5), tmp_path / "c.html")
+    assert len(calls) == len(set(calls)) == 2 * len(RUNS)

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def test_reports_are_listed_the_newest_first_and_compared_with_the_one_before(fo
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert not external_references(page)
     assert re.findall(r'<a href="(\w+)/index\.html">', page) == ["other", "a", "c", "b"]
-    assert re.findall(r'<a href="(\w+)/comparison\.html">', page) == ["a", "c"]
-    assert "a beside" not in (folder / "a" / "comparison.html").read_text(encoding="utf-8")
-    assert "<h1>c beside a</h1>" in (folder / "a" / "comparison.html").read_text(encoding="utf-8")
+    links = re.findall(r'<a href="(\w+/beside-\w+\.html)">', page)
+    assert links == ["a/beside-c.html", "c/beside-b.html"]
+    assert "<h1>c beside a</h1>" in (folder / links[0]).read_text(encoding="utf-8")
     assert page.count("0.605 → 0.805") == 3
     assert "damaged" in page.partition("Left out")[2]
 
@@ -54,3 +55,14 @@ def test_a_folder_without_reports_is_refused(tmp_path):
     for place in (tmp_path, tmp_path / "none"):
         with pytest.raises(ItaeError, match=f"'{place}'"):
             list_reports(place)
+
+
+def test_only_comparisons_of_newer_reports_are_written_again(folder):
+    CliRunner().invoke(main, ["reports", str(folder)])
+    pages = [folder / "a/beside-c.html", folder / "c/beside-b.html"]
+    for page in pages:
+        page.write_text("kept")
+    later = pages[0].stat().st_mtime_ns + 10**9
+    os.utime(folder / "a/report.json", ns=(later, later))
+    CliRunner().invoke(main, ["reports", str(folder)])
+    assert [page.read_text(encoding="utf-8") == "kept" for page in pages] == [False, True]

@@ -15,10 +15,9 @@ from itae_utils.figures.explorer.page import SCRIPT, explorer_html, script_hashe
 from itae_utils.report.pages import index_page, mean_scores, notebook_page
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.runs import Report, Run
-from itae_utils.report.tables import SCRIPT as SORT_SCRIPT
+from itae_utils.report.tables import SORTING
 from tests.tiny_notebooks import PROVENANCE, RESULTS, ROWS, changed
 
-SORTING = SORT_SCRIPT.read_text(encoding="utf-8")
 PIXEL = io.BytesIO()
 Image.new("RGB", (2, 2)).save(PIXEL, "png")
 PNG = base64.b64encode(PIXEL.getvalue()).decode() + "\n"

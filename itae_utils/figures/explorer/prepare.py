@@ -12,15 +12,9 @@ from itae_utils.data.items import targets_of
 from itae_utils.extraction.features import extract_features
 from itae_utils.extraction.fitting import fit_setting, fit_thresholds
 from itae_utils.figures.explorer.data import explorer_data
-from itae_utils.method.setting import ITAE, SOURCES
-from itae_utils.method.thresholds import ThresholdFit, Thresholds
+from itae_utils.method.setting import ITAE
+from itae_utils.method.thresholds import ThresholdFit
 from itae_utils.models.backbones import Backbone
-
-
-def fits_of_block(fits: Thresholds, setting: ITAE, block: int = -1) -> dict[str, ThresholdFit]:
-    """Return the fits of one block by source, that of the setting's source on the setting's side."""
-    return {source: fits[block, source, setting.side] if source == setting.source else fits[block, source]
-            for source in SOURCES if (block, source) in fits}
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ def prepare(backbone: Backbone, dataset: Dataset, itae: ITAE | None = None, *, c
     itae = ITAE() if itae is None else itae
     fits = fit_thresholds(backbone, dataset, seed=seed, rank=itae.rank, **reading)
     setting = fit_setting(backbone, dataset, itae, thresholds=fits, **reading)
-    last_fits = fits_of_block(fits, setting)
+    last_fits = fits.of_block(setting)
     features = extract_features(backbone, dataset, {"baseline": None, "itae": setting}, **reading)
     n, targets = len(dataset), scorable(targets_of(dataset))
     k = None if n < FEWEST else number_of_clusters(clusters, targets, n)

@@ -19,7 +19,7 @@ from itae_utils.extraction.fitting import fit_setting, fit_thresholds
 from itae_utils.extraction.observation import observe_rows, sample_indices
 from itae_utils.figures.explorer import data as view
 from itae_utils.figures.explorer.page import MODULE, STYLES, explorer_html
-from itae_utils.figures.explorer.prepare import fits_of_block, prepare
+from itae_utils.figures.explorer.prepare import prepare
 from itae_utils.files import in_one_line
 from itae_utils.method.anatomy import adapt, block_index
 from itae_utils.method.one_pass import OnePass
@@ -81,7 +81,7 @@ class Explorer(AnyWidget or HasTraits):
         k = number_of_clusters(clusters, scorable(targets_of(dataset)), len(numbers))
         self.sample = {"k": k, "sample": len(numbers), "seed": seed, "kmeans_seed": seed}
         self.found = feature_map(self.features(self.itae), **self.sample, store=reading.get("store", "auto"))
-        data = view.explorer_data(backbone, dataset, self.itae, fits_of_block(self.fits, self.itae),
+        data = view.explorer_data(backbone, dataset, self.itae, self.fits.of_block(self.itae),
                                   replace(self.found, indices=numbers), rows=rows)
         live = {"blocks": backbone.num_blocks, "images": len(dataset), "most": MOST_IMAGES, "bytes": MOST_BYTES}
         super().__init__(data={**data, "live": live})
@@ -121,5 +121,5 @@ class Explorer(AnyWidget or HasTraits):
             own = view.panel_data(observe_rows(backbone, [picture], np.zeros(1, int), **how, batch_size=1, store=None),
                                   [view.jpeg(backbone.picture(picture), view.LARGEST)])
         sources = [view.source_data(source, fit, replace(self.itae, threshold=(fit.apply(self.rule),)))
-                   for source, fit in fits_of_block(self.fits, self.itae, index).items()]
+                   for source, fit in self.fits.of_block(self.itae, index).items()]
         return {"block": index, "sources": sources, "panel": view.panel_data(rows, []), "own": own}
