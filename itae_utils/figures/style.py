@@ -97,8 +97,8 @@ def panels(figure: Figure, count: int) -> list[Axes]:
     return list(grid[:count])
 
 
-def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
-    """Write `output_dir/figures/name` as PNG, PDF and SVG, without dates, and return the figure.
+def save(figure: Figure, output_dir: str | Path, name: str) -> None:
+    """Write `output_dir/figures/name` as PNG, PDF and SVG, without dates.
 
     Raises:
         ItaeError: the folder can't be created.
@@ -109,7 +109,6 @@ def save(figure: Figure, output_dir: str | Path, name: str) -> Figure:
             figure.savefig(part, format=suffix, metadata=metadata)
         figure.set_layout_engine("none")  # the places are found once
     figure.set_layout_engine(engine)
-    return figure
 
 
 def outline(axes: Axes, artifacts: np.ndarray) -> None:

@@ -181,7 +181,7 @@ def work(
     elif key == "05":  # plain, start, bias, half of the blocks for late and for zeroed, patches, and other weights
         others = len(_trained_registers(key, parameters))
         clusterings, comparisons = 12 + others, 10 + others  # one row has twice the width
-        passes = (5 + len(TOP_K) // 2) * fit + (5 + others) * images + 9 * min(images, number("sample", 512))
+        passes = (5 + len(TOP_K) // 2) * fit + (5 + others) * images + 7 * min(images, number("sample", 512))
         pairs = images**2  # k-NN compares them all
     else:  # the model, and the same with random weights; raw pixels and the variants are clustered
         passes, clusterings, comparisons = fit + 2 * (images + fitted), 6, 5

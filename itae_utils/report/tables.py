@@ -52,8 +52,8 @@ def _join_headers(table: Tag) -> None:
     cells = [row.find_all(["th", "td"]) for row in rows]
     if len(cells) == 2 and len(cells[0]) == len(cells[1]) and not table.thead.find(colspan=re.compile("[^1]")):
         for first, second in zip(*cells, strict=True):
-            if not first.get_text(strip=True):
-                first.string = second.get_text(" ", strip=True)
+            if name := second.get_text(" ", strip=True):  # of the index, above which is the name of the columns
+                first.string = name
         rows[1].decompose()
 
 

@@ -155,7 +155,7 @@ def test_inspection_labels_rows_with_file_names(name, label):
 
 def test_save_writes_png_and_pdf_without_dates(tmp_path, seen):
     figure = figures.hidden_norms(seen)
-    assert figures.save(figure, tmp_path / "a", "norms") is figure
+    figures.save(figure, tmp_path / "a", "norms")
     figures.save(figures.hidden_norms(seen), tmp_path / "b", "norms")
     for suffix, start in [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")]:
         first, second = ((tmp_path / run / "figures" / f"norms.{suffix}").read_bytes() for run in "ab")

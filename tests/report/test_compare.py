@@ -1,4 +1,5 @@
 import base64
+import itertools
 import json
 import re
 from pathlib import Path
@@ -15,8 +16,9 @@ from itae_utils.files import write_json
 from itae_utils.report import report as reports
 from itae_utils.report.compare import compare_page, read_pair
 from itae_utils.report.runs import RECORD_SCHEMA
+from tests.browser import open_chromium
 from tests.conftest import array_dataset
-from tests.report.test_pages import external_references
+from tests.report.test_pages import PIXEL, external_references
 from tests.tiny_notebooks import DELETED, RESULTS, changed
 
 RNG = np.random.default_rng(0)
@@ -88,6 +90,22 @@ def test_figures_stand_side_by_side(tmp_path):
     page = page_of(one, other, tmp_path / "c.html")
     found = [base64.b64decode(each) for each in re.findall(r"data:image/png;base64,([\w+/=]+)", page)]
     assert found == [b"one", b"two"]
+
+
+def test_pages_have_no_accessibility_faults(tmp_path):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    one = write_report(tmp_path / "a", figure=PIXEL.getvalue())
+    other = write_report(tmp_path / "b", changed(RESULTS, "parameters.k", 7), figure=PIXEL.getvalue())
+    page_of(one, other, tmp_path / "b/beside-a.html")
+    CliRunner().invoke(main, ["reports", str(tmp_path)])
+    with open_chromium() as browser:
+        page = browser.new_page()
+        for name, width in itertools.product(("b/beside-a.html", "index.html"), (1280, 390)):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto((tmp_path / name).as_uri())
+            faults = [fault for fault in axe.Axe().run(page).response["violations"] if fault["impact"] != "minor"]
+            assert not [(name, fault["id"], fault["nodes"][0]["html"][:200]) for fault in faults]
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -121,7 +121,7 @@ def test_the_remedies_run_cluster_and_compare_what_the_notebook_lists(backbone, 
     of_images += [("trained", 1)] * others
     of_the_first_sample = ["θ", "activations", "means of bias", "θ on top"]
     of_the_second = ["outliers before"] + [f"the {number} best" for number in TOP_K[:len(TOP_K) // 2]]
-    of_the_maps = ["observed", "baseline", "itae", "no patches", "start", "late", "bias", "zeroed", "on top"]
+    of_the_maps = ["observed", "no patches", "start", "late", "bias", "zeroed", "on top"]
     passes = (10_000 * sum(cost for _, cost in of_images) + SAMPLE * len(of_the_first_sample + of_the_second)
               + 300 * len(of_the_maps))
     found = work("05", base, size, 10_000, 10)

@@ -7,6 +7,7 @@ from bs4 import BeautifulSoup
 
 from itae_utils.report.tables import SORTED_FROM, measured_tables, plain_tables, table_frame
 
+WIDE = pd.DataFrame({"a": ["1"]}, index=pd.Index(["x"], name="variant"), columns=pd.Index(["a"], name="metric"))
 SCORES = pd.DataFrame({"ACC": ["0.66 ± 0.02", "0.92"], "θ & <b>": ["−1", "2"]},
                       index=pd.Index(["base, line", "itae_2"], name="variant"))
 
@@ -38,6 +39,11 @@ def test_headers_are_one_row_and_reachable(page):
     assert [[cell.get_text(strip=True) for cell in row.find_all("th")] for row in table.thead.find_all("tr")] == [
         ["variant", "ACC", "θ & <b>"]]
     assert table["tabindex"] == "0"
+
+
+@pytest.mark.parametrize("page", frames(WIDE))
+def test_the_first_header_is_the_name_of_the_rows_not_of_the_columns(page):
+    assert copies(measured_tables(page))[0] == "variant,a\nx,1\n"
 
 
 @pytest.mark.parametrize("page", frames(pd.DataFrame(
