@@ -127,7 +127,7 @@ def attenuate(model: nn.Module, itae: ITAE, *, truth: FiringRule | Tensor | None
         for index, threshold, substitute in zip(edited, itae.thresholds, check_substitutes(itae), strict=True):
             if threshold is None and itae.select != "oracle":
                 continue
-            editor = _RowEditor(itae, threshold, substitute, index, model,
+            editor = _RowEditor(itae, threshold, substitute, index, model, vit.num_prefix_tokens,
                                 directions_of(model, index, itae), captured, first_image,
                                 is_active=lambda: contexts[-1] is context)
             context.enter_context(vit.blocks[index].edit_heads(editor))
@@ -188,7 +188,8 @@ class _RowEditor:
     threshold: float | None        # of this block
     substitute: tuple[float, ...] | None
     block: int                     # its index
-    model: nn.Module               # it may get more prefix tokens, see `apply_registers`
+    model: nn.Module
+    num_prefix_tokens: int         # at first; a timm model counts them itself, and may get more by `apply_registers`
     directions: Tensor | None
     truth: CapturedTruth
     next_image: int                # index of the next image in the data set
@@ -200,7 +201,8 @@ class _RowEditor:
         self.next_image = image_numbers.stop
         if not self.is_active():
             return x
-        values = patch_statistic(self.itae.source, qkv, adapt(self.model).num_prefix_tokens, self.directions)
+        prefix = getattr(self.model, "num_prefix_tokens", self.num_prefix_tokens)
+        values = patch_statistic(self.itae.source, qkv, prefix, self.directions)
         artifacts = select_artifacts(values, self.threshold, self.itae, block=self.block, image_numbers=image_numbers,
                                      truth=self.truth.mask)
         q, k, v = (qkv.heads(name) for name in PROJECTIONS)
