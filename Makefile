@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# Test files are shared out to two processes of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: report test test-all lab bench lint clean
 
@@ -9,10 +11,10 @@ report: $(READY)
 	$(BIN)/itae report --profile demo
 
 test: $(READY) lint
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY) lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 lab: $(READY)
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab --notebook-dir notebooks

@@ -188,6 +188,7 @@ def measured_batches(place: Place, indices: np.ndarray,
         for images in model_batches(backbone, dataset, batch_size=batch_size, num_workers=num_workers, indices=indices):
             image_numbers = tuple(indices[done:done + len(images)].tolist())
             for name, values in measure(images, image_numbers).items():
+                values = values.float() if values.dtype == torch.bfloat16 else values  # NumPy has no such type
                 batches.setdefault(name, []).append(values.cpu().numpy())
             done += len(images)
     return {name: np.concatenate(values) for name, values in batches.items()}

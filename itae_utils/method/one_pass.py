@@ -124,6 +124,12 @@ def _edit(itae: ITAE) -> tuple[str, float]:
     return itae.attenuation, itae.alpha
 
 
+def _as_multiplied(x: Tensor) -> Tensor:
+    """Return x in the type that autocast gives to products, so that it is converted once, not for each product."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class _Projections(dict):
     """Queries, keys and values of normed tokens x (B, T, C), each computed when it is first read."""
 
@@ -142,7 +148,7 @@ class _LastBlock:
                  directions: Mapping[int, Tensor]) -> None:
         self.model, self.adapter = model, adapt(model).blocks[-1]
         self.image_numbers, self.truth, self.directions = image_numbers, truth, directions
-        self.cls_token, self.x = inputs.tokens[:, 0], self.adapter.block.norm1(inputs.tokens)
+        self.cls_token, self.x = inputs.tokens[:, 0], _as_multiplied(self.adapter.block.norm1(inputs.tokens))
         self.qkv = QKV(self.adapter, _Projections(self.adapter, self.x), inputs.rope, inputs.tokens)
         query = self.adapter.project(self.x[:, :1], "query")
         self.logits = scaled_logits(self.adapter.heads("query", query, inputs.rope), self.qkv.heads("key"))

@@ -117,3 +117,13 @@ def test_a_found_neuron_that_stays_active_is_seen(planted, monkeypatch):
                         lambda model, _: apply_registers(model, TestTimeRegisters({block: units[1:]})))
     (measured,) = register_checks(backbone, digits, found, np.arange(20)).to_numpy().T
     assert float(measured[2]) > 1
+
+
+def test_in_bfloat16_the_same_is_found(planted):
+    backbone, digits, found = planted
+    half = dataclasses.replace(backbone, precision="bf16")
+    (full, measured) = (register_checks(each, digits, found, np.arange(20), store=None).to_numpy().T[0]
+                        for each in (backbone, half))
+    assert measured[:3].tolist() == full[:3].tolist()
+    for row in (4, 5):
+        assert float(measured[row].split()[0]) == pytest.approx(float(full[row].split()[0]), rel=0.05)
