@@ -56,7 +56,7 @@ def test_every_public_name_exists_and_is_documented():
 
 def test_the_python_examples_of_the_documents_run_in_order(tmp_path):
     """Blocks marked `py` need a cluster and are left out."""
-    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/faults.md"))
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reference/store.md"))
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
     done = subprocess.run([sys.executable, "-c", "".join(blocks)], cwd=tmp_path, capture_output=True, text=True,
@@ -85,6 +85,6 @@ def test_the_readme_is_short():
 
 
 def test_every_parameter_and_option_is_documented():
-    text = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/parameters.md").read_text(encoding="utf-8")
     first_column = "\n".join(line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `"))
     assert set(re.findall(r"`(\w+)`", first_column)) == set(RULES)
