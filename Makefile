@@ -5,7 +5,7 @@ READY := .venv/ready
 # Test files are shared out to two processes of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: report test test-all lab bench lint clean
+.PHONY: report test test-all lab docs bench lint clean
 
 report: $(READY)
 	$(BIN)/itae report --profile demo
@@ -18,6 +18,10 @@ test-all: $(READY) lint
 
 lab: $(READY)
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab --notebook-dir notebooks
+
+# The site holds the demo's report, so that is made first.
+docs: report
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
 
 # About 35 minutes on two cores; for a part of it: make bench BENCH="--parts passes --sizes S"
 bench: $(READY)
@@ -34,4 +38,4 @@ $(READY): pyproject.toml requirements.lock
 
 # Reports stay: they may hold hours of work.
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache docs/_build

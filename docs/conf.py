@@ -20,8 +20,8 @@ release = version = itae_utils.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 exclude_patterns = ["_build"]
 nitpicky = True
-# Names of other packages: their documents are not asked, because the build needs no network.
-nitpick_ignore_regex = [("py:.*", r"(?!itae_utils).*")]
+# Names of other packages, whose documents are not asked because the build needs no network, and internal classes.
+nitpick_ignore_regex = [("py:.*", r"(?!itae_utils).*"), ("py:.*", r".*\.(CapturedTruth|StoredVariant|ArrayKind)")]
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
