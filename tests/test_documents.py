@@ -211,7 +211,7 @@ def test_the_numbers_of_the_benchmark_are_those_of_its_file():
 def test_the_numbers_of_the_readme_are_those_of_the_demo():
     text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
     for name, words in (written()["demo"] | written()["times"]).items():
-        assert words in text, (name, words)
+        assert re.sub(r"\s+", " ", words) in text, (name, words)
 
 
 @pytest.mark.slow
@@ -230,6 +230,7 @@ def test_the_demo_s_report_has_the_numbers_of_the_readme():
             assert abs(one - other) <= (1 if "%" in words else 0.02 if "scores" in name else 0.005), (name, words)
 
 
+CONSTANTS = {"README.md": {"3.11"}, "docs/reference/parameters.md": {"0.5"}}
 MEASURED = re.compile(r"(?<![\w.=(/:-])\d+\.\d+(?![\w.]*\d{4,})")
 
 
@@ -242,4 +243,3 @@ def test_no_page_has_a_number_that_nobody_measured(page):
     assert set(MEASURED.findall(text)) - known <= CONSTANTS.get(name_of(page), set())
 
 
-CONSTANTS: dict[str, set[str]] = {}
