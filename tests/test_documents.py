@@ -14,6 +14,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import click
 import pytest
@@ -190,10 +191,33 @@ def test_links_and_paths_exist(page):
         assert (ROOT / target).exists(), target
 
 
+@pytest.mark.slow
+def test_links_of_the_built_site_lead_somewhere():
+    site = ROOT / "docs" / "_build"
+    if not (site / "index.html").exists():
+        pytest.skip("`make docs` has not run")
+    for page in site.rglob("*.html"):
+        for target in re.findall(r'<a [^>]*href="([^"#?]+)', page.read_text(encoding="utf-8")):
+            if not re.match(r"\w+:", target):
+                assert (page.parent / unquote(target)).exists(), (page, target)
+
+
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and MyST make them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title.lower())) for title in titles}
+
+
+def test_the_api_page_has_every_public_name():
+    text = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
+    assert set(itae_utils.__all__) == set(re.findall(r"^\.\. auto\w+:: itae_utils\.(\w+)$", text, flags=re.MULTILINE))
+
+
+def test_the_page_of_results_names_every_field():
+    schema = json.loads((ROOT / "itae_utils/results.schema.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs/reference/results.md").read_text(encoding="utf-8")
+    row = schema["properties"]["rows"]["items"]["properties"]
+    assert [name for name in [*schema["properties"], *row] if f"`{name}`" not in text] == []
 
 
 def written() -> dict:
