@@ -1,8 +1,8 @@
 """The code of README and documents runs, links lead somewhere, and measured numbers are those of reports/readme.json.
 
 Blocks run in a folder with `photos`, `dog.jpg`, `cat.jpg`, `weights.pth` (of timm's test_vit) and `reports/last-week`.
-Scripts (`sh`) and blocks after `<!-- not run: REASON -->` are only checked: their commands, options, parameters, targets
-of make and extras exist.
+Scripts (`sh`) and blocks after `<!-- not run: REASON -->` are only checked: their commands, options, parameters,
+targets of make and extras exist.
 """
 
 import json
