@@ -53,8 +53,9 @@ def remedy_maps(pictures: Sequence[np.ndarray], maps: Mapping[str, np.ndarray], 
     """
     shares = [(weights * artifacts).sum(axis=(1, 2)).mean() for weights in maps.values()]
     ends = dict.fromkeys(percent(end(shares[1:])) for end in (min, max))
+    framed = "The planted artifacts have dashed frames" if planted else "Artifacts of the unmodified model are framed"
     caption = ("Attention of [CLS] in the last block under each remedy, mean over the heads, on one scale of square "
-               f"roots. The artifacts {'that were planted have dashed frames' if planted else 'found are framed'}.")
+               f"roots. {framed}.")
     figure = ReportFigure(f"In these images artifacts draw {percent(shares[0])} of the [CLS] attention; under the "
                           f"remedies {' to '.join(ends)}", caption, height=1.6 + 9.5 * len(pictures) / (1 + len(maps)))
     grid = figure.subplots(len(pictures), 1 + len(maps), squeeze=False)
