@@ -245,11 +245,12 @@ class TestIndex:
         assert explained in page
         assert ("standard deviation" in page) == ("±" in page) == (seeds > 1)
 
-    @pytest.mark.parametrize("planted", [False, True])
-    def test_it_marks_the_best_scores_as_the_table_of_03_does(self, tmp_path, planted):
+    @pytest.mark.parametrize(("planted", "tied", "marks"), [(False, False, 3), (False, True, 2), (True, False, 0)])
+    def test_it_marks_the_best_scores_as_the_table_of_03_does(self, tmp_path, planted, tied, marks):
         """A planted model, which alone has an oracle, has no mark: its best row says nothing."""
         rows = [{**row, "value": row["value"] - 0.3} if (row["variant"], row["metric"]) == ("itae", "nmi") else row
                 for row in ROWS if row["metric"] != "inertia"]
+        rows = [{**row, "value": 0.5} if tied and row["metric"] == "ari" else row for row in rows]
         rows += [{**row, "variant": "oracle"} for row in rows if row["variant"] == "itae" and planted]
         page = self.render(tmp_path, run_of(NOTEBOOKS[-1], results={**RESULTS, "rows": rows}))
         table, = BeautifulSoup(page, "html.parser").select("table.scores")
@@ -259,7 +260,7 @@ class TestIndex:
         pd.testing.assert_frame_equal(shown.loc[expected.index], expected, check_names=False)
         marked = [cell.get_text() for cell in table.select("td") if "★" in cell.get_text()]
         assert marked == [cell.get_text() for cell in table.select("td.best")]
-        assert len(marked) == (0 if planted else 3)
+        assert len(marked) == marks
         assert ("★ marks the highest mean" in page) == (not planted)
 
     def test_it_labels_settings_in_which_notebooks_differ(self, tmp_path):
