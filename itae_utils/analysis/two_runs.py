@@ -46,7 +46,7 @@ def compare_clusters(clusters: Mapping[str, tuple[Mapping[str, np.ndarray], Mapp
         same = np.array_equal(old["images"], new["images"]) and np.array_equal(old["targets"], new["targets"])
         notes.append(f"{run}: " + (
             "both have the same images, so the intervals are paired: each resample holds the same images of both."
-            if same else "the images differ, so each side is resampled by itself, and the intervals are wider."))
+            if same else "the images differ, so the intervals are unpaired: each side is resampled by itself."))
         for variant in COMPARED:
             sides = [(each["targets"], each[variant]) for each in (old, new)]
             table = (paired_bootstrap(sides[0][0], sides[0][1], sides[1][1], draws=draws) if same
@@ -55,7 +55,7 @@ def compare_clusters(clusters: Mapping[str, tuple[Mapping[str, np.ndarray], Mapp
             rows += [{"run": run, "variant": variant, "score": metric.upper(), "before": before[metric],
                       "after": after[metric], **table.loc[metric], "words": describe_difference(table.loc[metric])}
                      for metric in METRICS]
-    return rows, notes
+    return rows, [*notes, "No interval includes the spread between the seeds of k-means."] if rows else []
 
 
 def runs_that_fell(rows: Sequence[Mapping[str, object]]) -> list[str]:

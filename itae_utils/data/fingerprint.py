@@ -38,8 +38,14 @@ def fingerprint(dataset: Dataset) -> str | None:
 
 
 def image_hashes(dataset: Dataset) -> list[str]:
-    """Return for every image what `fingerprint` hashes, in 16 characters each; an empty list if it returns None."""
-    return [_digest([line])[:16] for line in _lines(dataset)]
+    """Return a hash of every image with its label, in 16 characters each; an empty list if `fingerprint` returns None.
+
+    The name of a file counts, but not the place of an image in memory, which is another one in a sample.
+    """
+    lines = _lines(dataset)
+    if lines and not isinstance(dataset.images[0], (str, Path)):
+        lines = [line.partition("\t")[2] for line in lines]
+    return [_digest([line])[:16] for line in lines]
 
 
 def _lines(dataset: Dataset) -> list[str]:

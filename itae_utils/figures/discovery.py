@@ -126,7 +126,7 @@ def artifact_positions(artifacts: np.ndarray, patch_grid: tuple[int, int]) -> Fi
     frequency, counts = artifacts.mean(axis=0), artifacts.sum(axis=1)
     ordered = np.sort(frequency)[::-1].cumsum()
     places = int(np.searchsorted(ordered, 0.9 * ordered[-1]) + 1)
-    title = (f"{places} of {frequency.size} places hold 90 % of the artifacts; "
+    title = (f"{places} of {frequency.size} places hold at least 90 % of the artifacts; "
              f"an image has {counts.mean():.2g} of them ({counts.min()} to {counts.max()})")
     caption = ("Left: the share of images in which each place of the patch grid holds an artifact. Right: how many "
                "images have so many artifacts.")

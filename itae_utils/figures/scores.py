@@ -275,9 +275,9 @@ def class_gains(before: pd.DataFrame, after: pd.DataFrame, classes: Sequence[str
     change = (after - before).agg(["mean", "std"]).fillna(0).T.sort_values("mean", ascending=False)
     clear = change[change["mean"].abs() > np.maximum(change["std"], SMALL_GAIN)]
     gained, lost = (clear["mean"] > 0).sum(), (clear["mean"] < 0).sum()
-    title = (f"Of {len(change)} classes {gained} gain and {lost} lose more than one sd over seeds: from "
-             f"{labels[change.index[0]]}, {change['mean'].iloc[0]:+.2f}, to "
-             f"{labels[change.index[-1]]}, {change['mean'].iloc[-1]:+.2f}")
+    title = (f"Of {len(change)} classes {gained} gain and {lost} lose more than one sd over seeds: most is "
+             f"{change['mean'].iloc[0]:+.2f} (class {labels[change.index[0]]}), least "
+             f"{change['mean'].iloc[-1]:+.2f} (class {labels[change.index[-1]]})")
     half = NAMED_CLASSES // 2
     shown = change if len(change) <= NAMED_CLASSES else change.iloc[[*range(half), *range(-half, 0)]]
     names = [labels[label] for label in shown.index]

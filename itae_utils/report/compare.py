@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,11 @@ class Written:
     def name(self) -> str:
         """The name of its folder."""
         return self.folder.name
+
+    @property
+    def date(self) -> str:
+        """Date and time (UTC) of its first result."""
+        return min((each["provenance"]["date"] for each in self.results.values()), default="")[:16].replace("T", " ")
 
     def clusters(self, run: str) -> Clusters | None:
         """Return the cluster labels that a run of notebook 03 wrote, or None if it wrote none."""
@@ -118,8 +124,10 @@ def compare_page(pair: Pair, scores: Sequence[Mapping[str, object]], notes: Sequ
     figures = [(run, name, *(base64.b64encode(png).decode() for png in pngs))
                for run in pair.runs for name, *pngs in _figures(pair, run)]
     make_folder(path.parent)
-    write_page(path, "compare.html.j2", pair=pair, changes=list(_changes(pair)), scores=scores, notes=notes,
-               figures=figures, policy=POLICY)
+    links = [Path(os.path.relpath(report.folder.resolve() / "index.html", path.parent.resolve())).as_posix()
+             for report in (pair.before, pair.after)]
+    write_page(path, "compare.html.j2", pair=pair, links=links, changes=list(_changes(pair)), same=_same(pair),
+               scores=scores, notes=notes, figures=figures, policy=POLICY)
 
 
 def _changes(pair: Pair) -> Iterator[tuple[str, str, str]]:
@@ -140,6 +148,13 @@ def _changes(pair: Pair) -> Iterator[tuple[str, str, str]]:
     for (name, *values), runs in seen.items():
         some = f" ({', '.join(runs)})" if 0 < len(runs) < len(before.results) else ""
         yield f"{name}{some}", *values
+
+
+def _same(pair: Pair) -> list[str]:
+    """Return the settings, beside parameters, that are the same in all runs of both reports."""
+    settings = [_settings(report.results[run]) for report in (pair.before, pair.after) for run in pair.runs]
+    return [name for name, value in settings[0].items()
+            if not name.startswith(("parameter ", "θ of ")) and all(each.get(name) == value for each in settings)]
 
 
 def _settings(results: Mapping | None) -> dict[str, object]:

@@ -10,6 +10,13 @@ from statistics import mean
 from itae_utils.method.setting import SIDES, WHERE
 from itae_utils.results import values_of
 
+EDITS = {  # what becomes of the artifacts in the `[CLS]` row of each head
+    "min": "their logits became the smallest patch logit of the row", "mask": "their logits became −∞",
+    "mean": "their logits became the mean logit of the normal patches",
+    "clip": "their logits became at most the largest logit of the normal patches",
+    "scale": "their weights were multiplied by α", "spread": "their weights were shared among the normal patches",
+    "substitute": "their values became the mean value of the artifacts in a sample",
+}
 CITATIONS = """\
 @inproceedings{{nakamura2024itae,
   title     = {{Improving Image Clustering with Artifacts Attenuation via Inference-Time Attention Engineering}},
@@ -51,7 +58,8 @@ def methods_paragraph(results: Mapping) -> str:
     backbone, dataset, options = about["backbone"], about["dataset"], parameters.get("options", {})
     rows, columns = backbone["patch_grid"]
     sentences = [
-        f"We extracted the [CLS] features of {backbone['name']} (weights SHA-256 {backbone['weights_sha256'][:12]}; "
+        f"We extracted the [CLS] features of {backbone['name']} ({backbone['source']}; weights SHA-256 "
+        f"{backbone['weights_sha256'][:12]}; "
         f"{backbone['num_blocks']} blocks, width {backbone['dim']}) for {dataset['size']:,} images of "
         f"{dataset['name']}, {dataset['split']}, at {backbone['image_size']} px ({backbone['preprocess']}; "
         f"{rows} × {columns} patches), in {about['precision']} on {about['device']}.",
@@ -71,9 +79,10 @@ def _setting(results: Mapping) -> str:
     side = options.get("tail") or SIDES[parameters["source"]]
     origin = {"auto": "the valley between two modes, found without labels"}.get(rule, f"from the rule {rule}"
                                                                               if isinstance(rule, str) else "given")
+    alpha = f" = {options['alpha']:g}" if options["attenuation"] == "scale" else ""
     return (f"Inference-Time Attention Engineering (ITAE) attenuated, in the last block, the patches whose "
-            f"{name} lies {WHERE[side]} θ = {theta:.4g} ({origin}), by the edit {options['attenuation']}"
-            + (f" with α = {options['alpha']:g}" if options["attenuation"] == "scale" else "") + ".")
+            f"{name} lies {WHERE[side]} θ = {theta:.4g} ({origin}), by the edit {options['attenuation']}: "
+            f"{EDITS[options['attenuation']]}{alpha}.")
 
 
 def _clustering(parameters: Mapping, options: Mapping, about: Mapping) -> str:

@@ -143,8 +143,8 @@ def _with_contents(page: str) -> str:
     return re.sub(r'<nav aria-label="Contents"[^>]*>\s*</nav>', lambda _: contents, page, count=1)
 
 
-def index_page(report: Report) -> Path:
-    """Write `index.html` in one step, from the notebooks' `results.json` alone."""
+def index_page(report: Report, beside: str | None = None) -> Path:
+    """Write `index.html` in one step, from the notebooks' `results.json` alone; `beside` is a page that it links to."""
     measured = {run.label: run.results for run in report.runs if run.results}
     own = {label: results for label, results in measured.items() if not is_collection(results)}
     scores = [run.results for run in report.runs if run.results and run.notebook.key == SCORES_NOTEBOOK]
@@ -152,6 +152,7 @@ def index_page(report: Report) -> Path:
         report.index,
         "index.html.j2",
         report=report,
+        beside=beside,
         groups=_groups(report.runs),
         backbones=_values(report.runs, "backbone"),
         datasets=_short_names(_values(report.runs, "dataset")),

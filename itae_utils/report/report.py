@@ -22,7 +22,7 @@ from itae_utils.files import make_folder, write_json
 from itae_utils.models.device import resolve_device
 from itae_utils.models.hub import published_weights
 from itae_utils.models.registry import timm_name_of
-from itae_utils.report.compare import read_report
+from itae_utils.report.compare import page_beside, read_report
 from itae_utils.report.freshness import MARK, current_state, find_unchanged, leave_mark
 from itae_utils.report.kernel import Kernels, execute
 from itae_utils.report.pages import index_page, notebook_page
@@ -181,7 +181,7 @@ def _write_report(plan: Plan, output: Path, force: bool, against: Path | None, s
             runs.append(run)
         report = Report(output, plan.profile, plan.description, tuple(runs), plan.grid)
         write_json(output / "report.json", make_record(report))
-        index_page(report)
+        index_page(report, page_beside(against, output).name if against and not report.failed else None)
     return report
 
 

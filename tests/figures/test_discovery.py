@@ -99,7 +99,7 @@ def test_artifact_positions_counts_places_and_artifacts():
     artifacts[:, 0] = True
     artifacts[:5, 7] = True
     figure = figures.artifact_positions(artifacts, GRID)
-    assert title(figure) == "2 of 20 places hold 90 % of the artifacts; an image has 1.5 of them (1 to 2)"
+    assert title(figure) == "2 of 20 places hold at least 90 % of the artifacts; an image has 1.5 of them (1 to 2)"
     frequency = figure.axes[0].get_images()[0].get_array()
     assert frequency[0, 0] == 1
     assert frequency[1, 2] == 0.5
