@@ -123,7 +123,23 @@ def wheel(unpacked):
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
+def collecting(unpacked, tmp_path_factory):
+    """Start to collect the tests of the sdist and of the checkout, and return the processes and their output."""
+    started = {}
+    for folder in (unpacked, ROOT):
+        output = tmp_path_factory.mktemp("collected") / "output"
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only"]
+        with output.open("w") as file:
+            process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, stdout=file)
+        started[folder] = process, output
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, collecting, tmp_path_factory):  # tests are collected while pip downloads
     """Return a new environment with the wheel, in the versions of requirements.lock."""
     environment = Environment(tmp_path_factory.mktemp("environment") / "venv")
     run(sys.executable, "-m", "venv", "--without-pip", environment.folder, cwd=ROOT)
@@ -191,20 +207,18 @@ def test_all_extras_resolve_together(installed, wheel):
     assert not missing, planned
 
 
-def start_collecting(folder: Path) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only"], cwd=folder,
-                            env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def test_the_sdist_has_the_tests_and_what_they_need(unpacked):
-    processes = [(folder, start_collecting(folder)) for folder in (unpacked, ROOT)]  # at once
-    of_sdist, of_checkout = (re.findall(r"^.*::.*$", process.communicate()[0].replace(str(folder), ""), re.MULTILINE)
-                             for folder, process in processes)
+def test_the_sdist_has_the_tests_and_what_they_need(unpacked, collecting):
+    of_sdist, of_checkout = (sorted(collected(folder, *started)) for folder, started in collecting.items())
     assert of_sdist == of_checkout
     assert len(of_sdist) > 1000
     run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_files.py", "tests/test_project.py",
         cwd=unpacked)
+
+
+def collected(folder: Path, process: subprocess.Popen, output: Path) -> list[str]:
+    """Return the names of the tests that pytest found in a folder, without the folder."""
+    assert process.wait() == 0, output.read_text()
+    return [line for line in output.read_text().replace(str(folder), "").splitlines() if "::" in line]
 
 
 def test_the_sdist_has_no_litter(sdist, unpacked, tmp_path):
