@@ -27,7 +27,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LARGE = {"torch", "torchvision"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "ALL_PROXY"),
                                                   "http://127.0.0.1:9")}  # nothing listens there
-
 LITTER = ("notebooks/.ipynb_checkpoints/a-checkpoint.ipynb", "notebooks/__pycache__/a.pyc", "itae_utils/a.pyc",
           "reports/mine/report.json", ".pytest_cache/README.md", "docs/_build/index.html")
 
