@@ -17,7 +17,7 @@ NEAR = (0.75, 1.25)  # plain passes on the linear scale
 
 @styled
 def benchmark(rows: Sequence[Mapping[str, object]], conditions: str) -> Figure:
-    """Draw each contender's time and peak memory relative to one plain forward pass of the same model and batch.
+    """Draw each contender's time, and peak memory above the weights, relative to a plain pass of that model and batch.
 
     Args:
         rows: from `summarize`. Headings "passes" and, if measured, "memory" are drawn.
@@ -38,21 +38,21 @@ def benchmark(rows: Sequence[Mapping[str, object]], conditions: str) -> Figure:
     panels[0].xaxis.set_minor_locator(NullLocator())
     panels[1].set(xlim=NEAR, title=f"time, from {NEAR[0]} to {NEAR[1]}", xlabel="plain passes")
     if memory:
-        panels[2].set(title="peak memory above the weights", xlabel="that of a plain pass")
+        panels[2].set(title="peak memory", xlabel="plain passes")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=conditions)
     return figure
 
 
 def _dots(axes: Axes, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> None:
-    """Draw medians with their spread, one colour per size; sizes are shifted so that none hides another."""
+    """Draw medians with their spread, one colour and marker per size; sizes are shifted so that none hides another."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    for size, shift, color in zip(sizes, np.linspace(-0.2, 0.2, len(sizes)), PALETTE, strict=False):
+    for size, shift, color, marker in zip(sizes, np.linspace(-0.2, 0.2, len(sizes)), PALETTE, "osD", strict=False):
         own = [row for row in rows if row["size"] == size]
         ratio, low, high = (np.array([row[key] for row in own]) for key in ("ratio", "low", "high"))
         places = [names.index(row["what"]) + shift for row in own]
-        axes.errorbar(ratio, places, xerr=[ratio - low, high - ratio], fmt="o", markersize=4, capsize=2, color=color,
-                      label=f"ViT-{size}")
+        axes.errorbar(ratio, places, xerr=[ratio - low, high - ratio], fmt=marker, markersize=4, capsize=2,
+                      color=color, label=f"ViT-{size}")
     axes.axvline(1, color="black", linestyle="--", linewidth=1)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

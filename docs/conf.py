@@ -26,6 +26,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!itae_utils).*"), ("py:.*", r".*\.(Capture
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
+default_role = "literal"  # docstrings write `code`
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 

@@ -12,11 +12,11 @@ class ItaeError(ValueError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], see: str) -> ItaeError:
-    """Return an `ItaeError` that suggests the closest names among `known` and names the command that lists all."""
+    """Return an `ItaeError` that suggests the closest names among `known` and says where names are listed, by `see`."""
     known = {each.casefold(): each for each in known}
     close = [known[each] for each in difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return ItaeError(f"unknown {kind} {name!r}: {hint}{see} lists them all")
+    return ItaeError(f"unknown {kind} {name!r}: {hint}{see}")
 
 
 def whole_number(name: str, value: object, least: int) -> int:

@@ -1,7 +1,8 @@
 """The code of README and documents runs, links lead somewhere, and measured numbers are those of reports/readme.json.
 
-Console lines run in a folder that holds `photos`, `dog.jpg`, `cat.jpg`, `weights.pth` and `reports/last-week`. A block
-after `<!-- not run: REASON -->` is only checked: its commands, options, parameters, targets of make and extras exist.
+Blocks run in a folder with `photos`, `dog.jpg`, `cat.jpg`, `weights.pth` (of timm's test_vit) and `reports/last-week`.
+Scripts (`sh`) and blocks after `<!-- not run: REASON -->` are only checked: their commands, options, parameters,
+targets of make and extras exist.
 """
 
 import json
@@ -18,6 +19,7 @@ from urllib.parse import unquote
 
 import click
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -33,7 +35,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES = [page for page in PAGES if page.exists() and "_build" not in page.parts]
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n+)?"
                    r"^```(?P<language>[\w{}:-]*)[^\n]*\n(?P<code>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-FREE = {"", "text", "yaml", "bibtex", "{toctree}", "{eval-rst}"}  # blocks without code
+FREE = {"text", "yaml", "{toctree}", "{eval-rst}"}  # blocks without code
 
 
 @dataclass
@@ -43,6 +45,10 @@ class Block:
     language: str
     code: str
     reason: str | None
+
+    @property
+    def runs(self) -> bool:
+        return self.language in ("python", "console") and self.reason is None
 
     @property
     def commands(self) -> list[tuple[str, list[str]]]:
@@ -66,13 +72,9 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def pages_with(language: str) -> list[Path]:
-    return [page for page in PAGES if any(block.reason is None for block in blocks(page, language))]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_is_of_a_kind_that_is_tested(page):
-    assert {block.language for block in blocks(page)} <= FREE | {"python", "console"}
+    assert {block.language for block in blocks(page)} <= FREE | {"python", "console", "sh"}
     assert page.read_text(encoding="utf-8").count("<!-- not run") == sum(bool(block.reason) for block in blocks(page))
 
 
@@ -88,7 +90,7 @@ def prepared(tmp_path_factory):
         picture.resize((64, 48)).save(place)
     for name in ("cat", "dog"):
         Image.open(next((folder / "photos" / name).iterdir())).save(folder / f"{name}.jpg")
-    torch.save(itae_utils.load_backbone("demo").model.state_dict(), folder / "weights.pth")
+    torch.save(timm.create_model("test_vit").state_dict(), folder / "weights.pth")
     done = shell("itae report --only 03 -p limit 60 --output reports/last-week", folder)
     assert done.returncode == 0, done.stdout
     return folder
@@ -109,44 +111,44 @@ def shown(line: str) -> re.Pattern:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages_with("console"), ids=name_of)
-def test_console_blocks_run(page, prepared, tmp_path):
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name_of)
+def test_blocks_run_in_order(page, prepared, tmp_path, monkeypatch):
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder)
     shutil.copytree(prepared.parent / "store", tmp_path / "store")
-    for block in blocks(page, "console"):
-        for command, printed in block.commands if block.reason is None else []:
-            done = shell(command, folder)
-            assert done.returncode == 0, f"{command}\n{done.stdout}"
-            for line in printed:
-                assert shown(line).search(done.stdout), f"{command}\n{line!r} is not in\n{done.stdout}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", pages_with("python"), ids=name_of)
-def test_python_blocks_run_in_order(page, prepared, tmp_path, monkeypatch):
-    folder = tmp_path / "work"
-    shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
     names: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks(page, "python"):
-        if block.reason is None:
+    for block in filter(lambda block: block.runs, blocks(page)):
+        if block.language == "python":
             exec(compile(block.code, name_of(page), "exec"), names)
+        else:
+            run_commands(block, folder)
+
+
+def run_commands(block: Block, folder: Path) -> None:
+    for command, printed in block.commands:
+        done = shell(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        for line in printed:
+            assert shown(line).search(done.stdout), f"{command}\n{line!r} is not in\n{done.stdout}"
 
 
 # --- blocks that are only checked -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_names_in_blocks_that_are_not_run_exist(page):
-    for block in blocks(page, "python", "console"):
-        if block.language == "python":
-            compile(block.code, name_of(page), "exec")
-            for name in re.findall(r"\bitae\.(\w+)", block.code):
-                assert hasattr(itae_utils, name), name
-        else:
-            for command, _ in block.commands:
-                for part in re.split(r"\s*(?:;|&&|\|\||\||&(?=\s|$))\s*", command):
-                    check_command(shlex.split(part))
+def test_names_in_blocks_exist(page):
+    for block in blocks(page, "python"):
+        compile(block.code, name_of(page), "exec")
+        for name in re.findall(r"\bitae\.(\w+)", block.code):
+            assert hasattr(itae_utils, name), name
+    for block in blocks(page, "sh"):
+        assert subprocess.run(["bash", "-n"], input=block.code, text=True, check=False).returncode == 0
+    lines = [command for block in blocks(page, "console") for command, _ in block.commands]
+    lines += [re.sub(r"\s+# .*", "", line) for block in blocks(page, "sh") for line in block.code.splitlines()
+              if line.startswith("itae ")]
+    for line in lines:
+        for part in re.split(r"\s*(?:;|&&|\|\||\||&(?=\s|$))\s*", line):
+            check_command(shlex.split(re.sub(r"\$\{[^}]*\}", "", part)))
 
 
 def check_command(words: list[str]) -> None:
@@ -254,7 +256,8 @@ def test_the_demo_s_report_has_the_numbers_of_the_readme():
             assert abs(one - other) <= (1 if "%" in words else 0.02 if "scores" in name else 0.005), (name, words)
 
 
-CONSTANTS = {"README.md": {"3.11"}, "docs/reference/parameters.md": {"0.5"}}
+CONSTANTS = {"README.md": {"3.11"}, "docs/reference/parameters.md": {"0.5"}, "docs/explanation/remedies.md": {"0.05"},
+             "docs/explanation/theta.md": {"0.05", "0.3"}}
 MEASURED = re.compile(r"(?<![\w.=(/:-])\d+\.\d+(?![\w.]*\d{4,})")
 
 

@@ -74,13 +74,13 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
 def score_table(scores: pd.DataFrame, *, mark: bool = False) -> pd.DataFrame:
     """Return mean ± sd over seeds as text: one row per variant, in the order of `scores`, and one column per metric.
 
-    With `mark`, ★ follows the highest mean of each column.
+    With `mark`, ★ follows the highest mean of each column, if no other equals it.
     """
     spread = over_seeds(scores)
     means, sds = (spread.map("{:.3f}".format).xs(part, axis=1, level=1) for part in ("mean", "sd"))
     text = means + " ± " + sds if spread.notna().all(axis=None) else means
-    highest = spread.xs("mean", axis=1, level=1).eq(spread.xs("mean", axis=1, level=1).max()) & mark
-    return (text + np.where(highest, " ★", "")).rename(columns=str.upper)
+    highest = spread.xs("mean", axis=1, level=1).eq(spread.xs("mean", axis=1, level=1).max())
+    return (text + np.where(mark & highest & (highest.sum() == 1), " ★", "")).rename(columns=str.upper)
 
 
 def difference_table(

@@ -58,7 +58,7 @@ def extract(dask: str | None, dataset: str, mapped: bool, output: Path, **option
     if theta is None:
         (fit,) = itae.fit_thresholds(vit, images, rank=setting.rank, **reading).of(setting)
         click.echo(f"no θ on the {name}: {fit.reason}. So itae is equal to baseline: use more images, another "
-                   "--source, or a number or share:2% as --threshold")
+                   "--source or --tail, or a number or share:2% as --threshold")
         return
     found, patches = features.artifact_counts["itae"].sum(), len(images) * features.num_patches
     click.echo(f"θ = {theta:.4g} on the {name}: {found:,} of {patches:,} patches lie {WHERE[setting.side]} it"

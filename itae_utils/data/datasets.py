@@ -160,7 +160,7 @@ def dataset_name(text: str | Path) -> str:
     if is_path or os.sep in text:
         raise ItaeError(f"there is no folder {text!r}: check the path, or write hf:NAME for a data set of the Hugging "
                         "Face hub")
-    raise unknown_name("data set", text, DATASETS, see="itae datasets")
+    raise unknown_name("data set", text, DATASETS, see="`itae datasets` lists them all")
 
 
 def _plain(name: str) -> str:

@@ -207,7 +207,7 @@ def choose_split(names: Sequence[str], asked: str | None, owner: str) -> str:
     if len(found) == 1:
         return found[0]
     wanted = f"no split {asked!r}" if not found else "several splits"
-    raise ItaeError(f"{owner} has {wanted}: choose one with split=, {shown(' or '.join(found or names))}")
+    raise ItaeError(f"{owner} has {wanted}: choose one as split, {shown(' or '.join(found or names))}")
 
 
 def split_note(chosen: str, others: Collection[str]) -> str:

@@ -24,7 +24,7 @@ from itae_utils.figures.names import label_names
 from itae_utils.figures.style import AFTER, NORMAL, ReportFigure, styled
 
 LONGEST_TITLE = 44  # columns of a title with its caveat
-MARKERS = {"baseline": ("o", NORMAL, NORMAL), "random control": ("o", "white", NORMAL), "itae": ("D", AFTER, AFTER)}
+MARKERS = {"baseline": ("o", NORMAL, NORMAL), "random control": ("s", "white", NORMAL), "itae": ("D", AFTER, AFTER)}
 
 
 @styled

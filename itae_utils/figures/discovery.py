@@ -19,7 +19,7 @@ from itae_utils.analysis.inspection import InspectedImage
 from itae_utils.analysis.words import percent, symbol
 from itae_utils.extraction.observation import Observation
 from itae_utils.figures.names import label_names
-from itae_utils.figures.style import AFTER, ARTIFACT, MAP, NORMAL, PALETTE, WIDTH, ReportFigure, outline, styled
+from itae_utils.figures.style import AFTER, ARTIFACT, HATCH, MAP, NORMAL, PALETTE, WIDTH, ReportFigure, outline, styled
 
 OVERLAY = ListedColormap([PALETTE[8]])  # yellow, which everybody can tell from grey
 SHORTEST_ROW, TALLEST_ROW = 0.3, 2.0  # height over width of a row of `inspection`; longer images are drawn smaller
@@ -35,17 +35,17 @@ def hidden_norms(seen: Observation) -> Figure:
                "99 % of the patches, and the longest token. Artifacts are the patches beyond θ in the last block.")
     figure = ReportFigure(_hidden_norms_title(seen), caption, height=4.2)
     axes = figure.subplots()
-    for label, color, norms in groups:
+    for (label, color, norms), marker, hatch in zip(groups, "os", ("", HATCH), strict=False):
         low, median, high = np.quantile(norms, [0.01, 0.5, 0.99], axis=0)
-        axes.plot(blocks, median, color=color, marker="o", label=f"{label}, median")
-        axes.fill_between(blocks, low, high, color=color, alpha=0.2, linewidth=0, label="1 to 99 %")
-        axes.plot(blocks, norms.max(axis=0), color=color, linestyle=":", label="longest")
+        axes.plot(blocks, median, color=color, marker=marker, label=f"{label}, median")
+        axes.fill_between(blocks, low, high, color=color, alpha=0.2, linewidth=0, hatch=hatch, label="1 to 99 %")
+        axes.plot(blocks, norms.max(axis=0), color=color, marker=marker, markersize=3, linestyle=":", label="longest")
     axes.set(xlabel="after block", ylabel="‖hidden‖₂ of a patch (log scale)", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter("")
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -102,7 +102,8 @@ def attention_examples(
             outline(axes, mask)
     for row, label in zip(grid, ["image", *maps, *(f"{name}\nover image" for name in maps)], strict=True):
         row[0].set_ylabel(label)
-    figure.colorbar(drawn, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40, pad=0.01)
+    figure.colorbar(drawn, ax=grid, label="attention weight", location="bottom", shrink=0.4, aspect=40, pad=0.01,
+                    ticks=MaxNLocator(5))
     return figure
 
 
@@ -114,7 +115,7 @@ def _on_grid(axes: Axes, values: np.ndarray, patch_grid: tuple[int, int], **styl
 
 def _lay_over(axes: Axes, picture: np.ndarray, weights: np.ndarray) -> None:
     """Draw a picture in dark grey under its attention in yellow, which is opaque at this map's own maximum."""
-    _on_grid(axes, 0.65 * picture.mean(axis=2), weights.shape, cmap="gray", vmin=0, vmax=1)
+    _on_grid(axes, 0.5 * picture.mean(axis=2), weights.shape, cmap="gray", vmin=0, vmax=1)
     opaque = weights / max(weights.max(), np.finfo(np.float32).tiny)
     _on_grid(axes, np.ones_like(weights), weights.shape, cmap=OVERLAY, vmin=0, vmax=1, alpha=opaque)
 
@@ -158,8 +159,8 @@ def attention_shares(seen: Observation) -> Figure:
     figure = ReportFigure(f"{subject} are {percent(patches)} of the patches and draw {before} of the [CLS] attention; "
                           f"after ITAE {after}", caption, height=3.4, narrow=True)
     axes = figure.subplots()
-    for (name, share), color in zip(shares.items(), (ARTIFACT, AFTER), strict=True):
-        axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, label=f"{name} ITAE")
+    for (name, share), color, hatch in zip(shares.items(), (ARTIFACT, AFTER), (HATCH, ""), strict=True):
+        axes.hist(share, np.linspace(0, 1, 51), color=color, alpha=0.8, hatch=hatch, label=f"{name} ITAE")
     axes.axvline(patches, color="black", linestyle="--", linewidth=1, label="their share of the patches")
     axes.set(xlabel="share of an image's [CLS] attention that lies on its artifacts", xlim=(0, 1),
              ylabel=f"images, of {have_any.sum():,} with artifacts")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -16,7 +17,7 @@ from itae_utils.analysis.scoring import AGREEMENT, CHANGE, over_seeds
 from itae_utils.analysis.vectors import NEIGHBOURS, neighbour_agreement
 from itae_utils.errors import ItaeError
 from itae_utils.figures.names import label_names
-from itae_utils.figures.style import AFTER, ARTIFACT, COLUMNS, MAP, NORMAL, PALETTE, ReportFigure, panels, styled
+from itae_utils.figures.style import AFTER, ARTIFACT, COLUMNS, MAP, NORMAL, PALETTE, SIGNS, ReportFigure, panels, styled
 
 MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", CHANGE: "cosine distance to the baseline",
             AGREEMENT: "ARI between runs"}
@@ -94,13 +95,13 @@ def ablation_curves(scores: pd.DataFrame, measure: str) -> Figure:
 def _curves(axes, scores: pd.DataFrame, source: str, measure: str) -> None:
     of_source = scores[scores.source == source].sort_values("share")
     attenuations = dict.fromkeys(scores.attenuation[scores.kind == "itae"])
-    for attenuation, color in zip(attenuations, PALETTE[:3] + PALETTE[4:], strict=False):
+    for attenuation, color, marker in zip(attenuations, PALETTE[:3] + PALETTE[4:], SIGNS, strict=False):
         groups = of_source[(of_source.kind == "itae") & (of_source.attenuation == attenuation)]
-        _band(axes, groups, measure, color=color, marker="o", markersize=4, label=attenuation)
+        _band(axes, groups, measure, color=color, marker=marker, markerfacecolor="none", label=attenuation)
         auto = groups[groups.theta == AUTO]
         if not auto.empty:
-            axes.plot(auto.share.iloc[0], auto[measure].mean(), "*", color=color, markersize=13,
-                      markeredgecolor="black")
+            axes.plot(auto.share.iloc[0], auto[measure].mean(), "*", color=color, markeredgecolor="black",
+                      markersize=2 * matplotlib.rcParams["lines.markersize"])
     _band(axes, of_source[of_source.kind == "random"], measure, color="0.5", linestyle=":", label="random patches")
     for kind, color, linestyle in [("baseline", "black", "-"), ("oracle", ARTIFACT, "--")]:
         if (scores.kind == kind).any():
@@ -148,8 +149,10 @@ def score_overview(scores: pd.DataFrame, title: str) -> Figure:
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         for place, variant in enumerate(variants):
             value, sd = spread.loc[variant, metric]
-            axes.errorbar(value, place, xerr=sd, fmt="o", capsize=3, color=AFTER if variant == "itae" else NORMAL)
-            axes.annotate(f"{value:.3f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=8,
+            color, marker = (AFTER, "D") if variant == "itae" else (NORMAL, "o")
+            axes.errorbar(value, place, xerr=sd, fmt=marker, capsize=3, color=color)
+            axes.annotate(f"{value:.3f}", (value, place), (0, 4.5), textcoords="offset points", ha="center",
+                          va="bottom", fontsize="small",
                           bbox={"boxstyle": "square,pad=0", "facecolor": "white", "linewidth": 0})
         axes.axvline(spread.loc["baseline", (metric, "mean")], color="black", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(variants)), variants)
@@ -192,15 +195,20 @@ def embeddings(points: Mapping[str, np.ndarray], targets: np.ndarray, classes: S
     shares = [f"{name} {100 * neighbour_agreement(places, targets):.0f} %" for name, places in points.items()]
     labels, counts, n, present = label_names(classes), np.bincount(targets), len(targets), np.unique(targets)
     chance = (counts * (counts - 1)).sum() / (n * (n - 1))
-    title = (f"Share of the {min(NEIGHBOURS, n - 1)} nearest neighbours that are of the same class: "
+    title = (f"Share of the same class among the {min(NEIGHBOURS, n - 1)} nearest neighbours: "
              f"{', '.join(shares)} (by chance {100 * chance:.0f} %)")
-    caption = ("t-SNE of the [CLS] features, one point per image, coloured by class. Near points are alike; distances "
+    caption = ("t-SNE of the [CLS] features, one point per image, one sign per class. Near points are alike; distances "
                "between groups mean little.")
     figure = ReportFigure(title, caption, height=4.6)
+    size = 0.4 * matplotlib.rcParams["lines.markersize"] ** 2
     palette = np.array(sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes)))
     for axes, (name, places) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
-        handles = [axes.scatter(*places[targets == label].T, color=palette[label], s=8, linewidth=0)
-                   for label in present]
+        handles = []
+        for label in present:  # every second one is open
+            is_open = (label // len(SIGNS) + label) % 2
+            handles.append(axes.scatter(*places[targets == label].T, s=size, marker=SIGNS[label % len(SIGNS)],
+                                        linewidth=0.7, facecolors="none" if is_open else palette[label],
+                                        edgecolors=0.7 * palette[label]))
         axes.set(xticks=[], yticks=[], title=name, box_aspect=1, xlabel="t-SNE 1", ylabel="t-SNE 2")
     if len(classes) <= NAMED_CLASSES:
         named = [labels[label] for label in present]

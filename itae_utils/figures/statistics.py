@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from itae_utils.analysis.words import percent, symbol
 from itae_utils.extraction.observation import Observation
-from itae_utils.figures.style import ARTIFACT, COLUMNS, MAP, NORMAL, PALETTE, ReportFigure, panels, styled
+from itae_utils.figures.style import ARTIFACT, CASED, COLUMNS, HATCH, MAP, NORMAL, PALETTE, ReportFigure, panels, styled
 from itae_utils.method.setting import WHERE
 from itae_utils.method.thresholds import ThresholdFit
 
@@ -30,7 +30,7 @@ def statistic_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mappin
         thresholds: θ in use, by source.
     """
     caption = ("Distribution of each statistic over the patches of a sample of images, in the last block. The counts "
-               "are on a log scale. The dashed line is θ, and the patches beyond it have the other colour.")
+               "are on a log scale. The dashed line is θ, and the patches beyond it are hatched.")
     figure = ReportFigure(_distributions_title(fits, thresholds), caption,
                           height=0.6 + 2.5 * -(-len(fits) // COLUMNS))
     drawn = panels(figure, len(fits))
@@ -41,7 +41,7 @@ def statistic_distributions(fits: Mapping[str, ThresholdFit], thresholds: Mappin
         axes.set(xlabel=f"{symbol(source)} in the last block", yscale="log", title=f"{source}: no θ")
         if theta is not None:
             beyond = fit.beyond(theta).ravel()
-            axes.hist(values[beyond], edges, color=ARTIFACT)
+            axes.hist(values[beyond], edges, color=ARTIFACT, hatch=HATCH)
             if edges[0] <= theta <= edges[-1]:  # a line far outside would squeeze the values
                 axes.axvline(theta, color="black", linestyle="--", linewidth=1)
             axes.set_title(f"{source}: θ = {theta:.4g}, {percent(beyond.mean())} {WHERE[fit.side]}")
@@ -93,7 +93,7 @@ def output_norms(seen: Observation, fit: ThresholdFit) -> Figure:
     for (name, cut), (color, line) in zip(cuts.items(), LINES, strict=True):
         if name in shares:
             inside = norms.min() <= cut <= norms.max()  # a line far outside would squeeze the norms
-            axes.axvline(cut if inside else np.nan, color=color, linestyle=line,
+            axes.axvline(cut if inside else np.nan, color=color, linestyle=line, linewidth=1, path_effects=CASED,
                          label=f"{name}: {cut:.4g}, {shares[name]} at or above")
     axes.set(xlabel="‖hidden‖₂ of a patch after the last block, before the final norm", ylabel="patches (log scale)",
              yscale="log")
@@ -107,18 +107,18 @@ def output_norms(seen: Observation, fit: ThresholdFit) -> Figure:
 def agreement(jaccard: pd.DataFrame) -> Figure:
     """Draw how far each two sources agree on which patches are artifacts, from `discovery.jaccard_table`.
 
-    Sources that find none have grey rows and columns.
+    Sources that find none have empty rows and columns.
     """
     found = [name for name in jaccard if jaccard.loc[name, name] == 1]
     shown = jaccard.loc[found, found].reindex(index=jaccard.index, columns=jaccard.columns)
     caption = ("Agreement of each two statistics on which patches are artifacts: the patches that both find, as a "
-               "share of those that either finds. Statistics without θ are grey.")
+               "share of those that either finds. The cells of statistics without θ are empty.")
     figure = ReportFigure(_agreement_title(jaccard.loc[found, found]), caption, height=0.9 + 0.45 * len(jaccard))
     axes = figure.subplots()
     axes.set_facecolor("0.9")
     sns.heatmap(shown, vmin=0, vmax=1, cmap=MAP, annot=True, fmt=".3f", linewidths=1, ax=axes,
                 cbar_kws={"label": "Jaccard index", "pad": 0.01})
-    axes.set(title="patches that both call artifacts ÷ patches that either does (grey: no artifacts found)", xlabel="",
+    axes.set(title="patches that both call artifacts ÷ patches that either does (empty: no artifacts found)", xlabel="",
              ylabel="")
     axes.tick_params(length=0)
     axes.set_yticklabels(jaccard.index, rotation=0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from itae_utils.errors import ItaeError
 from itae_utils.files import make_folder, replacing
@@ -22,7 +24,11 @@ WIDTH = 10.0  # inches, the width of a report's column
 DPI = 150
 PALETTE = sns.color_palette("colorblind").as_hex()
 NORMAL, ARTIFACT, AFTER = PALETTE[0], PALETTE[3], PALETTE[2]
-MAP = "cividis"
+SIGNS = "osD^vPX*<>"  # with line styles they tell series apart on a grey page, as HATCH does for areas
+HATCH = "////"
+SOLID = {"dash_offset": 0, "dash_list": None}
+CASED = [withStroke(linewidth=2.4, foreground="white", dashes=SOLID)]  # a line that is seen on dark and on light ground
+MAP = "cividis"  # its lightness rises steadily
 COLUMNS = 3  # of panels; more would squeeze their labels
 FORMATS = ("png", "pdf", "svg", "jpg")
 STYLE = {
@@ -31,6 +37,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "figure.titlesize": 12.5,
+    "hatch.color": "white", "hatch.linewidth": 0.7,
     "legend.frameon": False,
     "pdf.fonttype": 42,
     "text.parse_math": False,  # a "$" in a name is a dollar sign
@@ -38,7 +45,8 @@ STYLE = {
 
 
 PAPER = STYLE | {"font.family": ["STIXGeneral", "DejaVu Serif"], "font.size": 8, "axes.titlesize": 8,
-                 "legend.fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "lines.linewidth": 1}
+                 "legend.fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "lines.linewidth": 1,
+                 "lines.markersize": 4}
 PAPER_WIDTH, COLUMN_WIDTH = 6.9, 3.3  # inches, of a page with two columns, and of one of them
 _format = "screen"
 
@@ -65,7 +73,11 @@ class ReportFigure(Figure):
         super().__init__(figsize=(width, height * (PAPER_WIDTH / WIDTH if paper else 1)), dpi=DPI, layout="constrained")
         self.title, self.caption = title, caption
         if not paper:  # there the caption says it
-            self.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", parse_math=False)
+            drawn = self.suptitle(title, x=0.01, ha="left", parse_math=False)
+            for text in _lines(title):
+                drawn.set_text(text)
+                if drawn.get_window_extent().x1 < 0.99 * self.bbox.width:
+                    break
 
     @property
     def page_texts(self) -> dict[str, str]:
@@ -76,6 +88,16 @@ class ReportFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue(), self.page_texts
+
+
+def _lines(title: str) -> Iterator[str]:
+    """Yield a title in one line, in two that break after a clause, a comma or a word near the middle, and in more."""
+    yield title
+    for sign in ("; ", ": ", ", ", " "):
+        ends = [found.end() for found in re.finditer(sign, title)]
+        for end in sorted(ends, key=lambda place: abs(place - len(title) / 2)):
+            yield f"{title[:end - 1]}\n{title[end:]}"
+    yield textwrap.fill(title, 90)
 
 
 def styled(draw: Callable[..., ReportFigure]) -> Callable[..., ReportFigure]:
@@ -111,12 +133,16 @@ def save(figure: Figure, output_dir: str | Path, name: str) -> None:
     figure.set_layout_engine(engine)
 
 
-def outline(axes: Axes, artifacts: np.ndarray) -> None:
-    """Frame the artifacts (rows, columns) on a picture whose unit is the patch, and remove its ticks."""
+def outline(axes: Axes, artifacts: np.ndarray, *, planted: bool = False) -> None:
+    """Frame the artifacts (rows, columns) on a picture whose unit is the patch, and remove its ticks.
+
+    The frames of true artifacts, which were `planted`, are dashed.
+    """
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     for row, column in np.argwhere(artifacts):
-        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=ARTIFACT, linewidth=1.2))
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=ARTIFACT, linewidth=1.2, path_effects=CASED,
+                                 linestyle=(0, (2, 1)) if planted else "-"))
 
 
 def check_figure_path(path: Path) -> None:

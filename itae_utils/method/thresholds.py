@@ -229,7 +229,8 @@ def _judge(verdict: ThresholdFit, x: np.ndarray, counts: np.ndarray, size: int, 
     if share < SHARE_RANGE[0]:  # tested first, because the separation of a mode without patches means nothing
         reason = f"no {side} mode: the {side}er fitted mode holds less than {SHARE_RANGE[0]:.2%} of the patches"
     elif separation < MIN_SEPARATION:
-        reason = f"one mode: the two fitted modes overlap (separation {separation:.1f} < {MIN_SEPARATION:.0f})"
+        rounded = np.floor(separation * 100) / 100  # down, so that it reads as less than the bound
+        reason = f"one mode: the two fitted modes overlap (separation {rounded:.2f} < {MIN_SEPARATION:.0f})"
     elif share > SHARE_RANGE[1]:
         reason = f"no minority: the {side} mode holds {share:.0%} of the patches (at most {SHARE_RANGE[1]:.0%})"
     elif share * size < MIN_RARE_PATCHES:

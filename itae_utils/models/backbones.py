@@ -249,7 +249,8 @@ def _unknown(name: str) -> ItaeError:
         plain = f"dinov2_vit{found[2][0]}14{'_reg' if found[1] or found[3] else ''}"
     if plain in BACKBONES or _in_timm(plain):
         return ItaeError(f"unknown backbone {name!r}: use {plain}")
-    return unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])], "`itae backbones`")
+    return unknown_name("backbone", name, [*BACKBONES, *timm.list_models(["vit*", "eva*"])],
+                        "`itae backbones` lists ours, timm.list_models() those of timm")
 
 
 def _load_timm(name: str, checkpoint: str | Path | None, pretrained: bool) -> tuple[nn.Module, str, Kind]:

@@ -1,4 +1,7 @@
-"""Tables of the report's pages: they scroll by keyboard, long ones can be sorted, and each can be copied."""
+"""Tables of the report's pages: they scroll by keyboard, long ones can be sorted, and each can be copied.
+
+A cell that ends with ★ is the best of its column and of the class `best`, in the first page's own table, too.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ def measured_tables(page: str) -> str:
         table = BeautifulSoup(match[0], "html.parser").table
         _join_headers(table)
         frame = table_frame(table)
+        for cell in table.find_all("td", string=re.compile(r"★\s*$")):
+            cell["class"] = [*cell.get("class", []), "best"]
         if len(frame) >= SORTED_FROM:
             table["class"] = [*table.get("class", []), "sortable"]
         texts = {"CSV": frame.to_csv(index=False), "LaTeX": as_latex(frame, index=False)}

@@ -65,6 +65,8 @@ def test_score_table_marks_the_highest_mean_of_each_column():
     assert table.map(lambda text: text.endswith(" ★")).to_dict("index") == {
         "a": {"ACC": False, "NMI": True}, "b": {"ACC": True, "NMI": False}}
     assert "★" not in scoring.score_table(scores).to_string()
+    alike = scores.assign(acc=0.5)
+    assert "★" not in scoring.score_table(alike, mark=True).ACC.to_string()
 
 
 def test_difference_table_is_paired_bootstrap_against_the_baseline():

@@ -7,15 +7,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from itae_utils.analysis.scoring import score_table
 from itae_utils.figures.explorer.page import SCRIPT, explorer_html, script_hashes
 from itae_utils.report.pages import index_page, mean_scores, notebook_page
 from itae_utils.report.parameters import Notebook
 from itae_utils.report.runs import Report, Run
-from itae_utils.report.tables import SORTING
+from itae_utils.report.tables import SORTING, table_frame
 from tests.tiny_notebooks import PROVENANCE, RESULTS, ROWS, changed
 
 PIXEL = io.BytesIO()
@@ -241,6 +244,24 @@ class TestIndex:
         page = self.render(tmp_path, run_of(NOTEBOOKS[-1], results={**RESULTS, "rows": rows}))
         assert explained in page
         assert ("standard deviation" in page) == ("±" in page) == (seeds > 1)
+
+    @pytest.mark.parametrize(("planted", "tied", "marks"), [(False, False, 3), (False, True, 2), (True, False, 0)])
+    def test_it_marks_the_best_scores_as_the_table_of_03_does(self, tmp_path, planted, tied, marks):
+        """A planted model, which alone has an oracle, has no mark: its best row says nothing."""
+        rows = [{**row, "value": row["value"] - 0.3} if (row["variant"], row["metric"]) == ("itae", "nmi") else row
+                for row in ROWS if row["metric"] != "inertia"]
+        rows = [{**row, "value": 0.5} if tied and row["metric"] == "ari" else row for row in rows]
+        rows += [{**row, "variant": "oracle"} for row in rows if row["variant"] == "itae" and planted]
+        page = self.render(tmp_path, run_of(NOTEBOOKS[-1], results={**RESULTS, "rows": rows}))
+        table, = BeautifulSoup(page, "html.parser").select("table.scores")
+        shown = table_frame(table).map(lambda text: " ".join(text.split())).set_index("variant")
+        scores = pd.DataFrame(rows).pivot(index=["variant", "seed"], columns="metric", values="value").reset_index()
+        expected = score_table(scores[["variant", "seed", "acc", "nmi", "ari"]], mark=not planted)
+        pd.testing.assert_frame_equal(shown.loc[expected.index], expected, check_names=False)
+        marked = [cell.get_text() for cell in table.select("td") if "★" in cell.get_text()]
+        assert marked == [cell.get_text() for cell in table.select("td.best")]
+        assert len(marked) == marks
+        assert ("★ marks the highest mean" in page) == (not planted)
 
     def test_it_labels_settings_in_which_notebooks_differ(self, tmp_path):
         small = changed(RESULTS, "provenance.dataset.size", 500)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from itae_utils.report.pages import TEMPLATES
 from itae_utils.report.tables import SORTED_FROM, measured_tables, plain_tables, table_frame
 
 WIDE = pd.DataFrame({"a": ["1"]}, index=pd.Index(["x"], name="variant"), columns=pd.Index(["a"], name="metric"))
@@ -67,6 +68,13 @@ def test_a_table_without_headers_or_rows_stays():
     for table in ("<table><tr><td>1</td></tr></table>", "<table><tbody></tbody></table>"):
         assert table.removeprefix("<table") in measured_tables(table)
         assert table_frame(BeautifulSoup(table, "html.parser").table).empty
+
+
+@pytest.mark.parametrize("page", frames(SCORES.assign(NMI=["0.91 ± 0.02 ★", "0.8"])))
+def test_best_cells_are_bold(page):
+    table = BeautifulSoup(measured_tables(page), "html.parser").table
+    assert [cell.get_text(strip=True) for cell in table.select(".best")] == ["0.91 ± 0.02 ★"]
+    assert ".best { font-weight: 700; }" in (TEMPLATES / "style.css").read_text(encoding="utf-8")
 
 
 def test_tables_of_prose_are_not_copied():
