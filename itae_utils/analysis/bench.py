@@ -88,4 +88,4 @@ def register_checks(backbone: Backbone, dataset: Dataset, found: TestTimeRegiste
         "length of the register over that of a patch, medians": f"{ratio:.3g} ×",
         "share of the [CLS] attention on the register": percent(float(seen["attention"].mean())),
     }
-    return pd.DataFrame({"measured": checks}).rename_axis("check")
+    return pd.Series(checks).to_frame("measured").rename_axis("check")

@@ -12,8 +12,8 @@ from itae_utils.errors import ItaeError, whole_number
 
 PROJECTIONS = ("query", "key", "value")  # in the order of a fused qkv projection
 NORMS = (*PROJECTIONS, "token")
-SOURCES = (*NORMS, "direction", "attention")
 SIDES = dict.fromkeys(PROJECTIONS, "low") | dict.fromkeys(("token", "direction", "attention"), "high")
+SOURCES = tuple(SIDES)
 TAILS = ("low", "high")
 WHERE = {"low": "at or below", "high": "at or above"}  # θ
 ATTENUATIONS = ("min", "mask", "mean", "scale", "spread", "clip", "substitute")
