@@ -127,7 +127,8 @@ def _edit(itae: ITAE) -> tuple[str, float]:
 def _as_multiplied(x: Tensor) -> Tensor:
     """Return x in the type that autocast gives to products, so that it is converted once, not for each product."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if cast else x
 
 
 class _Projections(dict):

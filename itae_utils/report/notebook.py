@@ -186,5 +186,5 @@ class NotebookRun:
             self.output_dir, notebook=self.name, parameters=rules.recorded(parameters),
             provenance=about or provenance(self.backbone, self.dataset, **more), thresholds=thresholds or {}, rows=rows,
             figures=figures, headline=headline)
-        return Markdown("The main numbers of this page are in [results.json](results.json), the figures as PNG, PDF and "
-                        "SVG in `figures`.")
+        return Markdown("The main numbers of this page are in [results.json](results.json), the figures as PNG, PDF "
+                        "and SVG in `figures`.")

@@ -252,7 +252,7 @@ def test_class_gains_are_sorted_and_counted():
     after[5] = [0.9, 0.3]  # more by 0.1, with an sd of 0.42
     figure = figures.class_gains(before, after, DIGITS)
     assert "Of 10 classes 1 gain and 1 lose" in title(figure)
-    assert title(figure).endswith("from 3, +0.35, to 4, -0.30")
+    assert title(figure).endswith("most is +0.35 (class 3), least -0.30 (class 4)")
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert (names[0], names[-1]) == ("3", "4")
     assert_nothing_is_clipped(figure)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from torch.utils.data import Subset
 
 from itae_utils.analysis.two_runs import compare_clusters, runs_that_fell, save_clusters
 from itae_utils.cli import main
@@ -68,6 +69,24 @@ def test_a_parameter_an_image_and_a_version_are_named(tmp_path):
         ("parameter k", "none", "7"), ("version of torch", "2.9.0", "2.9.1"), ("images that only one has", "5", "5")]
 
 
+def test_images_of_a_sample_are_those_of_the_whole(tmp_path):
+    images = array_dataset(len(TARGETS))
+    sample = Subset(images, range(0, len(TARGETS), 2))
+    sample.images, sample.targets = images.images[::2], images.targets[::2]
+    page = page_of(write_report(tmp_path / "a"), write_report(tmp_path / "b", dataset=sample), tmp_path / "c.html")
+    assert rows_of(page) == [("images that only one has", f"1, 3, 5 and {len(TARGETS) // 2 - 3} more", "none")]
+
+
+def test_it_names_what_is_the_same_and_links_to_both(tmp_path):
+    results = changed(RESULTS, "provenance.versions.torch", "2.9.1")
+    page = page_of(write_report(tmp_path / "a"), write_report(tmp_path / "b", results=results), tmp_path / "b/c.html")
+    same = re.search(r"The same in both: ([^<]*)\.<", page)[1].split(", ")
+    assert {"version of itae-utils", "weights", "device", "number of images"} <= set(same)
+    assert "version of torch" not in same
+    for name, link in re.findall(r'<a href="([^"]+)">(\w)</a> of', page):
+        assert (tmp_path / "b" / name).resolve() == tmp_path / link / "index.html"
+
+
 def test_reports_that_are_the_same_have_no_changes(tmp_path):
     page = page_of(write_report(tmp_path / "a"), write_report(tmp_path / "b"), tmp_path / "c.html")
     assert rows_of(page) == []
@@ -112,7 +131,7 @@ def test_pages_have_no_accessibility_faults(tmp_path):
 def test_intervals_are_paired_if_the_images_are_the_same(tmp_path, same):
     images = array_dataset(len(TARGETS), seed=0 if same else 1)
     one, other = write_report(tmp_path / "a", itae=WRONG), write_report(tmp_path / "b", dataset=images)
-    rows, (note,) = compare_clusters(read_pair(one, other).clusters, draws=200)
+    rows, (note, _) = compare_clusters(read_pair(one, other).clusters, draws=200)
     assert ("are paired" in note) == same
     baseline, itae = (next(row for row in rows if row["variant"] == name and row["score"] == "ACC")
                       for name in ("baseline", "itae"))

@@ -29,7 +29,7 @@ def execute(tmp_path, monkeypatch):
     use_notebooks(write_grid(tmp_path / "nb"), monkeypatch)
     monkeypatch.setattr(report, "execute", execute := FakeExecute())
     monkeypatch.setattr(report, "notebook_page", lambda *_: None)
-    monkeypatch.setattr(report, "index_page", lambda written: written.index.touch())
+    monkeypatch.setattr(report, "index_page", lambda written, _beside: written.index.touch())
     for fetch in ("download", "published_weights"):
         monkeypatch.setattr(report, fetch, lambda *_, **__: None)
     monkeypatch.setenv("ITAE_CACHE", str(tmp_path / "cache"))

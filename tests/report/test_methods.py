@@ -22,6 +22,7 @@ def test_every_number_is_from_the_results():
     assert numbers <= {"6", "64", "1,797", "28", "7", "2.464", "1", "3", "0.605", "0.805", "+0.200", "+0.150", "+0.250",
                        "95", "3.11.2", "0.1.0", "2.9.0"}
     assert "abababababab" in words
+    assert RESULTS["provenance"]["backbone"]["source"] in words
 
 
 @pytest.mark.parametrize(("place", "value", "said", "before"), [
@@ -29,7 +30,7 @@ def test_every_number_is_from_the_results():
     ("parameters.threshold", "share:2%", "from the rule share:2%", "found without labels"),
     ("parameters.options.tail", "high", "at or above", "at or below"),
     ("parameters.source", "token", "at or above", "at or below"),
-    ("parameters.options.attenuation", "scale", "α = 0.25", "edit min"),
+    ("parameters.options.attenuation", "scale", "multiplied by α = 0.25", "edit min"),
     ("parameters.options.normalize", False, "not normalised", "length 1"),
     ("parameters.clusters", 25, "k = 25", "number of classes"),
     ("thresholds", {"‖key‖₂, last block": None}, "no patch was attenuated", "θ ="),

@@ -263,6 +263,12 @@ class TestIndex:
         assert len(marked) == marks
         assert ("★ marks the highest mean" in page) == (not planted)
 
+    def test_it_links_to_the_comparison_that_follows(self, tmp_path):
+        report = Report(tmp_path, "demo", "", (run_of(NOTEBOOKS[0]),))
+        for beside, links in (("beside-last week.html", ["beside-last%20week.html"]), (None, [])):
+            page = index_page(report, beside).read_text(encoding="utf-8")
+            assert re.findall(r'href="(beside[^"]*)"', page) == links
+
     def test_it_labels_settings_in_which_notebooks_differ(self, tmp_path):
         small = changed(RESULTS, "provenance.dataset.size", 500)
         page = self.render(tmp_path, run_of(NOTEBOOKS[0], results=small), *map(run_of, NOTEBOOKS[1:]))
