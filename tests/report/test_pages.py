@@ -263,6 +263,10 @@ class TestIndex:
         assert len(marked) == marks
         assert ("★ marks the highest mean" in page) == (not planted)
 
+    def test_it_says_how_to_run_it_again(self, tmp_path):
+        page = self.render(tmp_path, run_of(NOTEBOOKS[-1]))
+        assert f"itae report --from {tmp_path.name}</code>" in page
+
     def test_it_links_to_the_comparison_that_follows(self, tmp_path):
         report = Report(tmp_path, "demo", "", (run_of(NOTEBOOKS[0]),))
         for beside, links in (("beside-last week.html", ["beside-last%20week.html"]), (None, [])):
