@@ -87,13 +87,17 @@ def map_points(before: np.ndarray, after: np.ndarray, *, seed: int, store: str |
                ) -> tuple[np.ndarray, np.ndarray] | None:
     """Return t-SNE of the features (n, dim) of the baseline and of ITAE, (n, 2) each; the second starts at the first.
 
-    It is None for fewer than 4 images, or if all have the same features. `seed` and `store` are as for `tsne`.
+    t-SNE may shift a whole map, which means nothing: the second is shifted back by the median over the images. The
+    result is None for fewer than 4 images, or if all have the same features. `seed` and `store` are as for `tsne`.
     """
     if len(before) < FEWEST or all_equal(before) or all_equal(after):
         return None
     settings = {"perplexity": min(PERPLEXITY, (len(before) - 1) / 3), "seed": seed, "store": store}
     start = tsne(before, **settings)
-    return start, start if np.array_equal(before, after) else tsne(after, start=start, **settings)
+    if np.array_equal(before, after):
+        return start, start
+    end = tsne(after, start=start, **settings)
+    return start, end - np.median(end - start, axis=0)
 
 
 def _renumbered(before: np.ndarray, after: np.ndarray) -> np.ndarray:

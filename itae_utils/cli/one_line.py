@@ -27,6 +27,8 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except getattr(click.exceptions, "NoArgsIsHelpError", ()):
         raise
+    except click.NoSuchOption as error:
+        raise Failure(f"{error.format_message()}{_by_parameter(error)}", 2) from error
     except click.UsageError as error:
         see = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         raise Failure(error.format_message() + see, 2) from error
@@ -39,6 +41,15 @@ def errors_in_one_line() -> Iterator[None]:
         raise Failure(message, 2 if error.errno == errno.ENAMETOOLONG else 1) from error
     except KeyboardInterrupt as interrupt:
         raise Failure("interrupted", 130) from interrupt
+
+
+def _by_parameter(error: click.NoSuchOption) -> str:
+    """Return how `itae report` takes a parameter of the notebooks that is no option of the command."""
+    from itae_utils.report.rules import RULES
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    takes = error.ctx is not None and any("-p" in each.opts for each in error.ctx.command.params)
+    return f" Set it by -p {name} VALUE" if takes and name in RULES else f" (see {error.ctx.command_path} --help)"
 
 
 class Group(click.Group):

@@ -74,7 +74,8 @@ def vit_in(path: Path, content: dict) -> tuple[dict[str, Tensor], list[str]]:
         else:
             weights[WRAPPED.sub("", inner)] = tensor
     kinds = sorted({_dtype(tensor) for tensor in weights.values()} - {"float32"})
-    said = {f"{labels[0]} taken, {some(labels[1:])} left out": labels[1:], f"prefix {prefix!r} removed": prefix,
+    others = f", {some(labels[1:])} left out" if labels[1:] else ""
+    said = {f"{labels[0]} taken{others}": keys or others, f"prefix {prefix!r} removed": prefix,
             f"{some(left)} left out": left, f"{some(kinds)} read as float32": kinds}
     return weights, [words for words, there in said.items() if there]
 

@@ -56,6 +56,15 @@ def test_equal_features_have_one_map_and_constant_ones_none():
     assert not np.any(found.clusters)
 
 
+def test_a_shift_of_the_whole_map_is_taken_back():
+    found = feature_map({"baseline": BEFORE, "itae": AFTER}, 3, sample=60, **SETTINGS)
+    moved = found.points[1] - found.points[0]
+    assert np.allclose(np.median(moved, axis=0), 0, atol=1e-5)
+    start = tsne(BEFORE, perplexity=59 / 3, seed=0, store=None)
+    shift = tsne(AFTER, perplexity=59 / 3, seed=0, start=start, store=None) - found.points[1]
+    assert np.allclose(shift, shift[0], atol=1e-4), "the map is the same but for one shift"
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_fewer_than_four_images_have_no_map(count):
     features = {"baseline": BEFORE[:count], "itae": AFTER[:count]}

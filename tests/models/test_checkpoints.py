@@ -211,9 +211,11 @@ HEAD = {"head.mlp.0.weight": torch.zeros(4, 24), "head.last_layer.weight_g": tor
 
 @pytest.mark.parametrize(("content", "said"), [
     (WEIGHTS, []),
-    *(({wrapper: WEIGHTS, "epoch": 3}, []) for wrapper in ("model", "state_dict", "teacher", "net", "params")),
-    ({"model_state_dict": WEIGHTS, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, []),
-    ({"state_dict": {"model": WEIGHTS}}, []),
+    *(({wrapper: WEIGHTS, "epoch": 3}, [f"({wrapper} taken)"])
+      for wrapper in ("model", "state_dict", "teacher", "student", "net")),
+    ({"model_state_dict": WEIGHTS, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+     ["model_state_dict taken"]),
+    ({"state_dict": {"model": WEIGHTS}}, ["state_dict.model taken"]),
     *((at(prefix), [prefix]) for prefix in (
         "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "backbone.", "teacher.backbone.", "student.",
         "model.", "encoder.", "vit.", "net.", "model.vision_encoder.", "base_model.model.", "visual.trunk.", "a.b.c.")),
@@ -224,7 +226,7 @@ HEAD = {"head.mlp.0.weight": torch.zeros(4, 24), "head.last_layer.weight_g": tor
      ["teacher.backbone taken", "student.backbone left out", "teacher.dino_head"]),
     ({"state_dict": zeros(), "state_dict_ema": WEIGHTS, "arch": "x"}, ["state_dict_ema taken", "state_dict left out"]),
     ({"model": zeros(), "model_ema": at("module.")}, ["model_ema.module taken", "model left out"]),
-    ({"state_dict": WEIGHTS, "state_dict_ema": None}, []),
+    ({"state_dict": WEIGHTS, "state_dict_ema": None}, ["state_dict taken"]),
     (at("model.") | at("ema_model.", zeros()), ["model taken", "ema_model left out"]),
     (WEIGHTS | at("ema.module.", zeros()), ["ema.module left out"]),
     (at("module.base_encoder.") | at("module.momentum_encoder.", zeros()), ["momentum_encoder left out"]),
