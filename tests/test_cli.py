@@ -346,7 +346,7 @@ def test_inspect_draws_in_the_format_of_its_output(picture, suffix):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["report", "--source", "token"], "-p source VALUE"), (["report", "--n-init", "3"], "-p n_init VALUE"),
-    (["report", "--nothing"], "see itae report --help"), (["compare", "--source", "x"], "see itae compare --help")])
+    (["report", "--nothing"], "report --help"), (["compare", "--source", "x"], "compare --help")])
 def test_an_option_that_is_a_parameter_says_so(words, said):
     result = CliRunner().invoke(cli.main, words)
     assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
