@@ -165,12 +165,12 @@ def check_command(words: list[str]) -> None:
                 assert set(names.split(",")) <= set(extras), words
 
 
-def check_options(command: click.Command, words: list[str]) -> None:
-    context = click.Context(command)
+def check_options(command: click.Command, words: list[str], parent: click.Context | None = None) -> None:
+    context = click.Context(command, parent, **command.context_settings)
     values, rest, _ = command.make_parser(context).parse_args([word for word in words if word != "…"])
     if isinstance(command, click.Group) and rest:
         assert rest[0] in command.commands, words
-        check_options(command.commands[rest[0]], rest[1:])
+        check_options(command.commands[rest[0]], rest[1:], context)
     for name, _ in values.get("parameters") or ():
         assert name in RULES, words
 
