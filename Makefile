@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# Test files are shared out to two processes of one thread each, in order: the last ones are short.
+# Two processes of one thread each take the test files in order; by number of tests, long files would come last.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: report test test-all lab docs bench lint clean
