@@ -20,6 +20,7 @@ import pandas as pd
 
 from benchmarks.contenders import EAGER, LATE, PREFIX, START, TRANSFORMERS, loop, ours
 from benchmarks.study import ELKAN, FAISS, LLOYD, OURS
+from itae_utils.analysis.words import percent
 from itae_utils.files import write_json
 from itae_utils.results import read_results
 
@@ -48,15 +49,14 @@ def demo_numbers(report: Path) -> dict[str, str]:
     numbers = {"scores " + "/".join(key): _score_row(label, values, key) for key, label in SCORED.items()}
     acc = {key: float(values[(*key, "acc")].mean()) for key in SCORED}
     before, itae, clean = (acc[key] for key in (("demo", "baseline"), ("demo", "itae"), ("demo-clean", "baseline")))
-    before_attention, attention = (float(values["demo", variant, "attention_on_artifacts"].item())
-                                   for variant in ("baseline", "itae"))
+    attention = {variant: values["demo", variant, "attention_on_artifacts"].item() for variant in ("baseline", "itae")}
     return numbers | {
-        "artifacts": f"{values['demo', 'itae', 'artifact_share'].item():.1%} of the patches".replace("%", " %"),
+        "artifacts": f"{percent(values['demo', 'itae', 'artifact_share'].item())} of the patches",
         "precision": f"precision of {values['demo', 'key', 'precision'].item():.4f}",
         "recall": f"recall of {values['demo', 'key', 'recall'].item():.3f}",
-        "attention before": f"{before_attention:.0%}".replace("%", " %"),
-        "attention after": "less than 0.1 %" if attention < 0.001 else f"{attention:.1%}".replace("%", " %"),
-        "recovered": f"{(itae - before) / (clean - before):.0%} of the ACC".replace("%", " %"),
+        "attention before": percent(attention["baseline"]),
+        "attention after": percent(attention["itae"]),
+        "recovered": f"{percent((itae - before) / (clean - before))} of the ACC",
     }
 
 
@@ -71,8 +71,8 @@ def _score_row(label: str, values: pd.Series, key: tuple[str, str]) -> str:
     return f"| {label} | {' | '.join(cells)} | {difference} |"
 
 
-def demo_times() -> dict[str, str]:
-    """Make the demo's report twice, and return how long each took."""
+def measure_demo() -> dict[str, dict[str, str]]:
+    """Make the demo's report twice, and return its numbers and how long each took."""
     seconds = []
     with TemporaryDirectory() as folder:
         command = ["itae", "report", "--profile", "demo", "--output", f"{folder}/report", "--store", f"{folder}/store"]
@@ -80,7 +80,8 @@ def demo_times() -> dict[str, str]:
             start = time.perf_counter()
             subprocess.run(command, check=True)
             seconds.append(time.perf_counter() - start)
-    return {"cold": f"{seconds[0]:.0f} s", "unchanged": f"{seconds[1]:.0f} s"}
+        numbers = demo_numbers(Path(folder) / "report")
+    return {"demo": numbers, "times": {"cold": f"{seconds[0]:.0f} s", "unchanged": f"{seconds[1]:.0f} s"}}
 
 
 def bench_lines(contents: Mapping[str, list]) -> dict[str, list[str]]:
@@ -133,9 +134,8 @@ def _seconds(values: pd.Series) -> str:
 @click.command()
 def main() -> None:
     """Measure, and write the file."""
-    report = ROOT / "reports" / "demo-demo-digits"
-    write_json(PATH, {"demo": demo_numbers(report), "times": demo_times(),
-                      "benchmark": bench_lines(json.loads(BENCH.read_text(encoding="utf-8")))})
+    benchmark = bench_lines(json.loads(BENCH.read_text(encoding="utf-8")))
+    write_json(PATH, measure_demo() | {"benchmark": benchmark})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ nitpicky = True
 # Names of other packages, whose documents are not asked because the build needs no network, and internal classes.
 nitpick_ignore_regex = [("py:.*", r"(?!itae_utils).*"), ("py:.*", r".*\.(CapturedTruth|StoredVariant|ArrayKind)")]
 
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 default_role = "literal"  # docstrings write `code`

@@ -129,19 +129,15 @@ assert abs(features["new"] - features["plain"]).max() > 1e-3"""
 
 
 @pytest.mark.slow
-def test_an_edit(project):
-    project.follow("edit")
-    project.run("-c", EXTRACT.replace("NEW", 'attenuation="halve"'))
-    project.check("tests/method/test_attention.py", "tests/method/test_one_pass.py", "tests/figures/test_explorer.py",
-                  only="halve")
-
-
-@pytest.mark.slow
-def test_a_statistic(project):
-    project.follow("statistic")
-    project.run("-c", EXTRACT.replace("NEW", 'source="peak"'))
-    project.check("tests/method/test_attention.py", "tests/method/test_statistics.py", "tests/analysis/test_words.py",
-                  only="peak and plain or definition or same_words")
+@pytest.mark.parametrize(("recipe", "setting", "tests", "only"), [
+    ("edit", 'attenuation="halve"', ["method/test_attention.py", "method/test_one_pass.py", "figures/test_explorer.py"],
+     "halve"),
+    ("statistic", 'source="peak"', ["method/test_attention.py", "method/test_statistics.py", "analysis/test_words.py"],
+     "peak and plain or definition or same_words")])
+def test_an_edit_and_a_statistic(project, recipe, setting, tests, only):
+    project.follow(recipe)
+    project.run("-c", EXTRACT.replace("NEW", setting))
+    project.check(*(f"tests/{name}" for name in tests), only=only)
 
 
 @pytest.mark.slow

@@ -27,11 +27,8 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except getattr(click.exceptions, "NoArgsIsHelpError", ()):
         raise
-    except click.NoSuchOption as error:
-        raise Failure(f"{error.format_message()}{_by_parameter(error)}", 2) from error
     except click.UsageError as error:
-        see = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        raise Failure(error.format_message() + see, 2) from error
+        raise Failure(f"{error.format_message()}{_remedy(error)}", 2) from error
     except ItaeError as error:
         raise Failure(str(error), 2) from error
     except OSError as error:
@@ -43,13 +40,17 @@ def errors_in_one_line() -> Iterator[None]:
         raise Failure("interrupted", 130) from interrupt
 
 
-def _by_parameter(error: click.NoSuchOption) -> str:
-    """Return how `itae report` takes a parameter of the notebooks that is no option of the command."""
-    from itae_utils.report.rules import RULES
+def _remedy(error: click.UsageError) -> str:
+    """Return where to look; for a parameter of the notebooks that is no option of `itae report`, how to set it."""
+    if error.ctx is None:
+        return ""
+    if isinstance(error, click.NoSuchOption) and any("-p" in each.opts for each in error.ctx.command.params):
+        from itae_utils.report.rules import RULES
 
-    name = error.option_name.lstrip("-").replace("-", "_")
-    takes = error.ctx is not None and any("-p" in each.opts for each in error.ctx.command.params)
-    return f" Set it by -p {name} VALUE" if takes and name in RULES else f" (see {error.ctx.command_path} --help)"
+        name = error.option_name.lstrip("-").replace("-", "_")
+        if name in RULES:
+            return f" Set it by -p {name} VALUE"
+    return f" (see {error.ctx.command_path} --help)"
 
 
 class Group(click.Group):
